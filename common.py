@@ -1,0 +1,212 @@
+"""
+What every script shares: 1. the mathematics   2. flags, errors, small change.
+
+Letters: N completions, C completion tokens, P prompt tokens, V vocabulary, K group size.
+`mask` (N, C) is 1 on completion tokens, EOS included, and 0 on the padding to their right. Padding
+may hold garbage, even nan: it influences nothing, and per-token results are 0 there. Logarithms are
+natural: log-probabilities and KL are in nats.
+"""
+import argparse
+import math
+import random
+import sys
+from dataclasses import dataclass
+from typing import Optional
+
+import torch
+from transformers.hf_argparser import HfArg, HfArgumentParser
+
+# --------------------------------------------------------------------------------------------------
+# 1. The mathematics. Tensors and floats in, tensors out; paste any of it, at most with masked_mean.
+
+
+def masked_mean(values, mask):
+    """Mean of `values` (N, C) over all valid tokens -> scalar; 0 if there are none."""
+    # where, and not a product with the mask: 0 * nan is nan.
+    return torch.where(mask.bool(), values, 0).sum() / mask.sum().clamp(min=1)
+
+
+def whiten(values, mask):
+    """z-score over all valid tokens of the batch: (N, C) -> (N, C).
+
+    Population variance as in OpenRLHF; 1e-8 added under the root as in TRL and verl.
+    """
+    mean = masked_mean(values, mask)
+    var = masked_mean((values - mean) ** 2, mask)
+    return torch.where(mask.bool(), (values - mean) * torch.rsqrt(var + 1e-8), 0)
+
+
+def kl_estimate(logprobs, ref_logprobs, kind="k1"):
+    """KL(pi || pi_ref) per token, estimated from tokens drawn from pi: (N, C), (N, C) -> (N, C).
+
+    With r = pi_ref / pi (Schulman, "Approximating KL divergence"; the notes have r upside down):
+      k1 = -log r         unbiased, can be negative. Belongs in the reward: as a loss it does nothing,
+                          its gradient is 0 on average.
+      k2 = (log r)^2 / 2  biased, but as a loss its expected gradient is that of KL(pi || pi_ref).
+      k3 = r - 1 - log r  unbiased and >= 0; as a loss it descends the other KL, KL(pi_ref || pi).
+    """
+    log_r = ref_logprobs - logprobs
+    if kind == "k1":
+        return -log_r
+    if kind == "k2":
+        return log_r**2 / 2
+    if kind == "k3":
+        return torch.expm1(log_r) - log_r  # expm1, because r - 1 cancels where r is near 1
+    raise ValueError(f"kind must be k1, k2 or k3, not {kind!r}")
+
+
+def normalize_rewards(scores, clip):
+    """z-score over the batch, then clip to [-clip, clip]: (N,) -> (N,). Equal scores give exact 0."""
+    if scores.max() == scores.min():  # else a std of rounding errors would blow rounding errors up
+        return torch.zeros_like(scores)
+    return ((scores - scores.mean()) / (scores.std() + 1e-8)).clamp(-clip, clip)
+
+
+def token_rewards(scores, kl, mask, kl_coef):
+    """r_t = [t is last] * score - kl_coef * kl_t: (N,), (N, C), (N, C) -> (N, C). Notes, eq. 1.
+
+    The notes say [s_t = EOS]; the last valid token also pays a completion that was cut short.
+    """
+    last = mask.cumsum(1) == mask.sum(1, keepdim=True)
+    return torch.where(mask.bool(), last * scores[:, None] - kl_coef * kl, 0)
+
+
+def returns_to_go(rewards, mask, gamma=1.0):
+    """G_t = r_t + gamma * G_{t+1}: (N, C) -> (N, C)."""
+    rewards = torch.where(mask.bool(), rewards, 0)
+    returns, future = torch.zeros_like(rewards), 0
+    for t in reversed(range(rewards.shape[1])):
+        returns[:, t] = future = rewards[:, t] + gamma * future
+    return torch.where(mask.bool(), returns, 0)
+
+
+def ppo_clip_loss(logprobs, old_logprobs, advantages, mask, clip_eps=0.2):
+    """-min(ratio * A, clip(ratio, 1 - eps, 1 + eps) * A), all (N, C) -> (loss, clip_frac), scalars.
+
+    Mean over valid tokens (PPO, arXiv 1707.06347, eq. 7; negative, because optimizers minimise).
+    clip_frac: the share of tokens whose clipped branch is active, which means no gradient for them.
+    """
+    ratio = torch.where(mask.bool(), logprobs - old_logprobs, 0).exp()
+    unclipped = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1 - clip_eps, 1 + clip_eps)
+    loss = masked_mean(torch.maximum(unclipped, clipped), mask)
+    return loss, masked_mean((clipped > unclipped).to(loss.dtype), mask)
+
+
+# --------------------------------------------------------------------------------------------------
+# 2. Flags, errors, small change. Nothing below knows an algorithm.
+
+
+@dataclass
+class RunConfig:
+    """The flags of every script. Those without a default get one from the script's TOY or HUB row."""
+
+    model: Optional[str] = HfArg(default=None, help="model folder, run folder or hub name; "
+                                                    "without it the embedded toy model")
+    data: Optional[str] = HfArg(default=None, help="toy (symbols) or words; without it toy for the "
+                                                   "toy model, words for any other")
+    steps: Optional[int] = HfArg(default=None, help="training steps")
+    lr: Optional[float] = HfArg(default=None, help="AdamW learning rate at its peak")
+    warmup_steps: int = HfArg(default=0, help="steps in which the learning rate rises to its peak")
+    weight_decay: float = HfArg(default=0.0, help="AdamW weight decay")
+    max_grad_norm: float = HfArg(default=1.0, help="gradients are clipped to this norm")
+    minibatch_size: Optional[int] = HfArg(default=None, help="sequences per optimizer step")
+    micro_batch_size: Optional[int] = HfArg(default=None, help="sequences per forward pass: a matter "
+                                                               "of memory, results stay the same")
+    max_new_tokens: Optional[int] = HfArg(default=None, help="longest completion, in tokens")
+    log_every: int = HfArg(default=5, help="print a line of metrics every so many steps")
+    eval_every: int = HfArg(default=0, help="score validation prompts every so many steps; 0: never")
+    eval_prompts: Optional[int] = HfArg(default=None, help="held-out prompts per evaluation")
+    save_every: int = HfArg(default=20, help="write the checkpoint every so many steps")
+    seed: int = HfArg(default=1, help="seed of everything random")
+    device: Optional[str] = HfArg(default=None, help="cpu or cuda; without it cuda if present")
+    out_dir: Optional[str] = HfArg(default=None, help="run folder; without it runs/SCRIPT, numbered "
+                                                      "if taken")
+    resume: bool = HfArg(default=False, help="go on from the checkpoint in the run folder")
+
+
+class FlagHelp(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """--help prints the script's docstring as it stands, and the default of every flag."""
+
+
+def fail(message, code=2):
+    """Stop with one sentence, no traceback. Code 2: the input is wrong; 1: it happened on the way."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def main(config_class, train):
+    """What `python SCRIPT.py ...` does: flags -> config -> train(config)."""
+    parser = HfArgumentParser(config_class, allow_abbrev=False, formatter_class=FlagHelp,
+                              description=sys.modules["__main__"].__doc__)
+    parser.error = lambda message: fail(f"{message}; see --help")
+    cfg, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True,
+                                                      look_for_args_file=False)
+    if unknown:
+        fail(f"there is no flag {unknown[0]}; see --help")
+    try:
+        train(cfg)
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        fail(f"out of memory: halve --micro_batch_size (it is {cfg.micro_batch_size}), which changes "
+             "no result, then --prompts_per_step; the last checkpoint is kept", code=1)
+
+
+def fill(cfg, toy, hub, hub_on_cpu):
+    """Choose device and data, then give flags without a value the one in the row for this world."""
+    cuda = torch.cuda.is_available()
+    cfg.device = cfg.device or ("cuda" if cuda else "cpu")
+    if cfg.device.startswith("cuda") and not cuda:
+        fail(f"--device {cfg.device}: torch sees no GPU on this machine; use --device cpu")
+    cfg.data = cfg.data or ("words" if cfg.model else "toy")
+    row = toy if cfg.data == "toy" else hub if cfg.device.startswith("cuda") else hub_on_cpu
+    for key, value in row.items():
+        if getattr(cfg, key) is None:
+            setattr(cfg, key, value)
+
+
+def seed_everything(seed):
+    """Same seed, same numbers: bit for bit on a CPU, nearly so on a GPU."""
+    random.seed(seed)
+    torch.manual_seed(seed)
+    torch.use_deterministic_algorithms(not torch.cuda.is_available())
+
+
+def learning_rate(step, cfg):
+    """Linear rise over cfg.warmup_steps, then linear decay to a tenth of cfg.lr at the last step."""
+    rise = min(1, (step + 1) / (cfg.warmup_steps + 1))
+    return cfg.lr * rise * (1 - 0.9 * step / max(cfg.steps - 1, 1))
+
+
+def require_finite(values, what, step, texts):
+    """Stop at the first nan or inf in `values` (M,), naming step and sample (one of M `texts`)."""
+    for value, text in zip(values.tolist(), texts):
+        if not math.isfinite(value):
+            fail(f"{what} is {value} in step {step + 1} on the sample {text!r}; the last checkpoint "
+                 "is kept, and a smaller --lr is the usual remedy", code=1)
+
+
+def ratio_stats(logprobs, old_logprobs, mask):
+    """For the log, how far the policy moved from the one that sampled: all (N, C) -> scalars."""
+    logprobs = logprobs.detach()
+    approx_kl = masked_mean(kl_estimate(old_logprobs, logprobs, "k3"), mask)  # KL(old || new), a token
+    ratio = torch.where(mask.bool(), logprobs - old_logprobs, 0).exp()
+    return dict(approx_kl=approx_kl, ratio_max=ratio.max())
+
+
+class Means:
+    """Weighted means over the micro-batches of a step; of a name in _max, the maximum."""
+
+    def __init__(self):
+        self.sums, self.weight = {}, 0
+
+    def add(self, weight, **scalars):
+        self.weight += weight
+        for name, value in scalars.items():
+            value, old = value.detach(), self.sums.get(name, 0 * value.detach())
+            self.sums[name] = max(old, value) if name.endswith("_max") else old + weight * value
+
+    def __call__(self):
+        return {name: total if name.endswith("_max") else total / self.weight
+                for name, total in self.sums.items()}

@@ -1,0 +1,338 @@
+"""
+Tokens <-> model: load_policy(), sample(), token_logprobs().
+
+The only file that knows padding, positions and key/value caches. Three facts shape it:
+- The distribution that is sampled must be the one that is differentiated: softmax(logits / T), and
+  nothing else, whatever top_k or repetition_penalty the checkpoint's generation_config asks for.
+- The completions of one prompt share it, so each prompt is forwarded once per group, in the sampler
+  and in every log-prob pass (with gradient too): its keys and values are copied to its completions.
+- Layout: prompts are padded on the left to P columns, completions follow in columns P, P+1, ..., so
+  that all rows write the same column at the same time. Positions count real tokens only.
+"""
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+from common import fail
+
+
+@dataclass
+class Batch:
+    """N completions of B prompts. All tensors lie on the policy's device."""
+
+    prompts: list                             # B lists of token ids
+    owner: torch.Tensor                       # (N,) the prompt that each completion continues
+    completions: torch.Tensor                 # (N, C) token ids; anything on padding
+    mask: torch.Tensor                        # (N, C) 1 on completion tokens, EOS included
+    logprobs: Optional[torch.Tensor] = None   # (N, C) of the policy that sampled, at its temperature
+    finished: Optional[torch.Tensor] = None   # (N,) bool: ended by an EOS, not by max_new_tokens
+
+
+def make_batch(prompts, completions, device):
+    """Given texts as lists of token ids, completion i for prompt i (EOS included) -> Batch."""
+    width = max(map(len, completions))
+    ids = torch.tensor([c + [0] * (width - len(c)) for c in completions], device=device)
+    lengths = torch.tensor([len(c) for c in completions], device=device)
+    mask = (torch.arange(width, device=device) < lengths[:, None]).float()
+    return Batch(prompts, torch.arange(len(prompts), device=device), ids, mask)
+
+
+# --------------------------------------------------------------------------------------------------
+# Loading and saving
+
+
+def load_policy(name, device):
+    """A hub name, a model folder, or a run folder (which stands for its model/) -> (policy, tokenizer).
+
+    Weights are fp32 even where the checkpoint is bf16: an RL step is often smaller than the gap
+    between two neighbouring bf16 numbers, and would be rounded away.
+    """
+    folder = Path(name, "model") if Path(name, "model", "config.json").exists() else name
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    policy = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    for module in policy.modules():  # dropout would make the ratio of new to old policy random
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for key in [k for k, v in vars(module).items() if "drop" in k and isinstance(v, float)]:
+            setattr(module, key, 0.0)
+    if not eos_ids(policy, tokenizer):
+        fail(f"--model {name}: neither tokenizer nor configuration name an EOS token, so that no "
+             "completion could end; set eos_token in its tokenizer_config.json")
+    probe(policy, tokenizer, name)
+    return policy.to(device), tokenizer
+
+
+def eos_ids(policy, tokenizer):
+    """All token ids that end a completion; checkpoints list several, in up to three places."""
+    ids = set()
+    for source in (policy.generation_config, policy.config.get_text_config(), tokenizer):
+        eos = getattr(source, "eos_token_id", None)
+        ids |= set(eos if isinstance(eos, (list, tuple)) else [] if eos is None else [eos])
+    return sorted(ids)
+
+
+@torch.no_grad()
+def probe(policy, tokenizer, name):
+    """Refuse a model that this file would serve wrongly: ALiBi, state-space, not causal, ...
+
+    Three ways to the same log-probs must agree on ragged prompts (in fp32, on the CPU): the sampler,
+    the shared-prompt pass, and a plain forward of each row without padding or cache.
+    """
+    vocabulary = policy.get_input_embeddings().num_embeddings
+    prompts, state, temperature = [[5, 7, 6, 9, 8], [5, 7]], torch.get_rng_state(), 0.7
+    try:
+        prompts = [[i % vocabulary for i in prompt] for prompt in prompts]
+        batch = sample(policy, tokenizer, prompts, 2, 3, temperature)
+        shared = token_logprobs(policy, batch, torch.arange(4), temperature)
+        gap = max((row.expand(2, -1) - torch.stack([batch.logprobs[i, :len(row)], shared[i, :len(row)]]))
+                  .abs().max().item()
+                  for i, row in enumerate(plain_logprobs(policy, batch, temperature)))
+        reason = f"cached and plain log-probs differ by {gap:.1g}" if not gap < 1e-3 else None
+    except Exception as error:  # whatever a foreign architecture says to our cache and masks
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    torch.set_rng_state(state)
+    if reason:
+        fail(f"--model {name}: architecture {policy.config.model_type} does not work with our sampler "
+             f"({reason}); use a causal decoder that keeps a key/value cache")
+
+
+def plain_logprobs(policy, batch, temperature):
+    """The definition, for checks: each row alone, unpadded, no cache -> list of N tensors (L_i,)."""
+    rows = []
+    for owner, ids, mask in zip(batch.owner.tolist(), batch.completions, batch.mask.bool()):
+        prompt = torch.tensor(batch.prompts[owner], device=ids.device)
+        logits = policy(input_ids=torch.cat([prompt, ids[mask]])[None]).logits[0, len(prompt) - 1 : -1]
+        rows.append(pick(logits, ids[mask], temperature))
+    return rows
+
+
+def save_policy(policy, tokenizer, folder):
+    """Write folder/model, fp32, for from_pretrained; whole or not at all."""
+    temporary, final = Path(folder, "model.tmp"), Path(folder, "model")
+    policy.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    shutil.rmtree(final, ignore_errors=True)
+    temporary.rename(final)
+
+
+# --------------------------------------------------------------------------------------------------
+# One forward pass over prompts, one over completions that share them
+
+
+def precision(device):
+    """bf16 arithmetic on CUDA over the fp32 weights; plain fp32 elsewhere."""
+    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+
+
+def attention_mask(policy, valid, queries):
+    """Who sees whom: `valid` (n, W) marks real columns, the last `queries` of the W columns look back.
+
+    -> additive (n, 1, queries, W), 0 or hugely negative. Additive because eager attention silently
+    misreads a bool mask; finite because a pad row sees nothing, and softmax of all -inf is nan.
+    """
+    config = policy.config.get_text_config()
+    column = torch.arange(valid.shape[1], device=valid.device)
+    back = column[-queries:, None] - column           # (queries, W): how far back each column lies
+    visible = valid[:, None, None] & (back >= 0)      # (n, 1, queries, W)
+
+    def additive(visible):
+        return torch.where(visible, 0.0, torch.finfo(torch.bfloat16).min)  # fits bf16 and fp32
+
+    window = getattr(config, "sliding_window", None)
+    kinds = set(getattr(config, "layer_types", None) or [])
+    if "sliding_attention" in kinds:                  # Gemma-3, Qwen: some layers have a window
+        local = additive(visible & (back < window))
+        return {k: local if k == "sliding_attention" else additive(visible) for k in kinds}
+    if window and not kinds:                          # Mistral, Phi-3: all layers have it
+        visible = visible & (back < window)
+    return additive(visible)
+
+
+def forward(policy, ids, valid, cache=None, keep=0):
+    """Logits (n, q or keep, V) of `ids` (n, q), which are the last q of the W columns of `valid`."""
+    queries = ids.shape[1]
+    positions = (valid.cumsum(1) - 1).clamp(min=0)  # of real tokens; GPT-2 and OPT learn one vector each
+    return policy(input_ids=ids, attention_mask=attention_mask(policy, valid, queries),
+                  position_ids=positions[:, -queries:], past_key_values=cache,
+                  use_cache=cache is not None, logits_to_keep=keep).logits
+
+
+def pad_left(prompts, device):
+    """B lists of token ids -> ids (B, P), valid (B, P)."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
+    lengths = torch.tensor([len(p) for p in prompts], device=device)
+    return ids, torch.arange(width, device=device) >= width - lengths[:, None]
+
+
+def pick(logits, tokens, temperature):
+    """log softmax(logits / temperature) at `tokens`: (..., V), (...) -> (...), always fp32."""
+    logits = logits.float() / temperature
+    return logits.gather(-1, tokens[..., None]).squeeze(-1) - logits.logsumexp(-1)
+
+
+def pick_in_chunks(logits, tokens, temperature):
+    """pick(), without keeping an fp32 copy of all (R, C, V) logits for backward: recompute it there."""
+    chunks = zip(logits.flatten(0, 1).split(1024), tokens.flatten().split(1024))
+    chunks = [checkpoint(pick, *chunk, temperature, use_reentrant=False) for chunk in chunks]
+    return torch.cat(chunks).view(tokens.shape)
+
+
+def token_logprobs(policy, batch, rows, temperature):
+    """log pi(y_t | x, y_<t) of completions `rows` (R,) -> (R, C) fp32, 0 on padding, differentiable.
+
+    A prompt that several rows share is forwarded once, and its keys and values copied to them. The
+    copy is index_select, whose backward adds in a fixed order (same seed, same bits); that of plain
+    indexing does not.
+    """
+    width = int(batch.mask[rows].sum(1).max())
+    mask = batch.mask[rows, :width].bool()
+    ids = torch.where(mask, batch.completions[rows, :width], 0)
+    prompts, owner = batch.owner[rows].unique(return_inverse=True)
+    prompt_ids, valid = pad_left([batch.prompts[i] for i in prompts.tolist()], ids.device)
+    # The logits of a column score the token after it: the last completion token is not forwarded.
+    with precision(ids.device):
+        if len(prompts) == len(rows):  # nothing shared: prompt and completion in one forward
+            ids_in = torch.cat([prompt_ids[owner], ids[:, :-1]], 1)
+            valid = torch.cat([valid[owner], mask[:, :-1]], 1)
+            logprobs = pick_in_chunks(forward(policy, ids_in, valid, keep=width), ids, temperature)
+        else:
+            cache = DynamicCache()
+            first = forward(policy, prompt_ids, valid, cache, keep=1).index_select(0, owner)
+            logprobs = pick(first, ids[:, :1], temperature)
+            if width > 1:
+                for layer in cache.layers:
+                    layer.keys = layer.keys.index_select(0, owner)
+                    layer.values = layer.values.index_select(0, owner)
+                valid = torch.cat([valid[owner], mask[:, :-1]], 1)
+                rest = pick_in_chunks(forward(policy, ids[:, :-1], valid, cache), ids[:, 1:], temperature)
+                logprobs = torch.cat([logprobs, rest], 1)
+    return F.pad(torch.where(mask, logprobs, 0), (0, batch.mask.shape[1] - width))
+
+
+@torch.no_grad()
+def all_logprobs(policy, batch, micro_batch_size, temperature):
+    """token_logprobs of the whole batch, without gradient -> (N, C)."""
+    logprobs = torch.zeros_like(batch.mask)
+    everything = torch.arange(len(batch.mask), device=batch.mask.device)
+    for rows, _ in micro_batches(everything, batch.mask, micro_batch_size):
+        logprobs[rows] = token_logprobs(policy, batch, rows, temperature)
+    return logprobs
+
+
+# --------------------------------------------------------------------------------------------------
+# Sampling
+
+
+class Buffer(DynamicLayer):
+    """One layer's keys and values, (n, heads, W, d), in memory taken once and written in place."""
+
+    def __init__(self, layer, owner, extra):
+        super().__init__()
+        self.length, self.is_initialized = layer.keys.shape[2], True
+        self.dtype, self.device = layer.keys.dtype, layer.keys.device
+        self.keys = F.pad(layer.keys.index_select(0, owner), (0, 0, 0, extra))
+        self.values = F.pad(layer.values.index_select(0, owner), (0, 0, 0, extra))
+
+    def update(self, keys, values, *args, **kwargs):
+        start, self.length = self.length, self.length + keys.shape[2]
+        self.keys[:, :, start : self.length] = keys
+        self.values[:, :, start : self.length] = values
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
+    def get_seq_length(self):
+        return self.length
+
+
+def draw(logits, temperature, generator=None):
+    """One token per row of (n, V) from softmax(logits / temperature) -> tokens (n,), logprobs (n,).
+
+    By inverting the cumulative distribution: one uniform number per row, and the normaliser comes
+    for free. In float64, or the cumulative sum would lose the tail of a large vocabulary.
+    Temperature 0 takes the most likely token, with its log-prob at temperature 1.
+    """
+    if temperature == 0:
+        tokens = logits.argmax(-1)
+        return tokens, pick(logits, tokens, 1.0)
+    logits = logits.float() / temperature
+    logits = logits - logits.amax(-1, keepdim=True)
+    cumulative = logits.double().exp().cumsum(-1)
+    total = cumulative[:, -1:]
+    uniform = torch.rand(total.shape, dtype=total.dtype, device=total.device, generator=generator)
+    # right=True: the first token whose cumulative sum exceeds the number, never one of probability 0
+    tokens = torch.searchsorted(cumulative, uniform * total, right=True)
+    tokens = tokens.clamp(max=logits.shape[-1] - 1)  # only nan logits get here
+    return tokens.squeeze(-1), (logits.gather(-1, tokens) - total.log()).float().squeeze(-1)
+
+
+@torch.no_grad()
+def sample(policy, tokenizer, prompts, group_size, max_new_tokens, temperature, generator=None):
+    """`group_size` completions of each of B prompts (lists of token ids) -> Batch, N = B * group_size.
+
+    Completion i belongs to prompt i // group_size. Temperature 0 decodes greedily.
+    """
+    device = policy.device
+    stop = torch.tensor(eos_ids(policy, tokenizer), device=device)
+    owner = torch.arange(len(prompts), device=device).repeat_interleave(group_size)
+    ids = torch.zeros(len(owner), max_new_tokens, dtype=torch.long, device=device)
+    mask, logprobs = torch.zeros(2, *ids.shape, device=device)
+    finished = torch.zeros(len(owner), dtype=torch.bool, device=device)
+    rows = torch.arange(len(owner), device=device)  # the completions that are still being decoded
+    with precision(device):
+        prompt_ids, valid = pad_left(prompts, device)
+        cache = DynamicCache()
+        logits = forward(policy, prompt_ids, valid, cache, keep=1)[owner, -1]
+        cache = Cache(layers=[Buffer(layer, owner, max_new_tokens) for layer in cache.layers])
+        # Completion columns count as real ones: those after a row's EOS are never read.
+        width, valid = valid.shape[1], F.pad(valid[owner], (0, max_new_tokens), value=True)
+        for t in range(max_new_tokens):
+            # The mask is the sampler's own knowledge. It can't be read off the ids: pad may equal EOS.
+            mask[rows, t] = (~finished[rows]).float()
+            ids[rows, t], logprobs[rows, t] = draw(logits, temperature, generator)
+            finished[rows] |= torch.isin(ids[rows, t], stop)
+            if t + 1 == max_new_tokens:
+                break
+            if device.type == "cpu" or t % 16 == 15:  # asking a GPU makes it wait: ask seldom
+                alive = (~finished[rows]).nonzero().flatten()
+                if len(alive) == 0:
+                    break
+                if len(alive) <= 0.75 * len(rows):    # forward no rows that are done
+                    rows = rows[alive]
+                    for layer in cache.layers:
+                        layer.keys = layer.keys.index_select(0, alive)
+                        layer.values = layer.values.index_select(0, alive)
+            logits = forward(policy, ids[rows, t, None], valid[rows, : width + t + 1], cache)[:, -1]
+    length = int(mask.sum(1).max())
+    ids, mask, logprobs = ids[:, :length], mask[:, :length], logprobs[:, :length]
+    return Batch(prompts, owner, ids, mask, torch.where(mask.bool(), logprobs, 0), finished)
+
+
+# --------------------------------------------------------------------------------------------------
+# Slices of a batch
+
+
+def mini_batches(n, minibatch_size, group_size, epochs):
+    """Shuffled whole groups, `epochs` times over n completions -> yields row indices."""
+    for _ in range(epochs):
+        for groups in torch.randperm(n // group_size).split(max(1, minibatch_size // group_size)):
+            yield (groups[:, None] * group_size + torch.arange(group_size)).flatten()
+
+
+def micro_batches(rows, mask, size):
+    """Split mini-batch `rows` into forwards of `size` rows -> yields (rows, share).
+
+    share = the micro-batch's part of the mini-batch's tokens: token means weighted by it add up to
+    the token mean of the whole, so that micro-batching changes memory and not the gradient. Rows
+    are sorted by length, and each forward is only as wide as its longest row.
+    """
+    lengths = mask[rows].sum(1)
+    for part in lengths.argsort(stable=True).split(size):
+        yield rows[part], (lengths[part].sum() / lengths.sum().clamp(min=1)).item()

@@ -1,0 +1,99 @@
+"""
+The embedded world: chain arithmetic, and a language model small enough to learn it on a laptop.
+
+    prompt       8+9-5-8-2=
+    completion   8+9=17,17-5=12,12-8=4,4-2=2<eos>     shows its work
+             or  2<eos>                               answers directly
+
+Both are legal; the answer is the last number. The demonstrations of SFT are all correct and flip a
+coin between the two, so the warm policy shows its work half of the time, and is far more often right
+when it does. What reinforcement learning then discovers is: show your work. Answers get longer
+because that is useful. `words` is the same arithmetic put as a question to a pretrained model.
+"""
+import random
+import re
+import zlib
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import torch
+
+HIGHEST = 50  # all running totals lie in 0..50
+
+
+def make_tokenizer():
+    """One token per character; an ordinary transformers tokenizer, without BOS."""
+    vocabulary = ["<pad>", "<bos>", "<eos>", "<unk>", *"0123456789+-=,"]
+    model = models.WordLevel({token: i for i, token in enumerate(vocabulary)}, unk_token="<unk>")
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="left", pad_token="<pad>",
+                                   bos_token="<bos>", eos_token="<eos>", unk_token="<unk>")
+
+
+def make_model(seed):
+    """A Llama of 162,496 parameters with random weights."""
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(LlamaConfig(
+        vocab_size=18, hidden_size=64, intermediate_size=192, num_hidden_layers=3,
+        num_attention_heads=4, max_position_embeddings=128, initializer_range=0.05,
+        rope_parameters={"rope_type": "default", "rope_theta": 1000.0}, tie_word_embeddings=False,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2))
+
+
+def problems(kind, split, n):
+    """n problems, always the same ones -> rows {prompt, answer, completion (a demonstration)}.
+
+    kind: toy (2 to 5 operands, symbols) or words (2 or 3 operands, a question in English).
+    split: test, validation or train, by the checksum of the operands, so that they never overlap.
+    """
+    rng, rows, seen = random.Random(f"{kind} {split}"), [], set()
+    for _ in range(100 * n):  # gives up in the end: there are fewer than 512 short test problems
+        if len(rows) == n:
+            break
+        operands = [rng.randint(0, 9) for _ in range(rng.randint(2, 5 if kind == "toy" else 3))]
+        chain = [str(operands[0])] + [rng.choice("+-") + str(x) for x in operands[1:]]
+        totals = [operands[0]]
+        for term in chain[1:]:
+            totals.append(totals[-1] + int(term))
+        text = "".join(chain)
+        checksum = zlib.crc32(f"{text}=".encode()) % 8
+        home = {0: "test", 1: "validation"}.get(checksum, "train")
+        if home != split or min(totals) < 0 or max(totals) > HIGHEST:
+            continue
+        if split != "train" and text in seen:  # repeats would make a held-out interval too narrow
+            continue
+        seen.add(text)
+        rows.append(make_row(kind, chain, totals, rng.random() < 0.5))
+    return rows
+
+
+def make_row(kind, chain, totals, show_work):
+    steps = [f"{a}{term}={b}" for a, term, b in zip(totals, chain[1:], totals[1:])]
+    completion = ",".join(steps) if show_work else str(totals[-1])
+    if kind == "toy":
+        return dict(prompt="".join(chain) + "=", answer=str(totals[-1]), completion=completion)
+    spaced = re.sub(r"([+=-])", r" \1 ", "".join(chain))
+    question = (f"What is {spaced}? Work it out one operation at a time, and end with the result.")
+    completion = re.sub(r"([+=-]|,)", r" \1 ", completion).replace(" ,", ",")
+    return dict(prompt=question, answer=str(totals[-1]), completion=completion)
+
+
+def check_steps(prompt, completion):
+    """Process supervision's judge: is each step of a toy answer exactly the next line of the work?
+
+    -> [(end, right), ...], one per comma-separated step: the 0-based index of its last character,
+    which is also its token (the comma belongs to the step before it), and 1.0 or 0.0.
+    """
+    total, *terms = re.findall(r"[+-]?\d+", prompt)
+    expected, end, marks = [], -1, []
+    for term in terms:
+        expected.append(f"{total}{term}={int(total) + int(term)}")
+        total = str(int(total) + int(term))
+    steps = completion.split(",")
+    for i, step in enumerate(steps):
+        end += len(step) + (i + 1 < len(steps))
+        marks.append((end, float(i < len(expected) and step == expected[i])))
+    return marks
