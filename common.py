@@ -40,8 +40,8 @@ def kl_estimate(logprobs, ref_logprobs, kind="k1"):
     """KL(pi || pi_ref) per token, estimated from tokens drawn from pi: (N, C), (N, C) -> (N, C).
 
     With r = pi_ref / pi (Schulman, "Approximating KL divergence"; the notes have r upside down):
-      k1 = -log r         unbiased, can be negative. Belongs in the reward: as a loss it does nothing,
-                          its gradient is 0 on average.
+      k1 = -log r         unbiased, can be negative. Belongs in the reward: as a loss it does
+                          nothing, its gradient is 0 on average.
       k2 = (log r)^2 / 2  biased, but as a loss its expected gradient is that of KL(pi || pi_ref).
       k3 = r - 1 - log r  unbiased and >= 0; as a loss it descends the other KL, KL(pi_ref || pi).
     """
@@ -56,7 +56,7 @@ def kl_estimate(logprobs, ref_logprobs, kind="k1"):
 
 
 def normalize_rewards(scores, clip):
-    """z-score over the batch, then clip to [-clip, clip]: (N,) -> (N,). Equal scores give exact 0."""
+    """z-score over the batch, clipped to [-clip, clip]: (N,) -> (N,). Equal scores give exact 0."""
     if scores.max() == scores.min():  # else a std of rounding errors would blow rounding errors up
         return torch.zeros_like(scores)
     return ((scores - scores.mean()) / (scores.std() + 1e-8)).clamp(-clip, clip)
@@ -99,7 +99,7 @@ def ppo_clip_loss(logprobs, old_logprobs, advantages, mask, clip_eps=0.2):
 
 @dataclass
 class RunConfig:
-    """The flags of every script. Those without a default get one from the script's TOY or HUB row."""
+    """The flags of every script. Where the default is None, its TOY or HUB row fills in a value."""
 
     model: Optional[str] = HfArg(default=None, help="model folder, run folder or hub name; "
                                                     "without it the embedded toy model")
@@ -111,17 +111,18 @@ class RunConfig:
     weight_decay: float = HfArg(default=0.0, help="AdamW weight decay")
     max_grad_norm: float = HfArg(default=1.0, help="gradients are clipped to this norm")
     minibatch_size: Optional[int] = HfArg(default=None, help="sequences per optimizer step")
-    micro_batch_size: Optional[int] = HfArg(default=None, help="sequences per forward pass: a matter "
-                                                               "of memory, results stay the same")
+    micro_batch_size: Optional[int] = HfArg(default=None, help="sequences per forward pass; a "
+                                                               "matter of memory, not of results")
     max_new_tokens: Optional[int] = HfArg(default=None, help="longest completion, in tokens")
     log_every: int = HfArg(default=5, help="print a line of metrics every so many steps")
-    eval_every: int = HfArg(default=0, help="score validation prompts every so many steps; 0: never")
+    eval_every: int = HfArg(default=0, help="evaluate on validation prompts every so many "
+                                           "steps; 0: never")
     eval_prompts: Optional[int] = HfArg(default=None, help="held-out prompts per evaluation")
     save_every: int = HfArg(default=20, help="write the checkpoint every so many steps")
     seed: int = HfArg(default=1, help="seed of everything random")
     device: Optional[str] = HfArg(default=None, help="cpu or cuda; without it cuda if present")
-    out_dir: Optional[str] = HfArg(default=None, help="run folder; without it runs/SCRIPT, numbered "
-                                                      "if taken")
+    out_dir: Optional[str] = HfArg(default=None, help="run folder; without it runs/SCRIPT, with a "
+                                                      "number if taken")
     resume: bool = HfArg(default=False, help="go on from the checkpoint in the run folder")
 
 
@@ -130,7 +131,7 @@ class FlagHelp(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHe
 
 
 def fail(message, code=2):
-    """Stop with one sentence, no traceback. Code 2: the input is wrong; 1: it happened on the way."""
+    """Stop with one sentence, no traceback. Code 2: wrong input; 1: it happened on the way."""
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(code)
 
@@ -149,8 +150,8 @@ def main(config_class, train):
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
-        fail(f"out of memory: halve --micro_batch_size (it is {cfg.micro_batch_size}), which changes "
-             "no result, then --prompts_per_step; the last checkpoint is kept", code=1)
+        fail(f"out of memory: halve --micro_batch_size (it is {cfg.micro_batch_size}), which "
+             "changes no result, then --prompts_per_step; the last checkpoint is kept", code=1)
 
 
 def fill(cfg, toy, hub, hub_on_cpu):
@@ -174,23 +175,24 @@ def seed_everything(seed):
 
 
 def learning_rate(step, cfg):
-    """Linear rise over cfg.warmup_steps, then linear decay to a tenth of cfg.lr at the last step."""
+    """Linear rise over cfg.warmup_steps, and linear decay to a tenth of cfg.lr at the last step."""
     rise = min(1, (step + 1) / (cfg.warmup_steps + 1))
     return cfg.lr * rise * (1 - 0.9 * step / max(cfg.steps - 1, 1))
 
 
-def require_finite(values, what, step, texts):
-    """Stop at the first nan or inf in `values` (M,), naming step and sample (one of M `texts`)."""
-    for value, text in zip(values.tolist(), texts):
-        if not math.isfinite(value):
-            fail(f"{what} is {value} in step {step + 1} on the sample {text!r}; the last checkpoint "
-                 "is kept, and a smaller --lr is the usual remedy", code=1)
+def require_finite(number, what, step, texts, rows, per_row):
+    """Stop if `number` is nan or inf, and name the step and the worst of `rows` (R,) of `texts`."""
+    if not math.isfinite(number):
+        size = per_row.detach().reshape(len(rows), -1).abs().sum(1)
+        worst = int(rows[size.nan_to_num(nan=math.inf).argmax()])
+        fail(f"the {what} is {float(number)} in step {step + 1}, with the sample {texts[worst]!r}; "
+             "the last checkpoint is kept; mend the reward or take a smaller --lr", code=1)
 
 
 def ratio_stats(logprobs, old_logprobs, mask):
     """For the log, how far the policy moved from the one that sampled: all (N, C) -> scalars."""
     logprobs = logprobs.detach()
-    approx_kl = masked_mean(kl_estimate(old_logprobs, logprobs, "k3"), mask)  # KL(old || new), a token
+    approx_kl = masked_mean(kl_estimate(old_logprobs, logprobs, "k3"), mask)  # nats per token
     ratio = torch.where(mask.bool(), logprobs - old_logprobs, 0).exp()
     return dict(approx_kl=approx_kl, ratio_max=ratio.max())
 

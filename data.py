@@ -24,14 +24,22 @@ def encode(problems, tokenizer):
         text = problem["prompt"]
         if tokenizer.chat_template:
             messages = [{"role": "user", "content": text}]
-            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            text = tokenizer.apply_chat_template(messages, tokenize=False,
+                                                 add_generation_prompt=True)
         ids = tokenizer(text, add_special_tokens=False).input_ids
         problem["ids"] = [bos] + ids if wants_bos and ids[:1] != [bos] else ids
     return problems
 
 
+def encode_completions(problems, tokenizer):
+    """The demonstrations of SFT as token ids, each with its EOS: to stop is a decision as well."""
+    texts = [problem["completion"] for problem in problems]
+    ids = tokenizer(texts, add_special_tokens=False).input_ids
+    return [row + [tokenizer.eos_token_id] for row in ids]
+
+
 def draw_problems(problems, step, n, seed):
-    """The n problems of a step: one reshuffled pass after another, a function of seed and step alone."""
+    """The n problems of a step: pass after reshuffled pass, a function of seed and step alone."""
     chosen = []
     for i in range(step * n, (step + 1) * n):
         order, place = divmod(i, len(problems))
@@ -42,8 +50,8 @@ def draw_problems(problems, step, n, seed):
 
 
 # --------------------------------------------------------------------------------------------------
-# Rewards: (prompts, completions, **columns) -> list of float, TRL's signature. Besides the data's own
-# columns, `finished` says of each completion whether it ended by itself. Completions are plain text.
+# Rewards have TRL's signature: (prompts, completions, **columns) -> list of float. Completions are
+# plain text; beside the data's own columns, `finished` says whether each of them ended by itself.
 
 
 def last_number(prompts, completions, answer, finished, **columns):
@@ -75,9 +83,9 @@ def score(reward, problems, texts, batch, step=0):
     """The reward of each completion; problem i // K goes with completion i -> (N,) fp32."""
     rows = [problems[i] for i in batch.owner.tolist()]
     columns = {key: [row[key] for row in rows] for key in rows[0] if key not in ("prompt", "ids")}
-    scores = reward([row["prompt"] for row in rows], texts, finished=batch.finished.tolist(), **columns)
-    scores = torch.tensor(scores, dtype=torch.float32)
-    require_finite(scores, "the score", step, texts)
+    columns["finished"] = batch.finished.tolist()
+    scores = torch.tensor(reward([row["prompt"] for row in rows], texts, **columns)).float()
+    require_finite(scores.sum(), "score", step, texts, range(len(texts)), scores)
     return scores.to(batch.mask.device)
 
 
@@ -90,72 +98,90 @@ def batch_stats(scores, kl, batch, group_size):
     # Groups whose scores are all equal teach nothing. Without groups, the batch is the group.
     groups = scores.view(-1, group_size if group_size > 1 else len(scores))
     return dict(
-        score=scores.mean(), score_std=scores.std(), kl=torch.where(batch.mask.bool(), kl, 0).sum(1).mean(),
-        entropy=-masked_mean(batch.logprobs, batch.mask),  # E[-log pi(y_t)], nats per token
+        score=scores.mean(), score_std=scores.std(),
+        kl=torch.where(batch.mask.bool(), kl, 0).sum(1).mean(),  # nats per completion
+        entropy=-masked_mean(batch.logprobs, batch.mask),        # E[-log pi(y_t)], nats per token
         length=batch.mask.sum(1).mean(), truncated=1 - batch.finished.float().mean(),
         frac_zero_std=(groups.amax(1) == groups.amin(1)).float().mean())
 
 
-def check_first_step(policy, batch, scores, kl, temperature, micro_batch_size):
-    """What must hold before the first update, or the run is not what it seems. Warns, goes on."""
-    rows = torch.arange(min(micro_batch_size, len(batch.mask)), device=batch.mask.device)
+def check_first_step(policy, batch, scores, kl, cfg):
+    """What must hold before the first update, else the run is not what it seems. Warns, goes on."""
     with torch.no_grad():
-        gap = token_logprobs(policy, batch, rows, temperature) - batch.logprobs[rows]
-    gap = gap.exp().sub(1).abs()
-    bf16 = batch.mask.is_cuda  # there only the mean is meaningful: single tokens differ by 5 %
-    if not (masked_mean(gap, batch.mask[rows]) < 0.05 if bf16 else gap.max() < 1e-4):
-        print(f"warning: ratio of policy to sampler is off by up to {gap.max():.1g} before any update; "
-              "the sampler and the log-prob pass should agree")
-    if not masked_mean(kl, batch.mask).abs() < (1e-2 if bf16 else 1e-4):
-        print(f"warning: KL to the reference is {masked_mean(kl, batch.mask):.2g} a token before any "
-              "update; it should be 0")
+        rows = torch.arange(len(scores))[: cfg.micro_batch_size]
+        logprobs = token_logprobs(policy, batch, rows, cfg.temperature)
+    gap = (logprobs - batch.logprobs[rows]).exp().sub(1).abs()
+    worst, limit = gap.max().item(), 1e-4
+    if batch.mask.is_cuda:  # bf16: single tokens are off by some percent, without bias
+        worst, limit = masked_mean(gap, batch.mask[rows]).item(), 0.05
+    kl, truncated = masked_mean(kl, batch.mask).item(), 1 - batch.finished.float().mean().item()
+    if worst > limit:
+        print(f"warning: before any update, the ratio of policy to sampler is off by {worst:.2g}: "
+              "the log-prob pass and the sampler disagree about this model")
+    if abs(kl) > limit:
+        print(f"warning: before any update, the KL to the reference is {kl:.2g} a token, not 0: "
+              "the policy did not start as the reference")
     if scores.max() == scores.min():
-        print(f"warning: all {len(scores)} scores are {scores[0].item():g}: nothing can be learned from "
-              "them; is the task too hard, or the reward blind?")
-    if batch.finished.float().mean() < 0.5:
-        print(f"warning: {1 - batch.finished.float().mean():.0%} of the completions were cut off before "
-              "their EOS, and score nothing; raise --max_new_tokens")
+        print(f"warning: all {len(scores)} scores are {scores[0].item():g}, and equal scores teach "
+              "nothing: is the task too hard, or --max_new_tokens too small?")
+    if truncated > 0.5:
+        print(f"warning: {truncated:.0%} of the completions were cut off before they ended; raise "
+              "--max_new_tokens")
 
 
-def evaluate(policy, tokenizer, problems, max_new_tokens, batch_size):
-    """Held-out exact match (last_number), sampled at T = 1 and greedy -> {name: (value, low, high)}.
+@torch.no_grad()
+def evaluate(policy, tokenizer, problems, cfg):
+    """Held-out exact match (last_number), at T = 1 and greedy -> {name: [value, low, high]}.
 
-    The interval is the 95 % one: Wilson's for shares, normal for the mean length. Draws from a
-    generator of its own, so that evaluating leaves the training run as it was.
+    low and high bound the 95 % interval. The draws come from a generator of their own, so that
+    evaluating leaves the training run as it was.
     """
     generator = torch.Generator(policy.device).manual_seed(0)
-    results = {}
+    results = {"n": len(problems)}
     for name, temperature in (("sampled", 1.0), ("greedy", 0.0)):
         right, works, lengths = [], [], []
-        for i in range(0, len(problems), batch_size):
-            part = problems[i : i + batch_size]
-            batch = sample(policy, tokenizer, [p["ids"] for p in part], 1, max_new_tokens, temperature,
-                           generator)
+        for i in range(0, len(problems), cfg.minibatch_size):
+            part = problems[i : i + cfg.minibatch_size]
+            batch = sample(policy, tokenizer, [problem["ids"] for problem in part], 1,
+                           cfg.max_new_tokens, temperature, generator)
             texts = decode(tokenizer, batch)
             right += score(last_number, part, texts, batch).tolist()
             works += [float("=" in text) for text in texts]
             lengths += batch.mask.sum(1).tolist()
-        results[f"{name} exact match"] = wilson(right)
+        results[name] = wilson(right)
         if name == "sampled":
-            mean, std = torch.tensor(lengths).mean().item(), torch.tensor(lengths).std().item()
-            margin = 1.96 * std / len(lengths) ** 0.5
-            results["shows its work"] = wilson(works)
-            results["mean length"] = (mean, mean - margin, mean + margin)
+            results["shows_work"] = wilson(works)
+            margin = 1.96 * torch.tensor(lengths).std(unbiased=False).item() / len(lengths) ** 0.5
+            mean = sum(lengths) / len(lengths)
+            results["length"] = [mean, mean - margin, mean + margin]
     return results
 
 
 def wilson(hits):
-    """Share of ones in a list of 0 and 1, and its 95 % interval (Wilson 1927) -> (share, low, high)."""
-    n, z = len(hits), 1.96
-    p = sum(hits) / n
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    margin = z / (1 + z * z / n) * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
-    return p, centre - margin, centre + margin
+    """Share of ones in a list of zeros and ones, and Wilson's 95 % interval: [share, low, high]."""
+    n, z2 = len(hits), 1.96**2
+    share = sum(hits) / n
+    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
+    margin = (z2 * (share * (1 - share) / n + z2 / (4 * n * n))) ** 0.5 / (1 + z2 / n)
+    return [share, centre - margin, centre + margin]
 
 
-def report(before, after, n):
-    """Print the held-out results side by side."""
-    print(f"\nheld-out problems, n = {n}    before [95 % interval]      after [95 % interval]")
-    for name in after:
-        cells = [f"{value:6.3f} [{low:6.3f}, {high:6.3f}]" for value, low, high in (before[name], after[name])]
-        print(f"{name:24s}  " + "    ".join(cells))
+def validate(run, step, policy, tokenizer, problems, cfg):
+    """Every --eval_every steps: evaluate on validation problems, never on those of the test."""
+    if cfg.eval_every and (step + 1) % cfg.eval_every == 0:
+        results = evaluate(policy, tokenizer, problems, cfg)
+        run.write("validation.jsonl", step, **results)
+        run.bar.write(f"step {step + 1}: validation, n = {results.pop('n')}: "
+                      + ", ".join(f"{name} {value[0]:.3f}" for name, value in results.items()))
+
+
+def report(before, after, folder):
+    """The end of a run: the test problems before and after, and where everything is."""
+    names = dict(sampled="exact match, sampled", greedy="exact match, greedy",
+                 shows_work="shows its work", length="mean length (tokens)")
+    print(f"\n{'test problems, n = ' + str(after['n']):24s}{'before':>8s} [95 % interval]      "
+          f"{'after':>8s} [95 % interval]")
+    for key, name in names.items():
+        print(f"{name:24s}" + "     ".join("{:8.3f} [{:6.3f}, {:6.3f}]".format(*results[key])
+                                           for results in (before, after)))
+    print(f"\nThe trained model is in {folder / 'model'}, the log in {folder / 'metrics.jsonl'}.")

@@ -9,7 +9,6 @@ The only file that knows padding, positions and key/value caches. Three facts sh
 - Layout: prompts are padded on the left to P columns, completions follow in columns P, P+1, ..., so
   that all rows write the same column at the same time. Positions count real tokens only.
 """
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
@@ -31,7 +30,7 @@ class Batch:
     owner: torch.Tensor                       # (N,) the prompt that each completion continues
     completions: torch.Tensor                 # (N, C) token ids; anything on padding
     mask: torch.Tensor                        # (N, C) 1 on completion tokens, EOS included
-    logprobs: Optional[torch.Tensor] = None   # (N, C) of the policy that sampled, at its temperature
+    logprobs: Optional[torch.Tensor] = None   # (N, C) the sampler's own, at its temperature
     finished: Optional[torch.Tensor] = None   # (N,) bool: ended by an EOS, not by max_new_tokens
 
 
@@ -49,7 +48,7 @@ def make_batch(prompts, completions, device):
 
 
 def load_policy(name, device):
-    """A hub name, a model folder, or a run folder (which stands for its model/) -> (policy, tokenizer).
+    """Hub name, model folder, or run folder (which stands for its model/) -> (policy, tokenizer).
 
     Weights are fp32 even where the checkpoint is bf16: an RL step is often smaller than the gap
     between two neighbouring bf16 numbers, and would be rounded away.
@@ -82,44 +81,33 @@ def eos_ids(policy, tokenizer):
 def probe(policy, tokenizer, name):
     """Refuse a model that this file would serve wrongly: ALiBi, state-space, not causal, ...
 
-    Three ways to the same log-probs must agree on ragged prompts (in fp32, on the CPU): the sampler,
-    the shared-prompt pass, and a plain forward of each row without padding or cache.
+    Three ways to the same log-probs must agree on ragged prompts (fp32, on the CPU): the sampler,
+    the shared-prompt pass, and a plain forward of each row, without padding or cache.
     """
-    vocabulary = policy.get_input_embeddings().num_embeddings
-    prompts, state, temperature = [[5, 7, 6, 9, 8], [5, 7]], torch.get_rng_state(), 0.7
     try:
-        prompts = [[i % vocabulary for i in prompt] for prompt in prompts]
-        batch = sample(policy, tokenizer, prompts, 2, 3, temperature)
-        shared = token_logprobs(policy, batch, torch.arange(4), temperature)
-        gap = max((row.expand(2, -1) - torch.stack([batch.logprobs[i, :len(row)], shared[i, :len(row)]]))
-                  .abs().max().item()
-                  for i, row in enumerate(plain_logprobs(policy, batch, temperature)))
+        batch = sample(policy, tokenizer, [[5, 7, 6, 9, 8], [5, 7]], 2, 3, 0.7,
+                       torch.Generator().manual_seed(0))
+        shared = token_logprobs(policy, batch, torch.arange(4), 0.7)
+        plain = torch.zeros_like(shared)
+        for i, row in enumerate(plain_logprobs(policy, batch, 0.7)):
+            plain[i, : len(row)] = row
+        gap = max((plain - other).abs().max().item() for other in (batch.logprobs, shared))
         reason = f"cached and plain log-probs differ by {gap:.1g}" if not gap < 1e-3 else None
     except Exception as error:  # whatever a foreign architecture says to our cache and masks
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-    torch.set_rng_state(state)
     if reason:
-        fail(f"--model {name}: architecture {policy.config.model_type} does not work with our sampler "
-             f"({reason}); use a causal decoder that keeps a key/value cache")
+        fail(f"--model {name}: the architecture {policy.config.model_type} does not work with our "
+             f"sampler ({reason}); use a causal decoder that keeps a key/value cache")
 
 
 def plain_logprobs(policy, batch, temperature):
-    """The definition, for checks: each row alone, unpadded, no cache -> list of N tensors (L_i,)."""
+    """The definition, for checks: each row alone, no padding, no cache -> N tensors (L_i,)."""
     rows = []
     for owner, ids, mask in zip(batch.owner.tolist(), batch.completions, batch.mask.bool()):
         prompt = torch.tensor(batch.prompts[owner], device=ids.device)
-        logits = policy(input_ids=torch.cat([prompt, ids[mask]])[None]).logits[0, len(prompt) - 1 : -1]
-        rows.append(pick(logits, ids[mask], temperature))
+        logits = policy(input_ids=torch.cat([prompt, ids[mask]])[None]).logits[0]
+        rows.append(pick(logits[len(prompt) - 1 : -1], ids[mask], temperature))
     return rows
-
-
-def save_policy(policy, tokenizer, folder):
-    """Write folder/model, fp32, for from_pretrained; whole or not at all."""
-    temporary, final = Path(folder, "model.tmp"), Path(folder, "model")
-    policy.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    shutil.rmtree(final, ignore_errors=True)
-    temporary.rename(final)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -133,10 +121,10 @@ def precision(device):
 
 
 def attention_mask(policy, valid, queries):
-    """Who sees whom: `valid` (n, W) marks real columns, the last `queries` of the W columns look back.
+    """Who sees whom: the last `queries` columns look back at those that `valid` (n, W) marks real.
 
     -> additive (n, 1, queries, W), 0 or hugely negative. Additive because eager attention silently
-    misreads a bool mask; finite because a pad row sees nothing, and softmax of all -inf is nan.
+    misreads a bool mask; finite because padding sees nothing, and softmax of all -inf is nan.
     """
     config = policy.config.get_text_config()
     column = torch.arange(valid.shape[1], device=valid.device)
@@ -157,9 +145,9 @@ def attention_mask(policy, valid, queries):
 
 
 def forward(policy, ids, valid, cache=None, keep=0):
-    """Logits (n, q or keep, V) of `ids` (n, q), which are the last q of the W columns of `valid`."""
+    """Logits (n, q or keep, V) of `ids` (n, q): the last q of the columns that `valid` tells of."""
     queries = ids.shape[1]
-    positions = (valid.cumsum(1) - 1).clamp(min=0)  # of real tokens; GPT-2 and OPT learn one vector each
+    positions = (valid.cumsum(1) - 1).clamp(min=0)  # padding does not count: GPT-2 would notice
     return policy(input_ids=ids, attention_mask=attention_mask(policy, valid, queries),
                   position_ids=positions[:, -queries:], past_key_values=cache,
                   use_cache=cache is not None, logits_to_keep=keep).logits
@@ -180,14 +168,14 @@ def pick(logits, tokens, temperature):
 
 
 def pick_in_chunks(logits, tokens, temperature):
-    """pick(), without keeping an fp32 copy of all (R, C, V) logits for backward: recompute it there."""
+    """pick(), but backward recomputes the fp32 copy of the logits instead of keeping (R, C, V)."""
     chunks = zip(logits.flatten(0, 1).split(1024), tokens.flatten().split(1024))
     chunks = [checkpoint(pick, *chunk, temperature, use_reentrant=False) for chunk in chunks]
     return torch.cat(chunks).view(tokens.shape)
 
 
 def token_logprobs(policy, batch, rows, temperature):
-    """log pi(y_t | x, y_<t) of completions `rows` (R,) -> (R, C) fp32, 0 on padding, differentiable.
+    """log pi(y_t | x, y_<t) for completions `rows` (R,) -> (R, C), fp32, 0 on padding, with grad.
 
     A prompt that several rows share is forwarded once, and its keys and values copied to them. The
     copy is index_select, whose backward adds in a fixed order (same seed, same bits); that of plain
@@ -213,7 +201,8 @@ def token_logprobs(policy, batch, rows, temperature):
                     layer.keys = layer.keys.index_select(0, owner)
                     layer.values = layer.values.index_select(0, owner)
                 valid = torch.cat([valid[owner], mask[:, :-1]], 1)
-                rest = pick_in_chunks(forward(policy, ids[:, :-1], valid, cache), ids[:, 1:], temperature)
+                rest = forward(policy, ids[:, :-1], valid, cache)
+                rest = pick_in_chunks(rest, ids[:, 1:], temperature)
                 logprobs = torch.cat([logprobs, rest], 1)
     return F.pad(torch.where(mask, logprobs, 0), (0, batch.mask.shape[1] - width))
 
@@ -222,8 +211,7 @@ def token_logprobs(policy, batch, rows, temperature):
 def all_logprobs(policy, batch, micro_batch_size, temperature):
     """token_logprobs of the whole batch, without gradient -> (N, C)."""
     logprobs = torch.zeros_like(batch.mask)
-    everything = torch.arange(len(batch.mask), device=batch.mask.device)
-    for rows, _ in micro_batches(everything, batch.mask, micro_batch_size):
+    for rows, _ in micro_batches(batch, torch.arange(len(logprobs)), micro_batch_size):
         logprobs[rows] = token_logprobs(policy, batch, rows, temperature)
     return logprobs
 
@@ -267,7 +255,7 @@ def draw(logits, temperature, generator=None):
     cumulative = logits.double().exp().cumsum(-1)
     total = cumulative[:, -1:]
     uniform = torch.rand(total.shape, dtype=total.dtype, device=total.device, generator=generator)
-    # right=True: the first token whose cumulative sum exceeds the number, never one of probability 0
+    # right=True: the first token whose sum exceeds the number, which is none of probability 0
     tokens = torch.searchsorted(cumulative, uniform * total, right=True)
     tokens = tokens.clamp(max=logits.shape[-1] - 1)  # only nan logits get here
     return tokens.squeeze(-1), (logits.gather(-1, tokens) - total.log()).float().squeeze(-1)
@@ -275,9 +263,9 @@ def draw(logits, temperature, generator=None):
 
 @torch.no_grad()
 def sample(policy, tokenizer, prompts, group_size, max_new_tokens, temperature, generator=None):
-    """`group_size` completions of each of B prompts (lists of token ids) -> Batch, N = B * group_size.
+    """`group_size` completions of each of B prompts (lists of token ids) -> Batch of N = B * K.
 
-    Completion i belongs to prompt i // group_size. Temperature 0 decodes greedily.
+    Completion i belongs to prompt i // K. Temperature 0 decodes greedily.
     """
     device = policy.device
     stop = torch.tensor(eos_ids(policy, tokenizer), device=device)
@@ -294,7 +282,7 @@ def sample(policy, tokenizer, prompts, group_size, max_new_tokens, temperature, 
         # Completion columns count as real ones: those after a row's EOS are never read.
         width, valid = valid.shape[1], F.pad(valid[owner], (0, max_new_tokens), value=True)
         for t in range(max_new_tokens):
-            # The mask is the sampler's own knowledge. It can't be read off the ids: pad may equal EOS.
+            # The mask is what the sampler knows. It can't be read off the ids: pad may equal EOS.
             mask[rows, t] = (~finished[rows]).float()
             ids[rows, t], logprobs[rows, t] = draw(logits, temperature, generator)
             finished[rows] |= torch.isin(ids[rows, t], stop)
@@ -319,20 +307,21 @@ def sample(policy, tokenizer, prompts, group_size, max_new_tokens, temperature, 
 # Slices of a batch
 
 
-def mini_batches(n, minibatch_size, group_size, epochs):
-    """Shuffled whole groups, `epochs` times over n completions -> yields row indices."""
+def mini_batches(batch, minibatch_size, group_size, epochs):
+    """Shuffled whole groups, the batch `epochs` times over -> yields row indices (M,)."""
     for _ in range(epochs):
-        for groups in torch.randperm(n // group_size).split(max(1, minibatch_size // group_size)):
-            yield (groups[:, None] * group_size + torch.arange(group_size)).flatten()
+        groups = torch.randperm(len(batch.mask) // group_size)
+        for part in groups.split(max(1, minibatch_size // group_size)):
+            yield (part[:, None] * group_size + torch.arange(group_size)).flatten()
 
 
-def micro_batches(rows, mask, size):
-    """Split mini-batch `rows` into forwards of `size` rows -> yields (rows, share).
+def micro_batches(batch, rows, size):
+    """Split a mini-batch into forwards of `size` rows -> yields (rows, share).
 
-    share = the micro-batch's part of the mini-batch's tokens: token means weighted by it add up to
-    the token mean of the whole, so that micro-batching changes memory and not the gradient. Rows
-    are sorted by length, and each forward is only as wide as its longest row.
+    share is the part of the mini-batch's tokens: token means weighted by it add up to the mean over
+    the whole mini-batch, so that micro-batching changes memory and not the gradient. Rows are
+    sorted by length, because a forward is as wide as its longest row.
     """
-    lengths = mask[rows].sum(1)
+    lengths = batch.mask[rows].sum(1).cpu()
     for part in lengths.argsort(stable=True).split(size):
-        yield rows[part], (lengths[part].sum() / lengths.sum().clamp(min=1)).item()
+        yield rows[part], (lengths[part].sum() / lengths.sum()).item()

@@ -1,15 +1,17 @@
 """
-A run's folder: config.json, metrics.jsonl, samples.jsonl, checkpoint.pt, and its progress on screen.
+A run: its folder (config.json, metrics.jsonl, samples.jsonl, checkpoint.pt, model/) and its screen.
 
-Where an algorithm's script says run.steps(), run.lap(), run.log() and run.save(), this is all that
-happens: counting, timing, one JSON line, one file. Nothing here touches the learning.
+Where a script says run.steps(), run.lap(), run.log(), run.save(), all that happens is counting,
+timing, one line of JSON, one file. Nothing here touches the learning.
 """
 import json
 import os
 import random
 import shlex
+import shutil
 import signal
 import sys
+import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -19,12 +21,12 @@ from tqdm import tqdm
 
 from common import fail
 
-# Flags that --resume lets differ from the run's own: where and how long it runs, and how often it reports.
+# What --resume lets differ from the run's own: where and how long it runs, how often it reports.
 MAY_CHANGE = {"steps", "device", "out_dir", "resume", "log_every", "eval_every", "save_every"}
 
 
 def write_atomically(path, write):
-    """Write to a neighbour, then rename: a kill at any moment leaves the old file or the new, whole."""
+    """Write to a neighbour, then rename: whenever killed, it leaves a whole file, old or new."""
     temporary = path.with_name(path.name + ".tmp")
     write(temporary)
     os.replace(temporary, path)
@@ -32,22 +34,25 @@ def write_atomically(path, write):
 
 class Run:
     def __init__(self, cfg, name):
-        self.cfg, self.first, self.stopping, self.times = cfg, 0, False, {}
+        self.cfg, self.name, self.first, self.stopping, self.times = cfg, name, 0, False, {}
         self.folder = find_folder(cfg, name)
         self.folder.mkdir(parents=True, exist_ok=True)
+        for path in self.folder.glob("*.jsonl" if not cfg.resume else ""):
+            path.unlink()  # of a run that was killed before its first checkpoint
         cfg.out_dir = str(self.folder)
         text = json.dumps(asdict(cfg), indent=1)
         write_atomically(self.folder / "config.json", lambda path: path.write_text(text))
         print(f"{name}: " + " ".join(f"{k}={v}" for k, v in asdict(cfg).items()), flush=True)
 
     def steps(self):
-        """Count the steps. Ctrl-C: finish this one, save it, say how to go on; again: stop at once."""
+        """Count the steps. Ctrl-C: finish this one, save, say how to go on; again: stop at once."""
         def interrupt(signum, frame):
             if self.stopping:
                 raise KeyboardInterrupt
             self.stopping = True
 
-        handlers = {which: signal.signal(which, interrupt) for which in (signal.SIGINT, signal.SIGTERM)}
+        signals = signal.SIGINT, signal.SIGTERM
+        handlers = {number: signal.signal(number, interrupt) for number in signals}
         self.bar = tqdm(total=self.cfg.steps, initial=self.first, dynamic_ncols=True)
         for step in range(self.first, self.cfg.steps):
             self.mark = time.perf_counter()
@@ -55,16 +60,19 @@ class Run:
             self.bar.update()
             if self.stopping and step + 1 < self.cfg.steps:
                 self.bar.close()
-                fail(f"stopped after step {step + 1} of {self.cfg.steps}, which is saved; to go on: "
-                     f"python {shlex.join(sys.argv)} --out_dir {self.folder} --resume", code=130)
+                again = ["python", *sys.argv]
+                if Path(sys.argv[0]).stem == self.name and "--resume" not in again:
+                    again += ["--out_dir", str(self.folder), "--resume"]
+                fail(f"stopped after step {step + 1} of {self.cfg.steps}, and saved; to go on: "
+                     + shlex.join(again), code=130)
         self.bar.close()
-        for which, handler in handlers.items():
-            signal.signal(which, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
     def lap(self, phase):
         """Book the seconds since the last lap as time_{phase} of this step."""
         if torch.cuda.is_available():
-            torch.cuda.synchronize()  # GPU work is asynchronous: without this another phase would pay
+            torch.cuda.synchronize()  # GPU work is asynchronous: else the next phase would pay
         now = time.perf_counter()
         self.times[f"time_{phase}"], self.mark = now - self.mark, now
 
@@ -79,12 +87,22 @@ class Run:
         if (step + 1) % self.cfg.log_every == 0:
             self.bar.write(f"step {step + 1}: " + ", ".join(f"{k} {v}" for k, v in short.items()))
 
+    def show(self, step, asked, texts, scores):
+        """Every --log_every steps: some completions into samples.jsonl, the first on the screen."""
+        if (step + 1) % self.cfg.log_every == 0:
+            for i in range(0, len(texts), max(1, len(texts) // 4)):
+                row = asked[i * len(asked) // len(texts)]
+                self.write("samples.jsonl", step, prompt=row["prompt"], completion=texts[i],
+                           answer=row["answer"], score=scores[i].item())
+            text = texts[0] if len(texts[0]) < 300 else texts[0][:300] + "..."
+            self.bar.write(f"    {asked[0]['prompt']!r} -> {text!r} scores {scores[0].item():g}")
+
     def write(self, name, step, **fields):
         with open(self.folder / name, "a") as file:
             file.write(json.dumps({"step": step + 1, **fields}, ensure_ascii=False) + "\n")
 
     def save(self, step, **state):
-        """checkpoint.pt, where it is due: every --save_every steps, at the last, and after Ctrl-C."""
+        """checkpoint.pt, when it is due: every --save_every steps, at the last, after Ctrl-C."""
         if self.stopping or (step + 1) % self.cfg.save_every == 0 or step + 1 == self.cfg.steps:
             state = {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in state.items()}
             cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
@@ -92,7 +110,7 @@ class Run:
             write_atomically(self.folder / "checkpoint.pt", lambda path: torch.save(state, path))
 
     def load(self, **objects):
-        """With --resume, checkpoint.pt into `objects` (all with load_state_dict); -> what it holds."""
+        """With --resume: checkpoint.pt into `objects` and the random states -> the whole of it."""
         if not self.cfg.resume:
             return {}
         path = self.folder / "checkpoint.pt"
@@ -105,26 +123,53 @@ class Run:
         if torch.cuda.is_available() and state["rng"][2]:
             torch.cuda.set_rng_state_all(state["rng"][2])
         for path in self.folder.glob("*.jsonl"):  # what came after the checkpoint will come again
-            rows = [r for r in path.read_text().splitlines(True) if json.loads(r)["step"] <= self.first]
+            rows = path.read_text().splitlines(keepends=True)
+            rows = [r for r in rows if r.endswith("\n") and json.loads(r)["step"] <= self.first]
             write_atomically(path, lambda temporary: temporary.write_text("".join(rows)))
         return state
 
 
 def find_folder(cfg, name):
-    """--out_dir, or the first free one of runs/NAME, runs/NAME-2, ...; with --resume the last taken."""
+    """--out_dir, or the first free of runs/NAME, runs/NAME-2, ...; with --resume the last taken."""
     number, newest = 1, None
     while (folder := Path("runs", name if number == 1 else f"{name}-{number}")).exists():
         number, newest = number + 1, folder
     folder = Path(cfg.out_dir or (cfg.resume and newest) or folder)
     saved = (folder / "checkpoint.pt").exists()
     if cfg.resume and not saved:
-        fail(f"--resume: there is no checkpoint in {folder}; name the folder of a run with --out_dir")
+        fail(f"--resume: there is no checkpoint in {folder}; name a run's folder with --out_dir")
     if not cfg.resume and (saved or (folder / "model").exists()):
-        fail(f"--out_dir: {folder} holds a run; add --resume to go on with it, or name another folder")
+        fail(f"--out_dir: {folder} holds a run; --resume goes on with it, or name another folder")
     if cfg.resume:
         before = json.loads((folder / "config.json").read_text())
         for key in sorted(before.keys() - MAY_CHANGE):
             if before[key] != getattr(cfg, key, None):
-                fail(f"--{key} is {getattr(cfg, key, None)}, but the run to --resume in {folder} has "
-                     f"{before[key]}: use its value, or start a new run in another --out_dir")
+                fail(f"--{key} is {getattr(cfg, key, None)}, but {before[key]} in {folder}, which "
+                     "you --resume: use that value, or start a new run in another --out_dir")
     return folder
+
+
+def check_saving(policy, tokenizer, folder):
+    """Before the training, not after it: will what must be saved at its end be saved?"""
+    with tempfile.TemporaryDirectory(dir=folder) as trial:
+        try:
+            policy.generation_config.save_pretrained(trial)
+        except ValueError:  # sampling settings without do_sample: transformers won't write them
+            policy.generation_config.do_sample = True
+        policy.config.save_pretrained(trial)
+        tokenizer.save_pretrained(trial)
+    size = sum(p.numel() * p.element_size() for p in policy.parameters())
+    need = 7 * size  # two checkpoints (weights and Adam's two moments) and the model
+    free = shutil.disk_usage(folder).free
+    if free < need:
+        fail(f"--out_dir {folder}: checkpoints and model need {need / 1e9:.1f} GB, but only "
+             f"{free / 1e9:.1f} GB are free; choose a folder on a larger disk")
+
+
+def save_policy(policy, tokenizer, folder):
+    """Write folder/model for from_pretrained, in fp32; a kill leaves the old one or the new one."""
+    temporary, final = Path(folder, "model.tmp"), Path(folder, "model")
+    policy.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    shutil.rmtree(final, ignore_errors=True)
+    temporary.rename(final)

@@ -6,18 +6,19 @@ The embedded world: chain arithmetic, and a language model small enough to learn
              or  2<eos>                               answers directly
 
 Both are legal; the answer is the last number. The demonstrations of SFT are all correct and flip a
-coin between the two, so the warm policy shows its work half of the time, and is far more often right
-when it does. What reinforcement learning then discovers is: show your work. Answers get longer
-because that is useful. `words` is the same arithmetic put as a question to a pretrained model.
+coin between the two, so that the warm policy shows its work half of the time, and is right far more
+often when it does. What reinforcement learning discovers then is: show your work. Answers get
+longer because that is useful. `words` is the same arithmetic as a question to a pretrained model.
 """
 import random
 import re
 import zlib
 
+import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-import torch
+from data import encode
 
 HIGHEST = 50  # all running totals lie in 0..50
 
@@ -29,8 +30,9 @@ def make_tokenizer():
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="left", pad_token="<pad>",
-                                   bos_token="<bos>", eos_token="<eos>", unk_token="<unk>")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="left",
+                                   pad_token="<pad>", bos_token="<bos>", eos_token="<eos>",
+                                   unk_token="<unk>")
 
 
 def make_model(seed):
@@ -68,6 +70,12 @@ def problems(kind, split, n):
         seen.add(text)
         rows.append(make_row(kind, chain, totals, rng.random() < 0.5))
     return rows
+
+
+def load_problems(cfg, tokenizer):
+    """The --data of a run, encoded -> training, validation and test problems."""
+    sizes = dict(train=16384, validation=cfg.eval_prompts, test=cfg.eval_prompts)
+    return [encode(problems(cfg.data, split, n), tokenizer) for split, n in sizes.items()]
 
 
 def make_row(kind, chain, totals, show_work):
