@@ -148,30 +148,36 @@ def main(config_class, train):
     try:
         train(cfg)
     except RuntimeError as error:
+        if "non-finite" in str(error):  # of clip_grad_norm_
+            fail("a gradient is nan or infinite, though its loss was not; the last checkpoint is "
+                 "kept, and a smaller --lr or --max_grad_norm is the usual remedy", code=1)
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
         fail(f"out of memory: halve --micro_batch_size (it is {cfg.micro_batch_size}), which "
              "changes no result, then --prompts_per_step; the last checkpoint is kept", code=1)
 
 
-def fill(cfg, toy, hub, hub_on_cpu):
+def fill(cfg, toy, hub, cpu):
     """Choose device and data, then give flags without a value the one in the row for this world."""
-    cuda = torch.cuda.is_available()
-    cfg.device = cfg.device or ("cuda" if cuda else "cpu")
-    if cfg.device.startswith("cuda") and not cuda:
+    cfg.device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if cfg.device.partition(":")[0] not in ("cpu", "cuda"):
+        fail(f"--device {cfg.device}: choose cpu or cuda")
+    if cfg.device.startswith("cuda") and not torch.cuda.is_available():
         fail(f"--device {cfg.device}: torch sees no GPU on this machine; use --device cpu")
     cfg.data = cfg.data or ("words" if cfg.model else "toy")
-    row = toy if cfg.data == "toy" else hub if cfg.device.startswith("cuda") else hub_on_cpu
+    row = dict(toy if cfg.data == "toy" else hub if cfg.device.startswith("cuda") else cpu)
+    if "completions" in row:
+        row["prompts_per_step"] = max(1, row.pop("completions") // cfg.group_size)
     for key, value in row.items():
         if getattr(cfg, key) is None:
             setattr(cfg, key, value)
 
 
-def seed_everything(seed):
+def seed_everything(seed, device):
     """Same seed, same numbers: bit for bit on a CPU, nearly so on a GPU."""
     random.seed(seed)
     torch.manual_seed(seed)
-    torch.use_deterministic_algorithms(not torch.cuda.is_available())
+    torch.use_deterministic_algorithms(device == "cpu")
 
 
 def learning_rate(step, cfg):
@@ -180,12 +186,19 @@ def learning_rate(step, cfg):
     return cfg.lr * rise * (1 - 0.9 * step / max(cfg.steps - 1, 1))
 
 
+def mini_batches(n, minibatch_size, group_size, epochs):
+    """Shuffled whole groups, all n completions `epochs` times over -> yields row indices (M,)."""
+    for _ in range(epochs):
+        for groups in torch.randperm(n // group_size).split(max(1, minibatch_size // group_size)):
+            yield (groups[:, None] * group_size + torch.arange(group_size)).flatten()
+
+
 def require_finite(number, what, step, texts, rows, per_row):
     """Stop if `number` is nan or inf, and name the step and the worst of `rows` (R,) of `texts`."""
-    if not math.isfinite(number):
+    if not torch.isfinite(number):
         size = per_row.detach().reshape(len(rows), -1).abs().sum(1)
-        worst = int(rows[size.nan_to_num(nan=math.inf).argmax()])
-        fail(f"the {what} is {float(number)} in step {step + 1}, with the sample {texts[worst]!r}; "
+        worst = int(rows[int(size.nan_to_num(nan=math.inf).argmax())])
+        fail(f"the {what} is {number.item()} in step {step + 1}, with the sample {texts[worst]!r}; "
              "the last checkpoint is kept; mend the reward or take a smaller --lr", code=1)
 
 
@@ -201,14 +214,14 @@ class Means:
     """Weighted means over the micro-batches of a step; of a name in _max, the maximum."""
 
     def __init__(self):
-        self.sums, self.weight = {}, 0
+        self.sums, self.weights = {}, {}
 
     def add(self, weight, **scalars):
-        self.weight += weight
         for name, value in scalars.items():
-            value, old = value.detach(), self.sums.get(name, 0 * value.detach())
+            value = torch.as_tensor(value).detach()
+            old, self.weights[name] = self.sums.get(name, 0), self.weights.get(name, 0) + weight
             self.sums[name] = max(old, value) if name.endswith("_max") else old + weight * value
 
     def __call__(self):
-        return {name: total if name.endswith("_max") else total / self.weight
+        return {name: total if name.endswith("_max") else total / self.weights[name]
                 for name, total in self.sums.items()}

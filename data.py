@@ -79,14 +79,15 @@ def decode(tokenizer, batch):
     return tokenizer.batch_decode(rows, skip_special_tokens=True)
 
 
-def score(reward, problems, texts, batch, step=0):
-    """The reward of each completion; problem i // K goes with completion i -> (N,) fp32."""
+def score(reward, problems, batch, tokenizer, step=0):
+    """Judge a batch; completion i answers problems[i // K] -> texts (a list of N), scores (N,)."""
+    texts = decode(tokenizer, batch)
     rows = [problems[i] for i in batch.owner.tolist()]
     columns = {key: [row[key] for row in rows] for key in rows[0] if key not in ("prompt", "ids")}
     columns["finished"] = batch.finished.tolist()
     scores = torch.tensor(reward([row["prompt"] for row in rows], texts, **columns)).float()
     require_finite(scores.sum(), "score", step, texts, range(len(texts)), scores)
-    return scores.to(batch.mask.device)
+    return texts, scores.to(batch.mask.device)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -105,8 +106,10 @@ def batch_stats(scores, kl, batch, group_size):
         frac_zero_std=(groups.amax(1) == groups.amin(1)).float().mean())
 
 
-def check_first_step(policy, batch, scores, kl, cfg):
+def check_first_step(step, policy, batch, scores, kl, cfg):
     """What must hold before the first update, else the run is not what it seems. Warns, goes on."""
+    if step > 0:
+        return
     with torch.no_grad():
         rows = torch.arange(len(scores))[: cfg.micro_batch_size]
         logprobs = token_logprobs(policy, batch, rows, cfg.temperature)
@@ -144,8 +147,8 @@ def evaluate(policy, tokenizer, problems, cfg):
             part = problems[i : i + cfg.minibatch_size]
             batch = sample(policy, tokenizer, [problem["ids"] for problem in part], 1,
                            cfg.max_new_tokens, temperature, generator)
-            texts = decode(tokenizer, batch)
-            right += score(last_number, part, texts, batch).tolist()
+            texts, scores = score(last_number, part, batch, tokenizer)
+            right += scores.tolist()
             works += [float("=" in text) for text in texts]
             lengths += batch.mask.sum(1).tolist()
         results[name] = wilson(right)

@@ -15,6 +15,7 @@ from typing import Optional
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
@@ -38,9 +39,8 @@ def make_batch(prompts, completions, device):
     """Given texts as lists of token ids, completion i for prompt i (EOS included) -> Batch."""
     width = max(map(len, completions))
     ids = torch.tensor([c + [0] * (width - len(c)) for c in completions], device=device)
-    lengths = torch.tensor([len(c) for c in completions], device=device)
-    mask = (torch.arange(width, device=device) < lengths[:, None]).float()
-    return Batch(prompts, torch.arange(len(prompts), device=device), ids, mask)
+    mask = torch.tensor([[1.0] * len(c) + [0.0] * (width - len(c)) for c in completions])
+    return Batch(prompts, torch.arange(len(prompts), device=device), ids, mask.to(device))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -54,6 +54,8 @@ def load_policy(name, device):
     between two neighbouring bf16 numbers, and would be rounded away.
     """
     folder = Path(name, "model") if Path(name, "model", "config.json").exists() else name
+    if Path(folder).exists():  # bars are for downloads
+        transformers.utils.logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     policy = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     for module in policy.modules():  # dropout would make the ratio of new to old policy random
@@ -133,7 +135,6 @@ def attention_mask(policy, valid, queries):
 
     def additive(visible):
         return torch.where(visible, 0.0, torch.finfo(torch.bfloat16).min)  # fits bf16 and fp32
-
     window = getattr(config, "sliding_window", None)
     kinds = set(getattr(config, "layer_types", None) or [])
     if "sliding_attention" in kinds:                  # Gemma-3, Qwen: some layers have a window
@@ -156,9 +157,9 @@ def forward(policy, ids, valid, cache=None, keep=0):
 def pad_left(prompts, device):
     """B lists of token ids -> ids (B, P), valid (B, P)."""
     width = max(map(len, prompts))
-    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
-    lengths = torch.tensor([len(p) for p in prompts], device=device)
-    return ids, torch.arange(width, device=device) >= width - lengths[:, None]
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
+    valid = torch.tensor([[False] * (width - len(p)) + [True] * len(p) for p in prompts])
+    return ids.to(device), valid.to(device)
 
 
 def pick(logits, tokens, temperature):
@@ -170,16 +171,15 @@ def pick(logits, tokens, temperature):
 def pick_in_chunks(logits, tokens, temperature):
     """pick(), but backward recomputes the fp32 copy of the logits instead of keeping (R, C, V)."""
     chunks = zip(logits.flatten(0, 1).split(1024), tokens.flatten().split(1024))
-    chunks = [checkpoint(pick, *chunk, temperature, use_reentrant=False) for chunk in chunks]
-    return torch.cat(chunks).view(tokens.shape)
+    return torch.cat([checkpoint(pick, *chunk, temperature, use_reentrant=False,
+                                 preserve_rng_state=False) for chunk in chunks]).view(tokens.shape)
 
 
 def token_logprobs(policy, batch, rows, temperature):
     """log pi(y_t | x, y_<t) for completions `rows` (R,) -> (R, C), fp32, 0 on padding, with grad.
 
-    A prompt that several rows share is forwarded once, and its keys and values copied to them. The
-    copy is index_select, whose backward adds in a fixed order (same seed, same bits); that of plain
-    indexing does not.
+    A prompt that several rows share is forwarded once, and its keys and values copied to them: by
+    index_select, whose backward adds in a fixed order. That of plain indexing does not.
     """
     width = int(batch.mask[rows].sum(1).max())
     mask = batch.mask[rows, :width].bool()
@@ -197,9 +197,7 @@ def token_logprobs(policy, batch, rows, temperature):
             first = forward(policy, prompt_ids, valid, cache, keep=1).index_select(0, owner)
             logprobs = pick(first, ids[:, :1], temperature)
             if width > 1:
-                for layer in cache.layers:
-                    layer.keys = layer.keys.index_select(0, owner)
-                    layer.values = layer.values.index_select(0, owner)
+                cache.reorder_cache(owner)  # an index_select of all keys and values
                 valid = torch.cat([valid[owner], mask[:, :-1]], 1)
                 rest = forward(policy, ids[:, :-1], valid, cache)
                 rest = pick_in_chunks(rest, ids[:, 1:], temperature)
@@ -226,7 +224,6 @@ class Buffer(DynamicLayer):
     def __init__(self, layer, owner, extra):
         super().__init__()
         self.length, self.is_initialized = layer.keys.shape[2], True
-        self.dtype, self.device = layer.keys.dtype, layer.keys.device
         self.keys = F.pad(layer.keys.index_select(0, owner), (0, 0, 0, extra))
         self.values = F.pad(layer.values.index_select(0, owner), (0, 0, 0, extra))
 
@@ -263,7 +260,7 @@ def draw(logits, temperature, generator=None):
 
 @torch.no_grad()
 def sample(policy, tokenizer, prompts, group_size, max_new_tokens, temperature, generator=None):
-    """`group_size` completions of each of B prompts (lists of token ids) -> Batch of N = B * K.
+    """K = group_size completions of each of B prompts (lists of token ids) -> Batch of N = B * K.
 
     Completion i belongs to prompt i // K. Temperature 0 decodes greedily.
     """
@@ -273,46 +270,38 @@ def sample(policy, tokenizer, prompts, group_size, max_new_tokens, temperature, 
     ids = torch.zeros(len(owner), max_new_tokens, dtype=torch.long, device=device)
     mask, logprobs = torch.zeros(2, *ids.shape, device=device)
     finished = torch.zeros(len(owner), dtype=torch.bool, device=device)
-    rows = torch.arange(len(owner), device=device)  # the completions that are still being decoded
+    rows = torch.arange(len(owner), device=device)  # the completions still in the cache
     with precision(device):
-        prompt_ids, valid = pad_left(prompts, device)
-        cache = DynamicCache()
+        (prompt_ids, valid), cache = pad_left(prompts, device), DynamicCache()
         logits = forward(policy, prompt_ids, valid, cache, keep=1)[owner, -1]
         cache = Cache(layers=[Buffer(layer, owner, max_new_tokens) for layer in cache.layers])
-        # Completion columns count as real ones: those after a row's EOS are never read.
+        # All completion columns count as real: those after a row's EOS are never read.
         width, valid = valid.shape[1], F.pad(valid[owner], (0, max_new_tokens), value=True)
         for t in range(max_new_tokens):
             # The mask is what the sampler knows. It can't be read off the ids: pad may equal EOS.
             mask[rows, t] = (~finished[rows]).float()
             ids[rows, t], logprobs[rows, t] = draw(logits, temperature, generator)
             finished[rows] |= torch.isin(ids[rows, t], stop)
-            if t + 1 == max_new_tokens:
-                break
             if device.type == "cpu" or t % 16 == 15:  # asking a GPU makes it wait: ask seldom
-                alive = (~finished[rows]).nonzero().flatten()
-                if len(alive) == 0:
-                    break
-                if len(alive) <= 0.75 * len(rows):    # forward no rows that are done
-                    rows = rows[alive]
-                    for layer in cache.layers:
-                        layer.keys = layer.keys.index_select(0, alive)
-                        layer.values = layer.values.index_select(0, alive)
+                rows = drop_finished(rows, finished, cache)
+            if len(rows) == 0 or t + 1 == max_new_tokens:
+                break
             logits = forward(policy, ids[rows, t, None], valid[rows, : width + t + 1], cache)[:, -1]
-    length = int(mask.sum(1).max())
-    ids, mask, logprobs = ids[:, :length], mask[:, :length], logprobs[:, :length]
-    return Batch(prompts, owner, ids, mask, torch.where(mask.bool(), logprobs, 0), finished)
+    logprobs, C = torch.where(mask.bool(), logprobs, 0), int(mask.sum(1).max())
+    return Batch(prompts, owner, ids[:, :C], mask[:, :C], logprobs[:, :C], finished)
+
+
+def drop_finished(rows, finished, cache):
+    """Forward no rows that have ended, once they are a quarter -> the rows left, also in cache."""
+    alive = (~finished[rows]).nonzero().flatten()
+    if len(alive) > 0.75 * len(rows):
+        return rows
+    cache.reorder_cache(alive)
+    return rows[alive]
 
 
 # --------------------------------------------------------------------------------------------------
 # Slices of a batch
-
-
-def mini_batches(batch, minibatch_size, group_size, epochs):
-    """Shuffled whole groups, the batch `epochs` times over -> yields row indices (M,)."""
-    for _ in range(epochs):
-        groups = torch.randperm(len(batch.mask) // group_size)
-        for part in groups.split(max(1, minibatch_size // group_size)):
-            yield (part[:, None] * group_size + torch.arange(group_size)).flatten()
 
 
 def micro_batches(batch, rows, size):

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from common import fail
+from common import fail, seed_everything
 
 # What --resume lets differ from the run's own: where and how long it runs, how often it reports.
 MAY_CHANGE = {"steps", "device", "out_dir", "resume", "log_every", "eval_every", "save_every"}
@@ -37,7 +37,7 @@ class Run:
         self.cfg, self.name, self.first, self.stopping, self.times = cfg, name, 0, False, {}
         self.folder = find_folder(cfg, name)
         self.folder.mkdir(parents=True, exist_ok=True)
-        for path in self.folder.glob("*.jsonl" if not cfg.resume else ""):
+        for path in [] if cfg.resume else self.folder.glob("*.jsonl"):
             path.unlink()  # of a run that was killed before its first checkpoint
         cfg.out_dir = str(self.folder)
         text = json.dumps(asdict(cfg), indent=1)
@@ -78,8 +78,10 @@ class Run:
 
     def log(self, step, **metrics):
         """One JSON line a step; on screen the bar, and every --log_every steps a line."""
+        self.lap("update")  # the phase before this one, in every script
         metrics = {k: v.item() if torch.is_tensor(v) else v for k, v in metrics.items()}
         total = sum(self.times.values())
+        metrics["loss"] = metrics.pop("loss")  # last: everyone looks at it, and it says little
         metrics.update(self.times, time_step=total, steps_per_s=1 / total)
         self.write("metrics.jsonl", step, **metrics)
         short = {k: f"{v:.3g}" for k, v in metrics.items() if not k.startswith("time")}
@@ -110,7 +112,8 @@ class Run:
             write_atomically(self.folder / "checkpoint.pt", lambda path: torch.save(state, path))
 
     def load(self, **objects):
-        """With --resume: checkpoint.pt into `objects` and the random states -> the whole of it."""
+        """Seed everything -> {}; with --resume, checkpoint.pt into `objects` -> the whole of it."""
+        seed_everything(self.cfg.seed, self.cfg.device)
         if not self.cfg.resume:
             return {}
         path = self.folder / "checkpoint.pt"
@@ -150,7 +153,12 @@ def find_folder(cfg, name):
 
 
 def check_saving(policy, tokenizer, folder):
-    """Before the training, not after it: will what must be saved at its end be saved?"""
+    """Say what will be trained, and find out before the training if it could not be saved after."""
+    size, device = sum(p.numel() for p in policy.parameters()), policy.device
+    cuda = device.type == "cuda"
+    how = "in bf16 over fp32 weights" if cuda and torch.cuda.is_bf16_supported() else \
+        "in fp32, because this GPU has no bf16" if cuda else "in fp32"
+    print(f"{policy.config.model_type} of {size:,} parameters on {device}, computing {how}")
     with tempfile.TemporaryDirectory(dir=folder) as trial:
         try:
             policy.generation_config.save_pretrained(trial)
@@ -158,8 +166,7 @@ def check_saving(policy, tokenizer, folder):
             policy.generation_config.do_sample = True
         policy.config.save_pretrained(trial)
         tokenizer.save_pretrained(trial)
-    size = sum(p.numel() * p.element_size() for p in policy.parameters())
-    need = 7 * size  # two checkpoints (weights and Adam's two moments) and the model
+    need = 7 * 4 * size  # two checkpoints (weights and Adam's two moments) and the model, in fp32
     free = shutil.disk_usage(folder).free
     if free < need:
         fail(f"--out_dir {folder}: checkpoints and model need {need / 1e9:.1f} GB, but only "

@@ -22,11 +22,10 @@ from pathlib import Path
 import torch
 
 import toy
-from common import (Means, RunConfig, fill, learning_rate, main, masked_mean, require_finite,
-                    seed_everything)
+from common import (Means, RunConfig, fill, learning_rate, main, masked_mean, mini_batches,
+                    require_finite)
 from data import draw_problems, encode_completions, evaluate, report, validate
-from rollout import (load_policy, make_batch, micro_batches, mini_batches,
-                     token_logprobs)
+from rollout import load_policy, make_batch, micro_batches, token_logprobs
 from run import Run, check_saving, save_policy
 
 
@@ -39,13 +38,13 @@ TOY = dict(steps=1200, lr=4e-3, minibatch_size=64, micro_batch_size=32, max_new_
            eval_prompts=512)
 HUB = dict(steps=200, lr=1e-5, minibatch_size=64, micro_batch_size=8, max_new_tokens=256,
            eval_prompts=256)
-HUB_ON_CPU = dict(HUB, steps=10, minibatch_size=8, max_new_tokens=64, eval_prompts=32)
+CPU = dict(HUB, steps=15, minibatch_size=16, max_new_tokens=48, eval_prompts=64)
 
 
 def warm_start(seed, device):
     """The folder of the toy model after SFT; trained now if this seed's is not there yet."""
     cfg = Config(seed=seed, device=device, warmup_steps=20, log_every=200, save_every=200)
-    fill(cfg, TOY, HUB, HUB_ON_CPU)
+    fill(cfg, TOY, HUB, CPU)
     recipe = json.dumps({**asdict(cfg), "device": None}) + inspect.getsource(toy)
     folder = Path("runs", "warm_start", f"seed{seed}-{zlib.crc32(recipe.encode()):08x}")
     if not (folder / "model").exists():
@@ -56,7 +55,7 @@ def warm_start(seed, device):
 
 
 def train(cfg):
-    fill(cfg, TOY, HUB, HUB_ON_CPU)
+    fill(cfg, TOY, HUB, CPU)
     run = Run(cfg, "sft")
     if cfg.model:
         policy, tokenizer = load_policy(cfg.model, cfg.device)
@@ -66,8 +65,7 @@ def train(cfg):
     problems, validation, test = toy.load_problems(cfg, tokenizer)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.98),
                                   weight_decay=cfg.weight_decay, fused=True)
-    seed_everything(cfg.seed)
-    state = run.load(policy=policy, optimizer=optimizer)
+    state = run.load(policy=policy, optimizer=optimizer)  # {}, or the checkpoint with --resume
     before = state.get("before") or evaluate(policy, tokenizer, test, cfg)
 
     for step in run.steps():
@@ -81,7 +79,7 @@ def train(cfg):
         # 2. Update.
         stats = Means()
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg)
-        for minibatch in mini_batches(batch, cfg.minibatch_size, group_size=1, epochs=1):
+        for minibatch in mini_batches(len(mask), cfg.minibatch_size, group_size=1, epochs=1):
             optimizer.zero_grad()
             for rows, share in micro_batches(batch, minibatch, cfg.micro_batch_size):
                 logprobs = token_logprobs(policy, batch, rows, temperature=1.0)    # (R, C)
@@ -89,12 +87,13 @@ def train(cfg):
                 require_finite(loss, "loss", step, texts, rows, logprobs)
                 (loss * share).backward()
                 stats.add(share, loss=loss)
-            grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
+            grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm,
+                                                       error_if_nonfinite=True)
             optimizer.step()
-        run.lap("update")
+            stats.add(1, grad_norm=grad_norm, lr=optimizer.param_groups[0]["lr"])
 
         # 3. Log. Here the loss does say something: nats per token, and it falls.
-        run.log(step, grad_norm=grad_norm, lr=learning_rate(step, cfg), **stats())
+        run.log(step, **stats())
         validate(run, step, policy, tokenizer, validation, cfg)
         run.save(step, policy=policy, optimizer=optimizer, before=before)
 

@@ -84,8 +84,8 @@ def make_row(kind, chain, totals, show_work):
     if kind == "toy":
         return dict(prompt="".join(chain) + "=", answer=str(totals[-1]), completion=completion)
     spaced = re.sub(r"([+=-])", r" \1 ", "".join(chain))
-    question = (f"What is {spaced}? Work it out one operation at a time, and end with the result.")
-    completion = re.sub(r"([+=-]|,)", r" \1 ", completion).replace(" ,", ",")
+    question = f"Calculate {spaced}. Write one short line per operation, and the result last."
+    completion = re.sub(r"([+=-])", r" \1 ", completion).replace(",", "\n")
     return dict(prompt=question, answer=str(totals[-1]), completion=completion)
 
 

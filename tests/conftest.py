@@ -1,0 +1,85 @@
+"""Tiny models and helpers of all tests. No network, no warm-up, CPU only."""
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+
+import toy  # noqa: E402
+
+PLAIN = dict(vocab_size=18, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+ROPE = dict(**PLAIN, intermediate_size=64, num_key_value_heads=2)
+CONFIGS = {  # windows of 4 are shorter than every test sequence; dropout is on where there is one
+    "llama": lambda: transformers.LlamaConfig(**ROPE),
+    "qwen2": lambda: transformers.Qwen2Config(**ROPE, use_sliding_window=True, sliding_window=4,
+                                              max_window_layers=1),
+    "qwen3": lambda: transformers.Qwen3Config(**ROPE, head_dim=8),
+    "gemma3": lambda: transformers.Gemma3TextConfig(
+        **ROPE, head_dim=8, sliding_window=4, layer_types=["sliding_attention", "full_attention"]),
+    "mistral": lambda: transformers.MistralConfig(**ROPE, sliding_window=4),
+    "gpt2": lambda: transformers.GPT2Config(vocab_size=18, n_embd=32, n_layer=2, n_head=4,
+                                            n_positions=64),
+    "opt": lambda: transformers.OPTConfig(**PLAIN, ffn_dim=64, max_position_embeddings=64,
+                                          word_embed_proj_dim=32, dropout=0.1, layerdrop=0.1),
+    "gpt_neox": lambda: transformers.GPTNeoXConfig(**PLAIN, intermediate_size=64,
+                                                   max_position_embeddings=64, hidden_dropout=0.1),
+    "phi3": lambda: transformers.Phi3Config(**ROPE, sliding_window=4, pad_token_id=0),
+}
+HOSTILE = dict(top_k=2, temperature=0.3, repetition_penalty=1.5, do_sample=False, eos_token_id=[2, 7])
+TEMPLATE = ("{{ bos_token }}{% for message in messages %}{{ message['content'] }}{% endfor %}"
+            "{% if add_generation_prompt %}={% endif %}")
+
+
+def make_model(name, scale=0.3, seed=0):
+    """Random weights large enough that an error in a mask or a position shows."""
+    config = CONFIGS[name]()
+    config.bos_token_id, config.eos_token_id, config.pad_token_id = 1, 2, 0
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=scale)
+    return model
+
+
+def save_folder(folder, name="llama", hostile=False, template=None, dtype=torch.float32, **kwargs):
+    """A model folder as it would come from the hub -> its path as a string."""
+    model, tokenizer = make_model(name, **kwargs).to(dtype), toy.make_tokenizer()
+    tokenizer.chat_template = template
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    if hostile:
+        (Path(folder) / "generation_config.json").write_text(json.dumps(HOSTILE))
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """folders("gpt2", hostile=True, ...) makes a model folder once and remembers it."""
+    made = {}
+
+    def get(name, **kwargs):
+        key = (name, *sorted((k, str(v)) for k, v in kwargs.items()))
+        if key not in made:
+            made[key] = save_folder(tmp_path_factory.mktemp(name), name, **kwargs)
+        return made[key]
+
+    return get
+
+
+@pytest.fixture(params=["llama", "gpt2"])
+def policy(request):
+    """The two kinds of positions: rotary, and absolute with dropout (switched off, as loading does)."""
+    return make_model(request.param).eval()
+
+
+@pytest.fixture
+def tokenizer():
+    return toy.make_tokenizer()

@@ -1,0 +1,324 @@
+"""What a user sees: one subprocess per behaviour, on tiny random models, in a fresh folder each."""
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import common
+import data
+import reinforce_pp
+import run
+import sft
+import toy
+from conftest import ROOT, TEMPLATE, save_folder
+from rollout import load_policy
+
+SMALL = ["--data", "toy", "--steps", "6", "--prompts_per_step", "8", "--minibatch_size", "4",
+         "--micro_batch_size", "3", "--max_new_tokens", "8", "--eval_prompts", "5",
+         "--save_every", "2", "--log_every", "2", "--lr", "1e-3"]
+
+
+def command(script, *flags):
+    return [sys.executable, str(ROOT / script), *map(str, flags)]
+
+
+def call(script, *flags, cwd, code=0):
+    done = subprocess.run(command(script, *flags), cwd=cwd, capture_output=True, text=True, timeout=300)
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.stdout + done.stderr
+
+
+def metrics(folder):
+    """The rows of metrics.jsonl without what may differ between identical runs."""
+    rows = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if "time" not in k and "per_s" not in k} for row in rows]
+
+
+def weights(folder):
+    return torch.load(Path(folder, "checkpoint.pt"), weights_only=False)["policy"]
+
+
+def same_weights(one, two):
+    return all(torch.equal(a, b) for a, b in zip(weights(one).values(), weights(two).values()))
+
+
+def test_a_run_and_what_it_leaves(folders, tmp_path):
+    model = folders("llama", hostile=True, template=TEMPLATE)
+    screen = call("reinforce_pp.py", "--model", model, *SMALL, "--group-size", 2, "--eval_every", 3,
+                  "--kl-coef", 0.1, cwd=tmp_path)
+    folder = tmp_path / "runs" / "reinforce_pp"
+    for word in ("parameters on cpu", "in fp32", "kl_coef=0.1", "score", "steps_per_s", "scores",
+                 "before [95 % interval]", "exact match, sampled", "n = 5", "validation",
+                 "runs/reinforce_pp/model", "metrics.jsonl"):
+        assert word in screen, word
+    assert "Traceback" not in screen
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["group_size"], config["kl_coef"], config["steps"]) == (2, 0.1, 6)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    for key in ("score score_std kl approx_kl entropy length truncated clip_frac ratio_max "
+                "frac_zero_std grad_norm lr loss time_sample time_score time_update").split():
+        assert all(isinstance(row[key], float) for row in rows), key
+    assert abs(rows[0]["kl"]) < 1e-4 < rows[-1]["kl"]  # starts as the reference, and leaves it
+    for line in (folder / "samples.jsonl").read_text().splitlines():
+        assert {"step", "prompt", "completion", "answer", "score"} <= set(json.loads(line))
+    steps = [json.loads(line)["step"] for line in (folder / "validation.jsonl").read_text().splitlines()]
+    assert steps == [3, 6]
+
+    # the trained model loads with plain transformers in a fresh process, and is the trained one
+    script = ("import sys, json, torch; from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+              "m = AutoModelForCausalLM.from_pretrained(sys.argv[1]); t = AutoTokenizer.from_pretrained("
+              "sys.argv[1])\nprint(json.dumps([str(m.dtype), t.chat_template, m.generation_config.top_k,"
+              "m(torch.tensor([t('8+9=').input_ids])).logits.tolist()]))")
+    out = subprocess.run([sys.executable, "-c", script, str(folder / "model")], capture_output=True,
+                         text=True, check=True).stdout.splitlines()[-1]
+    dtype, template, top_k, logits = json.loads(out)
+    policy, tokenizer = load_policy(str(folder), "cpu")
+    with torch.no_grad():
+        ours = policy(torch.tensor([tokenizer("8+9=").input_ids])).logits
+    assert (dtype, template, top_k) == ("torch.float32", TEMPLATE, 2) and ours.tolist() == logits
+    before = load_policy(model, "cpu")[0].state_dict()
+    moved = torch.cat([(before[k] != v).flatten() for k, v in policy.state_dict().items()])
+    assert moved.float().mean() > 0.9
+
+    # a second run takes the next number; plot.py draws both
+    call("reinforce_pp.py", "--model", model, *SMALL, "--steps", 1, cwd=tmp_path)
+    assert (tmp_path / "runs" / "reinforce_pp-2" / "model").exists()
+
+
+def test_kill_and_resume_is_bit_for_bit(folders, tmp_path):
+    flags = ["--model", folders("gpt2"), *SMALL, "--epochs", 2, "--group_size", 2]
+    call("reinforce_pp.py", *flags, "--out_dir", "whole", cwd=tmp_path)
+    process = subprocess.Popen(command("reinforce_pp.py", *flags, "--out_dir", "cut"), cwd=tmp_path,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log = tmp_path / "cut" / "metrics.jsonl"
+    while not log.exists() or len(log.read_text().splitlines()) < 3:
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    cut_at = torch.load(tmp_path / "cut" / "checkpoint.pt", weights_only=False)["step"]
+    assert 2 <= cut_at < 6 and not (tmp_path / "cut" / "model").exists()
+    call("reinforce_pp.py", *flags, "--out_dir", "cut", "--resume", cwd=tmp_path)
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "cut")
+    assert same_weights(tmp_path / "whole", tmp_path / "cut")
+    assert (tmp_path / "cut" / "samples.jsonl").read_text() == \
+        (tmp_path / "whole" / "samples.jsonl").read_text()
+
+
+def test_ctrl_c_finishes_the_step_and_says_how_to_go_on(folders, tmp_path):
+    flags = ["--model", folders("llama"), *SMALL, "--steps", 500, "--save_every", 500]
+    process = subprocess.Popen(command("reinforce_pp.py", *flags, "--out_dir", "run"), cwd=tmp_path,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    log = tmp_path / "run" / "metrics.jsonl"
+    while not log.exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    screen = process.communicate(timeout=120)[0]
+    assert process.returncode == 130 and "Traceback" not in screen
+    steps = len(metrics(tmp_path / "run"))
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=False)["step"] == steps < 500
+    again = screen.strip().splitlines()[-1].partition("to go on: python ")[2]
+    assert again.endswith("--out_dir run --resume")
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--learning_rate", "1"], ["--learning_rate"]),
+    (["--steps", "many"], ["steps", "many"]),
+    (["--device", "cuda"], ["--device cuda", "--device cpu"]),
+    (["--resume"], ["--resume", "--out_dir"]),
+    (["--reward", "nope"], ["--reward nope", "last_number"]),
+    (["--group_baseline", "--group_size", "1"], ["--group_size 1", "4"]),
+    (["--out_dir", "taken"], ["--out_dir", "taken", "--resume"]),
+    (["--out_dir", "taken", "--resume", "--lr", "1"], ["--lr is 1.0", "0.5"])])
+def test_wrong_input_is_one_sentence_and_loses_nothing(tmp_path, monkeypatch, capsys, flags, words):
+    """In process: parsing and starting are all that is needed; nothing may be trained or loaded."""
+    if "cuda" in flags and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["reinforce_pp.py", *flags])
+    monkeypatch.setattr(reinforce_pp, "warm_start", lambda *_: pytest.fail("trained before it checked"))
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "checkpoint.pt").write_text("precious")
+    (taken / "config.json").write_text(json.dumps({"lr": 0.5}))
+    with pytest.raises(SystemExit) as stop:
+        common.main(reinforce_pp.Config, reinforce_pp.train)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
+    assert all(word in error for word in words), error
+    assert (taken / "checkpoint.pt").read_text() == "precious"
+
+
+def test_help_and_dashes(tmp_path):
+    screen = call("reinforce_pp.py", "--help", cwd=tmp_path)
+    assert "A_t  = (G_t - mean) / std" in screen and "--group_baseline" in screen
+    assert "--max-new-tokens" in screen and not list(tmp_path.iterdir())
+
+
+def quick(model, **flags):
+    base = dict(model=model, data="toy", device="cpu", steps=2, prompts_per_step=8, minibatch_size=8,
+                micro_batch_size=8, max_new_tokens=6, eval_prompts=4, lr=1e-3)
+    return reinforce_pp.Config(**{**base, **flags})
+
+
+def test_a_run_that_blows_up_names_step_and_sample(folders, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        reinforce_pp.train(quick(folders("llama"), lr=1e30, steps=5, max_grad_norm=1e9))
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 1 and "in step 2" in error and "sample '" in error
+
+
+def test_infinite_gradients_and_full_memory_are_sentences(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["reinforce_pp.py", "--micro_batch_size", "48"])
+    for error, word in ((torch.OutOfMemoryError("CUDA out of memory"), "--micro_batch_size (it is 48)"),
+                        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory"),
+                        (RuntimeError("the norm is non-finite"), "--max_grad_norm")):
+        def train(cfg):
+            raise error
+        with pytest.raises(SystemExit) as stop:
+            common.main(reinforce_pp.Config, train)
+        assert stop.value.code == 1 and word in capsys.readouterr().err
+    with pytest.raises(RuntimeError):  # anything else is our error, and shows itself
+        common.main(reinforce_pp.Config, lambda cfg: (_ for _ in ()).throw(RuntimeError("a bug")))
+
+
+def test_the_reference_never_moves_and_is_skipped_without_kl(folders, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    seen, real = [], reinforce_pp.all_logprobs
+
+    def spy(model, *args):
+        seen.append(torch.cat([p.flatten() for p in model.parameters()]).clone())
+        assert not any(p.requires_grad for p in model.parameters())
+        return real(model, *args)
+
+    monkeypatch.setattr(reinforce_pp, "all_logprobs", spy)
+    reinforce_pp.train(quick(folders("llama"), steps=3))
+    assert len(seen) == 3 and torch.equal(seen[0], seen[2])
+    reinforce_pp.train(quick(folders("llama"), kl_coef=0.0))
+    assert len(seen) == 3
+
+
+def test_same_seed_same_run_and_micro_batches_do_not_matter(folders, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = folders("llama")
+    for name, flags in (("a", {}), ("b", {}), ("c", dict(micro_batch_size=3)), ("d", dict(seed=2))):
+        reinforce_pp.train(quick(model, out_dir=name, **flags))
+    assert metrics("a") == metrics("b") and same_weights("a", "b")
+    assert metrics("a") != metrics("d")
+    for one, two in zip(weights("a").values(), weights("c").values()):
+        torch.testing.assert_close(one, two, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("flag, value", [
+    ("temperature", 0.5), ("kl_coef", 1.0), ("clip_eps", 1e-4), ("reward_clip", 0.1), ("gamma", 0.5),
+    ("warmup_steps", 3), ("weight_decay", 0.5), ("epochs", 2), ("minibatch_size", 4), ("lr", 1e-2),
+    ("max_grad_norm", 1e-3), ("prompts_per_step", 4), ("group_size", 2), ("max_new_tokens", 4),
+    ("seed", 5), ("group_baseline", True), ("data", "words")])
+def test_every_knob_does_something(folders, tmp_path, monkeypatch, flag, value):
+    """Against a run without it, the weights after three steps differ (a reward that is never equal)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(data.REWARDS, "last_number", lambda prompts, completions, **columns: [
+        float(len(text) + 10 * (i == 0)) for i, text in enumerate(completions)])
+    base = dict(steps=3, minibatch_size=4 if flag != "minibatch_size" else 8, epochs=1, kl_coef=0.1)
+    reinforce_pp.train(quick(folders("llama"), out_dir="base", **base))
+    reinforce_pp.train(quick(folders("llama"), out_dir="other", **{**base, flag: value}))
+    assert not same_weights("base", "other")
+
+
+def test_rows_of_defaults_follow_the_world(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for flags, lr, name, prompts in ((dict(), 2e-4, "toy", 256), (dict(model="x"), 1e-5, "words", 32),
+                                     (dict(group_size=4), 2e-4, "toy", 64)):
+        cfg = reinforce_pp.Config(**{"group_size": 1, **flags})
+        common.fill(cfg, reinforce_pp.TOY, reinforce_pp.HUB, reinforce_pp.CPU)
+        assert (cfg.lr, cfg.data, cfg.prompts_per_step, cfg.device) == (lr, name, prompts, "cpu")
+    cfg = reinforce_pp.Config(group_size=1, lr=3.0)
+    common.fill(cfg, reinforce_pp.TOY, reinforce_pp.HUB, reinforce_pp.CPU)
+    assert cfg.lr == 3.0
+
+
+def test_learning_rate():
+    cfg = reinforce_pp.Config(lr=1.0, steps=11, warmup_steps=4)
+    rates = [common.learning_rate(step, cfg) for step in range(11)]
+    assert rates[0] == pytest.approx(0.2) and rates[4] == pytest.approx(1 - 0.9 * 0.4)
+    assert rates[10] == pytest.approx(0.1) and max(rates) == rates[4]
+
+
+# ------------------------------------------------------------------ saving, SFT, warm start, plot
+
+def test_a_full_disk_is_found_before_the_training(folders, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
+    with pytest.raises(SystemExit) as stop:
+        reinforce_pp.train(quick(folders("llama")))
+    assert stop.value.code == 2 and "--out_dir" in capsys.readouterr().err
+
+
+def test_settings_that_transformers_would_not_save_are_saved(tmp_path):
+    from transformers import GenerationConfig
+    policy, tokenizer = toy.make_model(0), toy.make_tokenizer()
+    policy.generation_config = GenerationConfig(temperature=0.7, top_k=5)
+    run.check_saving(policy, tokenizer, tmp_path)
+    run.save_policy(policy, tokenizer, tmp_path)
+    assert load_policy(str(tmp_path), "cpu")[0].generation_config.top_k == 5
+
+
+def test_sft_learns_the_demonstrations_and_where_they_end(folders, tmp_path, monkeypatch):
+    """Twelve problems, by heart: the loss falls, and greedy decoding stops by itself."""
+    monkeypatch.chdir(tmp_path)
+    real = toy.problems
+    monkeypatch.setattr(toy, "problems", lambda kind, split, n: [
+        dict(row, completion=row["answer"]) for row in real(kind, split, 12)])
+    sft.train(sft.Config(data="toy", device="cpu", steps=150, minibatch_size=12, micro_batch_size=7,
+                         max_new_tokens=8, eval_prompts=4, lr=5e-3, out_dir="run"))
+    losses = [row["loss"] for row in metrics("run")]
+    assert losses[0] > 2 and losses[-1] < 0.3
+    policy, tokenizer = load_policy("run", "cpu")
+    rows = data.encode(toy.problems("toy", "train", 12), tokenizer)
+    from rollout import sample
+    batch = sample(policy, tokenizer, [row["ids"] for row in rows], 1, 8, 0.0)
+    assert batch.finished.all()
+    _, scores = data.score(data.last_number, rows, batch, tokenizer)
+    assert scores.mean() > 0.9
+
+
+def test_warm_start_trains_once_per_seed_and_recipe(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    calls = []
+
+    def train(cfg):
+        calls.append((cfg.seed, cfg.resume))
+        folder = Path(cfg.out_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "checkpoint.pt").touch()
+        if len(calls) != 2:  # the second call is interrupted
+            (folder / "model").mkdir()
+
+    monkeypatch.setattr(sft, "train", train)
+    one = sft.warm_start(1, "cpu")
+    assert sft.warm_start(1, "cpu") == one and calls == [(1, False)]
+    two = sft.warm_start(2, "cpu")
+    assert sft.warm_start(2, "cpu") == two != one and calls == [(1, False), (2, False), (2, True)]
+    monkeypatch.setitem(sft.TOY, "steps", 7)
+    assert sft.warm_start(1, "cpu") != one
+
+
+def test_plot(tmp_path):
+    pytest.importorskip("matplotlib", reason="drawing is optional: requirements-dev.txt")
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text(
+            "".join(json.dumps(dict(step=i, score=i / 9, length=9, kl=0)) + "\n" for i in range(9)))
+    call("plot.py", "a", "b", "--out", "curves.svg", cwd=tmp_path)
+    assert (tmp_path / "curves.svg").read_text().count("<svg") == 1
+    assert "--keys nope" in call("plot.py", "a", "--keys", "nope", cwd=tmp_path, code=1)

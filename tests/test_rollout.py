@@ -1,0 +1,282 @@
+"""Is the distribution that is sampled the one that is differentiated? On all supported architectures."""
+import pytest
+import torch
+import transformers
+
+import rollout
+from common import mini_batches
+from conftest import CONFIGS, HOSTILE, make_model, save_folder
+from rollout import (Batch, all_logprobs, draw, eos_ids, load_policy, make_batch, micro_batches,
+                     plain_logprobs, sample, token_logprobs)
+
+PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12], [5, 6], [13, 4, 4, 5, 0]]  # ragged; one contains the pad id
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def gap(rows, table):
+    return max((row - table[i, : len(row)]).abs().max().item() for i, row in enumerate(rows))
+
+
+# ------------------------------------------------------------------ the three ways to a log-prob
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_sampler_shared_and_plain_pass_agree(folders, name):
+    """On ragged prompts, with windows shorter than the sequence, T = 0.7, a hostile configuration."""
+    policy, tokenizer = load_policy(folders(name, hostile=True), "cpu")
+    batch = sample(policy, tokenizer, PROMPTS, 4, 12, 0.7, seeded())
+    everything, one_each = torch.arange(12), torch.tensor([1, 4, 8])
+    with torch.no_grad():
+        plain = plain_logprobs(policy, batch, 0.7)
+        assert gap(plain, batch.logprobs) < 1e-5
+        assert gap(plain, token_logprobs(policy, batch, everything, 0.7)) < 1e-5
+        assert gap([plain[i] for i in one_each], token_logprobs(policy, batch, one_each, 0.7)) < 1e-5
+        assert gap(plain, all_logprobs(policy, batch, 5, 0.7)) < 1e-5
+    assert batch.mask.sum(1).unique().numel() > 1 or name != "gpt2"  # some rows did end early
+    assert policy.generation_config.top_k == HOSTILE["top_k"]        # kept, and not obeyed
+
+
+def test_plain_pass_is_a_loop_over_tokens(policy, tokenizer):
+    batch = sample(policy, tokenizer, PROMPTS, 1, 6, 0.7, seeded())
+    for i, row in enumerate(plain_logprobs(policy, batch, 0.7)):
+        ids, total = list(PROMPTS[i]), 0.0
+        for token in batch.completions[i][: len(row)].tolist():
+            with torch.no_grad():
+                logits = policy(torch.tensor([ids])).logits[0, -1] / 0.7
+            total += (logits[token] - logits.logsumexp(-1)).item()
+            ids.append(token)
+        assert row.sum().item() == pytest.approx(total, abs=1e-4)
+
+
+def test_gradient_of_the_shared_pass(policy, tokenizer):
+    """Shared prompts, micro-batches of every size and the plain forward give one and the same."""
+    batch = sample(policy, tokenizer, PROMPTS, 4, 10, 1.0, seeded())
+    weights = torch.randn(batch.mask.shape, generator=seeded(1))
+
+    def gradient():
+        flat = torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None])
+        policy.zero_grad()
+        return flat
+
+    plain = plain_logprobs(policy, batch, 1.0)
+    (sum((row * weights[i, : len(row)]).sum() for i, row in enumerate(plain)) / batch.mask.sum()).backward()
+    expected = gradient()
+    for size in (1, 2, 5, 12):
+        total = 0
+        for rows, share in micro_batches(batch, torch.randperm(12), size):
+            logprobs = token_logprobs(policy, batch, rows, 1.0)
+            loss = (logprobs * weights[rows]).sum() / batch.mask[rows].sum()  # a token mean
+            (loss * share).backward()
+            total += share
+        assert total == pytest.approx(1)
+        assert (gradient() - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_same_seed_same_gradient_bits(policy, tokenizer):
+    batch = sample(policy, tokenizer, PROMPTS, 8, 10, 1.0, seeded())
+    seen = set()
+    for _ in range(10):
+        policy.zero_grad()
+        token_logprobs(policy, batch, torch.arange(24), 1.0).sum().backward()
+        seen.add(policy.get_input_embeddings().weight.grad.double().sum().item())
+    assert len(seen) == 1
+
+
+def test_padding_columns_hold_nothing(policy, tokenizer):
+    batch = sample(policy, tokenizer, PROMPTS, 4, 10, 1.0, seeded())
+    with torch.no_grad():
+        before = token_logprobs(policy, batch, torch.arange(12), 1.0)
+        wide = Batch(batch.prompts, batch.owner, torch.nn.functional.pad(batch.completions, (0, 5), value=7),
+                     torch.nn.functional.pad(batch.mask, (0, 5)))
+        wide.completions[wide.mask == 0] = 9
+        after = token_logprobs(policy, wide, torch.arange(12), 1.0)
+    assert (after[:, before.shape[1]:] == 0).all() and (before[batch.mask == 0] == 0).all()
+    torch.testing.assert_close(after[:, : before.shape[1]], before, rtol=0, atol=1e-6)
+
+
+def test_logprobs_are_fp32_under_autocast(policy, tokenizer):
+    batch = sample(policy, tokenizer, PROMPTS, 1, 4, 1.0, seeded())
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        logits = policy(torch.tensor([PROMPTS[0]])).logits
+        assert logits.dtype == torch.bfloat16
+        assert rollout.pick(logits, logits.argmax(-1), 1.0).dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
+def test_under_bf16_the_ratio_is_noisy_but_centred(name, tokenizer, monkeypatch):
+    """What CUDA does, on a CPU: autocast around the passes, weights and log-probs in fp32."""
+    monkeypatch.setattr(rollout, "precision", lambda device: torch.autocast("cpu", torch.bfloat16))
+    policy = make_model(name, scale=0.1).eval()
+    batch = sample(policy, tokenizer, PROMPTS, 16, 20, 1.0, seeded())
+    logprobs = token_logprobs(policy, batch, torch.arange(48), 1.0)
+    ratio = (logprobs - batch.logprobs)[batch.mask.bool()].exp()
+    assert logprobs.dtype == batch.logprobs.dtype == torch.float32
+    assert 1e-5 < (ratio - 1).abs().mean() < 0.05 and abs(ratio.mean() - 1) < 0.01
+    logprobs.sum().backward()
+    assert all(p.grad is None or p.grad.dtype == torch.float32 for p in policy.parameters())
+
+
+# ------------------------------------------------------------------ what is sampled
+
+def test_draw_follows_the_softmax():
+    """Chi-square of 40,000 draws at T = 0.7; tokens of probability 0 are never drawn."""
+    logits = torch.tensor([-torch.inf, 1.0, -torch.inf, 0.0, 2.0, -1.0, -torch.inf])
+    tokens, logprobs = draw(logits.expand(40_000, -1), 0.7, seeded())
+    probabilities = (logits / 0.7).softmax(-1)
+    counts = torch.bincount(tokens, minlength=7).double()
+    assert (counts[probabilities == 0] == 0).all()
+    expected = probabilities.double() * 40_000
+    chi2 = ((counts - expected) ** 2 / expected)[probabilities > 0].sum().item()
+    assert chi2 < 16.3  # 3 degrees of freedom, p = 0.001
+    torch.testing.assert_close(logprobs, probabilities.log()[tokens])
+
+
+def test_draw_keeps_the_tail_of_a_large_vocabulary():
+    """After one token of probability 0.5, 150,000 equally unlikely ones: an fp32 sum loses some."""
+    logits = torch.cat([torch.tensor([150_000.0]).log(), torch.zeros(150_000)]).expand(4_000, -1)
+    tokens, logprobs = draw(logits, 1.0, seeded())
+    assert (tokens > 0).float().mean().item() == pytest.approx(0.5, abs=0.03)
+    assert (tokens > 75_000).float().mean().item() == pytest.approx(0.25, abs=0.03)
+    torch.testing.assert_close(logprobs, torch.where(tokens == 0, 0.5, 0.5 / 150_000).log(),
+                               rtol=1e-5, atol=1e-5)
+
+
+def test_completions_follow_the_model(policy, tokenizer):
+    """All two-token completions of one prompt: frequencies against the plain model's probabilities."""
+    policy.generation_config.update(**HOSTILE)
+    n, temperature = 20_000, 1.5
+    batch = sample(policy, tokenizer, [PROMPTS[0]], n, 2, temperature, seeded())
+    with torch.no_grad():
+        one = (policy(torch.tensor([PROMPTS[0]])).logits[0, -1] / temperature).softmax(-1)
+        pairs = torch.tensor([PROMPTS[0] + [token] for token in range(18)])
+        two = one[:, None] * (policy(pairs).logits[:, -1] / temperature).softmax(-1)
+    ended = torch.isin(batch.completions[:, 0], torch.tensor([2, 7]))  # the two EOS ids
+    counts = torch.zeros(18, 18)
+    for a, b in batch.completions[~ended].tolist():
+        counts[a, b] += 1
+    two[[2, 7]] = 0
+    likely = two * n > 5
+    chi2 = ((counts - two * n) ** 2 / (two * n))[likely].sum().item()
+    k = int(likely.sum())
+    assert chi2 < k + 4 * (2 * k) ** 0.5
+    assert ended.float().mean().item() == pytest.approx(one[[2, 7]].sum().item(), abs=0.02)
+
+
+def test_greedy_is_the_argmax(policy, tokenizer):
+    batch = sample(policy, tokenizer, PROMPTS, 1, 5, 0.0)
+    for i, prompt in enumerate(PROMPTS):
+        ids = list(prompt)
+        for token in batch.completions[i][batch.mask[i].bool()].tolist():
+            with torch.no_grad():
+                assert token == policy(torch.tensor([ids])).logits[0, -1].argmax().item()
+            ids.append(token)
+
+
+def test_dropping_finished_rows_changes_nothing(policy, tokenizer):
+    """Each row alone (so that nothing is ever dropped) gives the log-probs of the batch."""
+    batch = sample(policy, tokenizer, PROMPTS, 16, 24, 1.5, seeded())
+    assert batch.finished.float().mean() > 0.3  # rows were dropped on the way
+    with torch.no_grad():
+        assert gap(plain_logprobs(policy, batch, 1.5), batch.logprobs) < 1e-5
+
+
+# ------------------------------------------------------------------ where a completion ends
+
+def scripted(tokenizer, script):
+    """A policy that writes script[t] at step t whatever the prompt, by way of its position."""
+    model = make_model("gpt2", scale=0.0)
+    width = len(PROMPTS[0])
+    with torch.no_grad():
+        for block in model.transformer.h:
+            block.attn.c_proj.weight.zero_(), block.mlp.c_proj.weight.zero_()
+        model.transformer.wte.weight.copy_(torch.eye(18, 32))
+        for t, token in enumerate(script):
+            model.transformer.wpe.weight[width - 1 + t] = 50 * torch.eye(18, 32)[token]
+        model.transformer.ln_f.weight.fill_(10)
+    return model.eval()
+
+
+def test_the_mask_ends_with_the_eos_even_if_pad_is_eos(tokenizer):
+    tokenizer.pad_token = tokenizer.eos_token
+    batch = sample(scripted(tokenizer, [5, 6, 2, 5, 5]), tokenizer, [PROMPTS[0]], 2, 5, 1.0, seeded())
+    assert batch.completions.tolist() == [[5, 6, 2]] * 2 and batch.mask.tolist() == [[1, 1, 1]] * 2
+    assert batch.finished.all()
+
+
+def test_an_eos_of_several_and_an_eos_at_once(tokenizer):
+    model = scripted(tokenizer, [5, 7, 5, 5])
+    model.generation_config.eos_token_id = [2, 7]
+    batch = sample(model, tokenizer, [PROMPTS[0]], 1, 4, 1.0)
+    assert batch.completions.tolist() == [[5, 7]] and batch.finished.all()
+    model = scripted(tokenizer, [2, 5])
+    batch = sample(model, tokenizer, [PROMPTS[0]], 1, 4, 1.0)
+    assert batch.mask.tolist() == [[1]] and batch.finished.all()
+
+
+def test_truncated_is_not_finished(tokenizer):
+    batch = sample(scripted(tokenizer, [5, 6, 5, 2]), tokenizer, [PROMPTS[0]], 1, 3, 1.0)
+    assert batch.mask.tolist() == [[1, 1, 1]] and not batch.finished.any()
+
+
+def test_eos_ids_come_from_everywhere(folders):
+    policy, tokenizer = load_policy(folders("llama", hostile=True), "cpu")
+    assert eos_ids(policy, tokenizer) == [2, 7]
+    tokenizer.eos_token = "+"
+    assert eos_ids(policy, tokenizer) == [2, 7, tokenizer.convert_tokens_to_ids("+")]
+
+
+# ------------------------------------------------------------------ loading
+
+def test_weights_are_fp32_and_dropout_is_off(folders):
+    for name in ("gpt2", "opt", "gpt_neox"):
+        policy, tokenizer = load_policy(folders(name, dtype=torch.bfloat16), "cpu")
+        assert {p.dtype for p in policy.parameters()} == {torch.float32}
+        policy.train()
+        batch = make_batch(PROMPTS, [[5, 2]] * 3, "cpu")
+        one, two = (token_logprobs(policy, batch, torch.arange(3), 1.0) for _ in range(2))
+        assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("config", [
+    transformers.BertConfig(vocab_size=18, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+                            intermediate_size=64, eos_token_id=2),
+    transformers.BloomConfig(vocab_size=18, hidden_size=32, n_layer=2, n_head=4, eos_token_id=2),
+    transformers.MambaConfig(vocab_size=18, hidden_size=32, num_hidden_layers=2, state_size=4,
+                             eos_token_id=2)], ids=lambda config: config.model_type)
+def test_what_cannot_be_served_is_refused(tmp_path, tokenizer, capsys, config):
+    """Not causal, ALiBi over a 2-D mask, state-space: one sentence, exit code 2."""
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(tmp_path), tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        load_policy(str(tmp_path), "cpu")
+    assert stop.value.code == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: --model") and config.model_type in error
+
+
+def test_a_run_folder_stands_for_its_model(tmp_path):
+    save_folder(tmp_path / "model")
+    assert load_policy(str(tmp_path), "cpu")[0].config.model_type == "llama"
+
+
+# ------------------------------------------------------------------ slices
+
+def test_mini_batches_are_shuffled_whole_groups():
+    minis = list(mini_batches(24, 8, 4, 2))
+    assert len(minis) == 6 and all(len(rows) == 8 for rows in minis)
+    for epoch in (minis[:3], minis[3:]):
+        rows = torch.cat(epoch)
+        assert sorted(rows.tolist()) == list(range(24))
+        assert (rows.view(-1, 4) // 4 == rows.view(-1, 4)[:, :1] // 4).all()
+    assert not torch.equal(torch.cat(minis[:3]), torch.cat(minis[3:]))
+
+
+def test_micro_batches_share_by_tokens_and_sort_by_length():
+    batch = make_batch([[5]] * 5, [[5] * n for n in (8, 2, 5, 1, 4)], "cpu")
+    parts = list(micro_batches(batch, torch.tensor([0, 1, 2, 4]), 2))
+    assert [rows.tolist() for rows, _ in parts] == [[1, 4], [2, 0]]
+    assert [share for _, share in parts] == pytest.approx([6 / 19, 13 / 19])

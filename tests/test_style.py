@@ -1,0 +1,56 @@
+"""The shape of the house: sizes, widths, and which file may know which."""
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LIMITS = {"common.py": 260, "rollout.py": 320, "data.py": 220, "toy.py": 180, "run.py": 200}
+LAYERS = ["common", "run", "rollout", "data", "toy"]  # each may import what stands before it
+FILES = sorted(path.name for path in ROOT.glob("*.py"))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_sizes(name):
+    source = (ROOT / name).read_text()
+    lines = source.splitlines()
+    assert len(lines) <= LIMITS.get(name, 150), f"{name} has {len(lines)} lines"
+    wide = [i for i, line in enumerate(lines, 1) if len(line) > 100]
+    assert not wide, f"{name}: lines {wide} are wider than 100"
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef):
+            length, cap = node.end_lineno - node.lineno + 1, 75 if node.name == "train" else 30
+            assert length <= cap, f"{name}: {node.name}() has {length} lines"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_imports_run_one_way_and_start_nothing(name):
+    tree, layer = ast.parse((ROOT / name).read_text()), name.removesuffix(".py")
+    ours = {path.removesuffix(".py") for path in FILES}
+    allowed = set(LAYERS[: LAYERS.index(layer)]) if layer in LAYERS else ours
+    for node in ast.walk(tree):
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else \
+            [node.module] if isinstance(node, ast.ImportFrom) else []
+        assert not (set(names) & ours) - allowed, f"{name} imports {names}"
+    for node in tree.body:  # imports, definitions, constants, docstring, `if __name__ == ...`
+        assert isinstance(node, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign,
+                                 ast.Expr, ast.If)), f"{name}:{node.lineno} runs at import"
+
+
+def test_every_flag_is_read_and_has_help():
+    sources = "".join((ROOT / name).read_text() for name in FILES)
+    for flag, text in re.findall(r"^    (\w+): [\w\[\]]+ = HfArg\(default=[^,]+, (help=)?", sources, re.M):
+        assert text, f"--{flag} has no help"
+        assert f"cfg.{flag}" in sources, f"--{flag} is parsed and never read"
+
+
+def test_dependencies_are_the_agreed_ones():
+    known = {"torch", "transformers", "datasets", "tqdm", "tokenizers", *(f[:-3] for f in FILES)}
+    import sys
+    for name in set(FILES) - {"plot.py"}:  # drawing needs matplotlib, from requirements-dev.txt
+        for node in ast.walk(ast.parse((ROOT / name).read_text())):
+            modules = [a.name for a in node.names] if isinstance(node, ast.Import) else \
+                [node.module] if isinstance(node, ast.ImportFrom) else []
+            for module in modules:
+                assert module.split(".")[0] in known | set(sys.stdlib_module_names), f"{name}: {module}"
