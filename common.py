@@ -103,8 +103,8 @@ class RunConfig:
 
     model: Optional[str] = HfArg(default=None, help="model folder, run folder or hub name; "
                                                     "without it the embedded toy model")
-    data: Optional[str] = HfArg(default=None, help="toy (symbols) or words; without it toy for the "
-                                                   "toy model, words for any other")
+    data: Optional[str] = HfArg(default=None, help="toy (symbols, and the TOY row of defaults) or "
+                                                   "words; without it words if there is a --model")
     steps: Optional[int] = HfArg(default=None, help="training steps")
     lr: Optional[float] = HfArg(default=None, help="AdamW learning rate at its peak")
     warmup_steps: int = HfArg(default=0, help="steps in which the learning rate rises to its peak")
@@ -154,7 +154,9 @@ def main(config_class, train):
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
         fail(f"out of memory: halve --micro_batch_size (it is {cfg.micro_batch_size}), which "
-             "changes no result, then --prompts_per_step; the last checkpoint is kept", code=1)
+             "changes no result, then the prompts of a step; the last checkpoint is kept", code=1)
+    except KeyboardInterrupt:
+        fail("interrupted; the last checkpoint, if there is one, is kept", code=130)
 
 
 def fill(cfg, toy, hub, cpu):
@@ -165,12 +167,24 @@ def fill(cfg, toy, hub, cpu):
     if cfg.device.startswith("cuda") and not torch.cuda.is_available():
         fail(f"--device {cfg.device}: torch sees no GPU on this machine; use --device cpu")
     cfg.data = cfg.data or ("words" if cfg.model else "toy")
+    if cfg.data not in ("toy", "words"):
+        fail(f"--data {cfg.data}: choose toy or words")
+    if cfg.data == "words" and not cfg.model:
+        fail("--data words: the toy model reads only symbols; add --model, or leave out --data")
     row = dict(toy if cfg.data == "toy" else hub if cfg.device.startswith("cuda") else cpu)
     if "completions" in row:
         row["prompts_per_step"] = max(1, row.pop("completions") // cfg.group_size)
     for key, value in row.items():
         if getattr(cfg, key) is None:
             setattr(cfg, key, value)
+    for key in ("temperature", "epochs", "group_size", "log_every", "save_every", *row):
+        if key != "kl_coef" and getattr(cfg, key, 1) <= 0:
+            fail(f"--{key} {getattr(cfg, key)}: it must be greater than 0")
+
+
+def use_bf16(device):
+    """Passes run in bf16 on a GPU that has it in hardware; weights and log-probs stay fp32."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def seed_everything(seed, device):
@@ -181,9 +195,10 @@ def seed_everything(seed, device):
 
 
 def learning_rate(step, cfg):
-    """Linear rise over cfg.warmup_steps, and linear decay to a tenth of cfg.lr at the last step."""
-    rise = min(1, (step + 1) / (cfg.warmup_steps + 1))
-    return cfg.lr * rise * (1 - 0.9 * step / max(cfg.steps - 1, 1))
+    """Linear rise to cfg.lr over cfg.warmup_steps, then linear decay to a tenth of it."""
+    if step < cfg.warmup_steps:
+        return cfg.lr * (step + 1) / (cfg.warmup_steps + 1)
+    return cfg.lr * (1 - 0.9 * (step - cfg.warmup_steps) / max(cfg.steps - 1 - cfg.warmup_steps, 1))
 
 
 def mini_batches(n, minibatch_size, group_size, epochs):

@@ -9,7 +9,7 @@ import re
 
 import torch
 
-from common import fail, masked_mean, require_finite
+from common import fail, masked_mean, require_finite, use_bf16
 from rollout import sample, token_logprobs
 
 
@@ -74,8 +74,9 @@ def load_reward(name):
 
 
 def decode(tokenizer, batch):
-    """The N completions as text, without EOS and padding."""
-    rows = [ids[mask].tolist() for ids, mask in zip(batch.completions, batch.mask.bool())]
+    """The N completions as text, without padding and without the EOS that ended them."""
+    lengths = (batch.mask.sum(1).long() - batch.finished.long()).tolist()
+    rows = [ids[:length] for ids, length in zip(batch.completions.tolist(), lengths)]
     return tokenizer.batch_decode(rows, skip_special_tokens=True)
 
 
@@ -99,7 +100,7 @@ def batch_stats(scores, kl, batch, group_size):
     # Groups whose scores are all equal teach nothing. Without groups, the batch is the group.
     groups = scores.view(-1, group_size if group_size > 1 else len(scores))
     return dict(
-        score=scores.mean(), score_std=scores.std(),
+        score=scores.mean(), score_std=scores.std(correction=0),
         kl=torch.where(batch.mask.bool(), kl, 0).sum(1).mean(),  # nats per completion
         entropy=-masked_mean(batch.logprobs, batch.mask),        # E[-log pi(y_t)], nats per token
         length=batch.mask.sum(1).mean(), truncated=1 - batch.finished.float().mean(),
@@ -115,7 +116,7 @@ def check_first_step(step, policy, batch, scores, kl, cfg):
         logprobs = token_logprobs(policy, batch, rows, cfg.temperature)
     gap = (logprobs - batch.logprobs[rows]).exp().sub(1).abs()
     worst, limit = gap.max().item(), 1e-4
-    if batch.mask.is_cuda:  # bf16: single tokens are off by some percent, without bias
+    if use_bf16(batch.mask.device):  # single tokens are off by some percent, without bias
         worst, limit = masked_mean(gap, batch.mask[rows]).item(), 0.05
     kl, truncated = masked_mean(kl, batch.mask).item(), 1 - batch.finished.float().mean().item()
     if worst > limit:

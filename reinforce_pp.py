@@ -2,24 +2,24 @@
 REINFORCE++ (Jian Hu, arXiv 2501.03262): REINFORCE with the tricks of PPO, without its critic. The
 tokens of completions that scored better than usual become more likely, the others less:
 
-    r_t  = [t is the last token] * score - kl_coef * kl_t    token reward; kl_t = log(pi / pi_ref)
-    G_t  = r_t + r_{t+1} + ... + r_T                         return: all that comes from it on
-    A_t  = (G_t - mean) / std                                advantage; over all tokens of the batch
-    loss = -mean_t min(ratio_t A_t, clip(ratio_t, 1 - eps, 1 + eps) A_t)       ratio = pi / pi_old
+    r_t  = [t is the last token] * score - kl_coef * kl_t     reward; kl_t = log(pi_old / pi_ref)
+    G_t  = r_t + gamma * G_{t+1}                              return: all that comes from t on
+    A_t  = (G_t - mean) / std                                 advantage, over the batch's tokens
+    loss = -mean_t min(ratio_t A_t, clip(ratio_t, 1 - eps, 1 + eps) A_t)     ratio_t = pi / pi_old
 
-The KL in the reward keeps the policy near the SFT model it started from, pi_ref. The z-score says
-what "usual" is, for which PPO trains a critic. The clip lets one batch, sampled from pi_old, serve
-several updates: a token whose probability has already moved by the factor is left alone.
+The KL in the reward keeps the policy near the model it started from, pi_ref. The z-score says what
+"usual" is, for which PPO trains a critic. The clip lets one batch, sampled from pi_old, serve
+several updates: a token that has moved past 1 +- eps the way A wants gets no more gradient.
 
-This is version 1 of the paper, as in the notes; it z-scores and clips the scores too. Its later
+This is version 1 of the paper, as in the notes, which z-scores and clips the scores first. Later
 versions add "REINFORCE++ with baseline", here --group_baseline: several completions per prompt, A
 is the z-score of score - their mean, and the KL leaves the reward for the loss, as k2.
 
     python reinforce_pp.py                                      the toy, without network: 2 minutes
     python reinforce_pp.py --model Qwen/Qwen2.5-0.5B-Instruct   a real model, on one CUDA GPU
 
-Expect of the toy: exact match on held-out problems from 0.6 to 0.95, because answers that show
-their work go from half of all to nearly all. Watch the score, not the loss.
+Expect of the toy: it starts with 0.6 of the held-out problems right, half of them with their work
+shown, and ends at 0.95, with nearly all work shown. Watch the score, not the loss.
 """
 import copy
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ from common import (HfArg, Means, RunConfig, fail, fill, kl_estimate, learning_r
 from data import (batch_stats, check_first_step, draw_problems, evaluate, load_reward, report,
                   score, validate)
 from rollout import all_logprobs, load_policy, micro_batches, sample, token_logprobs
-from run import Run, check_saving, save_policy
+from run import Run, save_policy
 from sft import warm_start
 
 
@@ -47,13 +47,13 @@ class Config(RunConfig):
     epochs: int = HfArg(default=1, help="passes over each rollout batch")
     kl_coef: Optional[float] = HfArg(default=None, help="weight of the KL, beta in the paper")
     clip_eps: float = HfArg(default=0.2, help="clip range of the ratio")
-    reward_clip: float = HfArg(default=5.0, help="clip z-scored rewards to this; 0: raw rewards")
+    reward_clip: float = HfArg(default=5.0, help="clip z-scored scores to this; 0: raw scores")
     gamma: float = HfArg(default=1.0, help="discount per token")
-    group_baseline: bool = HfArg(default=False, help="the paper's later variant")
+    group_baseline: bool = HfArg(default=False, help="later variant, without reward_clip and gamma")
 
 
-# Defaults of two worlds; completions = prompts_per_step * group_size. HUB has the paper's values
-# for mathematics; on a CPU it shrinks to what moves within minutes.
+# Defaults of two worlds; completions = prompts_per_step * group_size. HUB follows the paper on
+# mathematics; CPU shrinks it to what moves within minutes.
 TOY = dict(steps=60, lr=2e-4, completions=256, minibatch_size=64, micro_batch_size=64,
            max_new_tokens=32, kl_coef=0.01, eval_prompts=512)
 HUB = dict(steps=200, lr=1e-6, completions=256, minibatch_size=128, micro_batch_size=8,
@@ -83,9 +83,9 @@ def train(cfg):
     if cfg.group_baseline and cfg.group_size < 2:
         fail("--group_size 1 leaves --group_baseline nothing to compare with: take 4, say")
     fill(cfg, TOY, HUB, CPU)
-    run, reward = Run(cfg, "reinforce_pp"), load_reward(cfg.reward)
+    reward, run = load_reward(cfg.reward), Run(cfg, "reinforce_pp")
     policy, tokenizer = load_policy(cfg.model or warm_start(cfg.seed, cfg.device), cfg.device)
-    check_saving(policy, tokenizer, run.folder)
+    run.open(policy, tokenizer)
     ref_model = copy.deepcopy(policy).requires_grad_(False) if cfg.kl_coef else None
     problems, validation, test = toy.load_problems(cfg, tokenizer)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.99),
@@ -98,14 +98,14 @@ def train(cfg):
         asked = draw_problems(problems, step, cfg.prompts_per_step, cfg.seed)
         batch = sample(policy, tokenizer, [problem["ids"] for problem in asked], cfg.group_size,
                        cfg.max_new_tokens, cfg.temperature)
-        old_logprobs, mask = batch.logprobs, batch.mask                            # (N, C)
+        old_logprobs, mask = batch.logprobs, batch.mask       # (N, C): completions, their tokens
         run.lap("sample")
 
         # 2. Score: what each completion earned, and how far from the reference each token is.
-        texts, scores = score(reward, asked, batch, tokenizer, step)               # N texts, (N,)
-        ref_logprobs = old_logprobs if ref_model is None else all_logprobs(        # (N, C)
+        texts, scores = score(reward, asked, batch, tokenizer, step)             # N strings, (N,)
+        ref_logprobs = old_logprobs if ref_model is None else all_logprobs(      # (N, C)
             ref_model, batch, cfg.micro_batch_size, cfg.temperature)
-        kl = kl_estimate(old_logprobs, ref_logprobs)                               # (N, C)
+        kl = kl_estimate(old_logprobs, ref_logprobs, "k1")                       # (N, C)
         check_first_step(step, policy, batch, scores, kl, cfg)
         run.lap("score")
 
@@ -116,14 +116,14 @@ def train(cfg):
             shaped = normalize_rewards(scores, cfg.reward_clip) if cfg.reward_clip else scores
             advantages = reinforce_pp_advantages(shaped, kl, mask, cfg.kl_coef, cfg.gamma)
 
-        # 4. Update: mini-batches of whole groups; micro-batches only add up to one of them.
+        # 4. Update per mini-batch; share is the part of its tokens that a micro-batch holds.
         stats = Means()
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg)
         for minibatch in mini_batches(len(scores), cfg.minibatch_size, cfg.group_size, cfg.epochs):
             optimizer.zero_grad()
             for rows, share in micro_batches(batch, minibatch, cfg.micro_batch_size):
-                old, A, m = old_logprobs[rows], advantages[rows], mask[rows]       # (R, C)
-                logprobs = token_logprobs(policy, batch, rows, cfg.temperature)    # (R, C)
+                old, A, m = old_logprobs[rows], advantages[rows], mask[rows]     # (R, C)
+                logprobs = token_logprobs(policy, batch, rows, cfg.temperature)  # (R, C)
                 loss, clip_frac = ppo_clip_loss(logprobs, old, A, m, cfg.clip_eps)
                 if cfg.group_baseline:
                     k2 = kl_estimate(logprobs, ref_logprobs[rows], "k2")
@@ -136,7 +136,7 @@ def train(cfg):
             optimizer.step()
             stats.add(1, grad_norm=grad_norm, lr=optimizer.param_groups[0]["lr"])
 
-        # 5. Log. The loss is printed last: A has mean 0, so it is near 0 when all is well.
+        # 5. Log. A has mean 0 over the batch, so the loss is near 0 and says little.
         run.log(step, **batch_stats(scores, kl, batch, cfg.group_size), **stats())
         run.show(step, asked, texts, scores)
         validate(run, step, policy, tokenizer, validation, cfg)

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from common import fail
+from common import fail, use_bf16
 
 
 @dataclass
@@ -56,8 +56,11 @@ def load_policy(name, device):
     folder = Path(name, "model") if Path(name, "model", "config.json").exists() else name
     if Path(folder).exists():  # bars are for downloads
         transformers.utils.logging.disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    policy = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        policy = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    except (OSError, ValueError) as error:
+        fail(f"--model {name}: {str(error).splitlines()[0]}")
     for module in policy.modules():  # dropout would make the ratio of new to old policy random
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -117,9 +120,7 @@ def plain_logprobs(policy, batch, temperature):
 
 
 def precision(device):
-    """bf16 arithmetic on CUDA over the fp32 weights; plain fp32 elsewhere."""
-    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+    return torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(device))
 
 
 def attention_mask(policy, valid, queries):
@@ -308,9 +309,11 @@ def micro_batches(batch, rows, size):
     """Split a mini-batch into forwards of `size` rows -> yields (rows, share).
 
     share is the part of the mini-batch's tokens: token means weighted by it add up to the mean over
-    the whole mini-batch, so that micro-batching changes memory and not the gradient. Rows are
-    sorted by length, because a forward is as wide as its longest row.
+    the whole mini-batch, so that micro-batching changes memory and not the gradient. Sorted by
+    length, because a forward is as wide as its longest row; groups stay together, by their longest,
+    because they share a prompt.
     """
-    lengths = batch.mask[rows].sum(1).cpu()
-    for part in lengths.argsort(stable=True).split(size):
+    lengths, owner = batch.mask[rows].sum(1).cpu(), batch.owner[rows].cpu()
+    longest = torch.zeros(len(batch.prompts)).scatter_reduce(0, owner, lengths, "amax")[owner]
+    for part in (longest * len(batch.prompts) + owner).argsort(stable=True).split(size):
         yield rows[part], (lengths[part].sum() / lengths.sum()).item()

@@ -19,10 +19,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from common import fail, seed_everything
+from common import fail, seed_everything, use_bf16
 
 # What --resume lets differ from the run's own: where and how long it runs, how often it reports.
 MAY_CHANGE = {"steps", "device", "out_dir", "resume", "log_every", "eval_every", "save_every"}
+
+LOGS = "metrics.jsonl", "samples.jsonl", "validation.jsonl"
 
 
 def write_atomically(path, write):
@@ -34,15 +36,25 @@ def write_atomically(path, write):
 
 class Run:
     def __init__(self, cfg, name):
-        self.cfg, self.name, self.first, self.stopping, self.times = cfg, name, 0, False, {}
-        self.folder = find_folder(cfg, name)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for path in [] if cfg.resume else self.folder.glob("*.jsonl"):
-            path.unlink()  # of a run that was killed before its first checkpoint
-        cfg.out_dir = str(self.folder)
-        text = json.dumps(asdict(cfg), indent=1)
-        write_atomically(self.folder / "config.json", lambda path: path.write_text(text))
+        """Refuse what cannot work before anything is trained; nothing is written yet."""
+        self.cfg, self.name, self.folder = cfg, name, find_folder(cfg, name)
+        self.first, self.saved, self.stopping, self.times = 0, 0, False, {}
         print(f"{name}: " + " ".join(f"{k}={v}" for k, v in asdict(cfg).items()), flush=True)
+
+    def open(self, policy, tokenizer):
+        """Make the folder, and say what will be trained in it."""
+        self.folder = find_folder(self.cfg, self.name)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.cfg.out_dir = str(self.folder)
+        check_saving(policy, tokenizer, self.folder)
+        text = json.dumps(asdict(self.cfg), indent=1)
+        write_atomically(self.folder / "config.json", lambda path: path.write_text(text))
+        size, how = sum(p.numel() for p in policy.parameters()), "in fp32"
+        if policy.device.type == "cuda":
+            how = "in bf16 over fp32 weights" if use_bf16(policy.device) else \
+                "in fp32, because this GPU has no bf16"
+        print(f"{policy.config.model_type} of {size:,} parameters on {policy.device}, computing "
+              f"{how}, into {self.folder}", flush=True)
 
     def steps(self):
         """Count the steps. Ctrl-C: finish this one, save, say how to go on; again: stop at once."""
@@ -58,12 +70,12 @@ class Run:
             self.mark = time.perf_counter()
             yield step
             self.bar.update()
-            if self.stopping and step + 1 < self.cfg.steps:
+            if self.stopping and self.saved == step + 1 < self.cfg.steps:
                 self.bar.close()
                 again = ["python", *sys.argv]
                 if Path(sys.argv[0]).stem == self.name and "--resume" not in again:
                     again += ["--out_dir", str(self.folder), "--resume"]
-                fail(f"stopped after step {step + 1} of {self.cfg.steps}, and saved; to go on: "
+                fail(f"stopped after step {step + 1} of {self.cfg.steps}; to go on: "
                      + shlex.join(again), code=130)
         self.bar.close()
         for number, handler in handlers.items():
@@ -101,7 +113,7 @@ class Run:
 
     def write(self, name, step, **fields):
         with open(self.folder / name, "a") as file:
-            file.write(json.dumps({"step": step + 1, **fields}, ensure_ascii=False) + "\n")
+            file.write(json.dumps({"step": step + 1, **fields}) + "\n")
 
     def save(self, step, **state):
         """checkpoint.pt, when it is due: every --save_every steps, at the last, after Ctrl-C."""
@@ -110,6 +122,7 @@ class Run:
             cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
             state.update(step=step + 1, rng=(random.getstate(), torch.get_rng_state(), cuda))
             write_atomically(self.folder / "checkpoint.pt", lambda path: torch.save(state, path))
+            self.saved = step + 1
 
     def load(self, **objects):
         """Seed everything -> {}; with --resume, checkpoint.pt into `objects` -> the whole of it."""
@@ -125,58 +138,59 @@ class Run:
         torch.set_rng_state(state["rng"][1])
         if torch.cuda.is_available() and state["rng"][2]:
             torch.cuda.set_rng_state_all(state["rng"][2])
-        for path in self.folder.glob("*.jsonl"):  # what came after the checkpoint will come again
-            rows = path.read_text().splitlines(keepends=True)
+        for path in (self.folder / name for name in LOGS):  # what came after will come again
+            rows = path.read_text().splitlines(keepends=True) if path.exists() else []
             rows = [r for r in rows if r.endswith("\n") and json.loads(r)["step"] <= self.first]
             write_atomically(path, lambda temporary: temporary.write_text("".join(rows)))
         return state
 
 
 def find_folder(cfg, name):
-    """--out_dir, or the first free of runs/NAME, runs/NAME-2, ...; with --resume the last taken."""
+    """--out_dir, or the first free of runs/NAME, runs/NAME-2, ...; with --resume the last saved."""
     number, newest = 1, None
     while (folder := Path("runs", name if number == 1 else f"{name}-{number}")).exists():
-        number, newest = number + 1, folder
+        number, newest = number + 1, folder if (folder / "checkpoint.pt").exists() else newest
     folder = Path(cfg.out_dir or (cfg.resume and newest) or folder)
-    saved = (folder / "checkpoint.pt").exists()
-    if cfg.resume and not saved:
+    if not cfg.resume:
+        if folder.exists() and any(folder.iterdir()):
+            fail(f"--out_dir: {folder} is not empty; name another, or --resume the run in it")
+        return folder
+    if not (folder / "checkpoint.pt").exists():
         fail(f"--resume: there is no checkpoint in {folder}; name a run's folder with --out_dir")
-    if not cfg.resume and (saved or (folder / "model").exists()):
-        fail(f"--out_dir: {folder} holds a run; --resume goes on with it, or name another folder")
-    if cfg.resume:
-        before = json.loads((folder / "config.json").read_text())
-        for key in sorted(before.keys() - MAY_CHANGE):
-            if before[key] != getattr(cfg, key, None):
-                fail(f"--{key} is {getattr(cfg, key, None)}, but {before[key]} in {folder}, which "
-                     "you --resume: use that value, or start a new run in another --out_dir")
+    before = json.loads((folder / "config.json").read_text())
+    for key in sorted(before.keys() - MAY_CHANGE):
+        if before[key] != getattr(cfg, key, None):
+            fail(f"--{key} is {getattr(cfg, key, None)}, but {before[key]} in {folder}, which "
+                 "you --resume: use that value, or start a new run in another --out_dir")
     return folder
 
 
 def check_saving(policy, tokenizer, folder):
-    """Say what will be trained, and find out before the training if it could not be saved after."""
-    size, device = sum(p.numel() for p in policy.parameters()), policy.device
-    cuda = device.type == "cuda"
-    how = "in bf16 over fp32 weights" if cuda and torch.cuda.is_bf16_supported() else \
-        "in fp32, because this GPU has no bf16" if cuda else "in fp32"
-    print(f"{policy.config.model_type} of {size:,} parameters on {device}, computing {how}")
+    """Find out before the training if its result could not be saved after it."""
+    config = policy.generation_config
     with tempfile.TemporaryDirectory(dir=folder) as trial:
         try:
-            policy.generation_config.save_pretrained(trial)
+            config.save_pretrained(trial)
         except ValueError:  # sampling settings without do_sample: transformers won't write them
-            policy.generation_config.do_sample = True
-        policy.config.save_pretrained(trial)
-        tokenizer.save_pretrained(trial)
-    need = 7 * 4 * size  # two checkpoints (weights and Adam's two moments) and the model, in fp32
-    free = shutil.disk_usage(folder).free
-    if free < need:
+            config.do_sample = True
+        try:
+            for part in (config, policy.config, tokenizer):
+                part.save_pretrained(trial)
+        except ValueError as error:
+            fail("--model: its settings could not be saved again; mend or delete its "
+                 f"generation_config.json ({' '.join(str(error).split())})")
+    need = 7 * 4 * sum(p.numel() for p in policy.parameters())  # 2 x (weights, Adam), model; fp32
+    if (free := shutil.disk_usage(folder).free) < need:
         fail(f"--out_dir {folder}: checkpoints and model need {need / 1e9:.1f} GB, but only "
              f"{free / 1e9:.1f} GB are free; choose a folder on a larger disk")
 
 
 def save_policy(policy, tokenizer, folder):
-    """Write folder/model for from_pretrained, in fp32; a kill leaves the old one or the new one."""
-    temporary, final = Path(folder, "model.tmp"), Path(folder, "model")
+    """Write folder/model, fp32, for from_pretrained; an old one goes when the new one is whole."""
+    temporary, final, old = (Path(folder, name) for name in ("model.tmp", "model", "model.old"))
     policy.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
-    shutil.rmtree(final, ignore_errors=True)
+    if final.exists():
+        final.rename(old)
     temporary.rename(final)
+    shutil.rmtree(old, ignore_errors=True)

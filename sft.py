@@ -15,6 +15,7 @@ demonstrations show their work and half just name the result; so does the traine
 """
 import inspect
 import json
+import os
 import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from common import (Means, RunConfig, fill, learning_rate, main, masked_mean, mi
                     require_finite)
 from data import draw_problems, encode_completions, evaluate, report, validate
 from rollout import load_policy, make_batch, micro_batches, token_logprobs
-from run import Run, check_saving, save_policy
+from run import Run, save_policy
 
 
 @dataclass
@@ -43,14 +44,16 @@ CPU = dict(HUB, steps=15, minibatch_size=16, max_new_tokens=48, eval_prompts=64)
 
 def warm_start(seed, device):
     """The folder of the toy model after SFT; trained now if this seed's is not there yet."""
-    cfg = Config(seed=seed, device=device, warmup_steps=20, log_every=200, save_every=200)
+    cfg = Config(seed=seed, device=device, warmup_steps=20, log_every=200, save_every=1200)
     fill(cfg, TOY, HUB, CPU)
     recipe = json.dumps({**asdict(cfg), "device": None}) + inspect.getsource(toy)
     folder = Path("runs", "warm_start", f"seed{seed}-{zlib.crc32(recipe.encode()):08x}")
-    if not (folder / "model").exists():
-        print(f"warming up: supervised fine-tuning first, once for this seed, into {folder}")
-        cfg.out_dir, cfg.resume = str(folder), (folder / "checkpoint.pt").exists()
+    if not folder.exists():
+        print("warming up: supervised fine-tuning first, once for this seed")
+        cfg.out_dir = f"{folder}.{os.getpid()}"  # whoever interrupts this leaves no half a model
         train(cfg)
+        os.rename(cfg.out_dir, folder)
+        print(f"kept as {folder}\n")
     return str(folder)
 
 
@@ -61,7 +64,7 @@ def train(cfg):
         policy, tokenizer = load_policy(cfg.model, cfg.device)
     else:
         policy, tokenizer = toy.make_model(cfg.seed).to(cfg.device), toy.make_tokenizer()
-    check_saving(policy, tokenizer, run.folder)
+    run.open(policy, tokenizer)
     problems, validation, test = toy.load_problems(cfg, tokenizer)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.98),
                                   weight_decay=cfg.weight_decay, fused=True)

@@ -93,15 +93,13 @@ def check_steps(prompt, completion):
     """Process supervision's judge: is each step of a toy answer exactly the next line of the work?
 
     -> [(end, right), ...], one per comma-separated step: the 0-based index of its last character,
-    which is also its token (the comma belongs to the step before it), and 1.0 or 0.0.
+    which is also its token (a comma belongs to the step before it), and 1.0 or 0.0.
     """
     total, *terms = re.findall(r"[+-]?\d+", prompt)
-    expected, end, marks = [], -1, []
+    expected = []
     for term in terms:
         expected.append(f"{total}{term}={int(total) + int(term)}")
         total = str(int(total) + int(term))
-    steps = completion.split(",")
-    for i, step in enumerate(steps):
-        end += len(step) + (i + 1 < len(steps))
-        marks.append((end, float(i < len(expected) and step == expected[i])))
-    return marks
+    steps = list(re.finditer(r"([^,]+),?", completion))
+    return [(step.end() - 1, float(i < len(expected) and step[1] == expected[i]))
+            for i, step in enumerate(steps)]

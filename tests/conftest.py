@@ -32,7 +32,8 @@ CONFIGS = {  # windows of 4 are shorter than every test sequence; dropout is on 
                                                    max_position_embeddings=64, hidden_dropout=0.1),
     "phi3": lambda: transformers.Phi3Config(**ROPE, sliding_window=4, pad_token_id=0),
 }
-HOSTILE = dict(top_k=2, temperature=0.3, repetition_penalty=1.5, do_sample=False, eos_token_id=[2, 7])
+HOSTILE = dict(top_k=2, temperature=0.3, repetition_penalty=1.5, do_sample=False,
+               eos_token_id=[2, 7])
 TEMPLATE = ("{{ bos_token }}{% for message in messages %}{{ message['content'] }}{% endfor %}"
             "{% if add_generation_prompt %}={% endif %}")
 
@@ -76,7 +77,7 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(params=["llama", "gpt2"])
 def policy(request):
-    """The two kinds of positions: rotary, and absolute with dropout (switched off, as loading does)."""
+    """The two kinds of positions: rotary, and absolute with dropout (off, as loading does)."""
     return make_model(request.param).eval()
 
 

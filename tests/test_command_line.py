@@ -1,5 +1,6 @@
 """What a user sees: one subprocess per behaviour, on tiny random models, in a fresh folder each."""
 import json
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import reinforce_pp
 import run
 import sft
 import toy
-from conftest import ROOT, TEMPLATE, save_folder
+from conftest import ROOT, TEMPLATE, make_model
 from rollout import load_policy
 
 SMALL = ["--data", "toy", "--steps", "6", "--prompts_per_step", "8", "--minibatch_size", "4",
@@ -29,7 +30,8 @@ def command(script, *flags):
 
 
 def call(script, *flags, cwd, code=0):
-    done = subprocess.run(command(script, *flags), cwd=cwd, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command(script, *flags), cwd=cwd, capture_output=True, text=True,
+                          timeout=300)
     assert done.returncode == code, done.stdout + done.stderr
     assert "Traceback" not in done.stderr, done.stderr
     return done.stdout + done.stderr
@@ -69,14 +71,16 @@ def test_a_run_and_what_it_leaves(folders, tmp_path):
     assert abs(rows[0]["kl"]) < 1e-4 < rows[-1]["kl"]  # starts as the reference, and leaves it
     for line in (folder / "samples.jsonl").read_text().splitlines():
         assert {"step", "prompt", "completion", "answer", "score"} <= set(json.loads(line))
-    steps = [json.loads(line)["step"] for line in (folder / "validation.jsonl").read_text().splitlines()]
-    assert steps == [3, 6]
+    rows = (folder / "validation.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in rows] == [3, 6]
 
     # the trained model loads with plain transformers in a fresh process, and is the trained one
-    script = ("import sys, json, torch; from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-              "m = AutoModelForCausalLM.from_pretrained(sys.argv[1]); t = AutoTokenizer.from_pretrained("
-              "sys.argv[1])\nprint(json.dumps([str(m.dtype), t.chat_template, m.generation_config.top_k,"
-              "m(torch.tensor([t('8+9=').input_ids])).logits.tolist()]))")
+    script = ("import sys, json, torch\n"
+              "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T\n"
+              "m, t = M.from_pretrained(sys.argv[1]), T.from_pretrained(sys.argv[1])\n"
+              "logits = m(torch.tensor([t('8+9=').input_ids])).logits.tolist()\n"
+              "top_k = m.generation_config.top_k\n"
+              "print(json.dumps([str(m.dtype), t.chat_template, top_k, logits]))")
     out = subprocess.run([sys.executable, "-c", script, str(folder / "model")], capture_output=True,
                          text=True, check=True).stdout.splitlines()[-1]
     dtype, template, top_k, logits = json.loads(out)
@@ -94,7 +98,7 @@ def test_a_run_and_what_it_leaves(folders, tmp_path):
 
 
 def test_kill_and_resume_is_bit_for_bit(folders, tmp_path):
-    flags = ["--model", folders("gpt2"), *SMALL, "--epochs", 2, "--group_size", 2]
+    flags = ["--model", folders("gpt2"), *SMALL, "--epochs", 2, "--group_size", 2, "--steps", 30]
     call("reinforce_pp.py", *flags, "--out_dir", "whole", cwd=tmp_path)
     process = subprocess.Popen(command("reinforce_pp.py", *flags, "--out_dir", "cut"), cwd=tmp_path,
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -105,16 +109,18 @@ def test_kill_and_resume_is_bit_for_bit(folders, tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     cut_at = torch.load(tmp_path / "cut" / "checkpoint.pt", weights_only=False)["step"]
-    assert 2 <= cut_at < 6 and not (tmp_path / "cut" / "model").exists()
+    assert 2 <= cut_at < 30 and not (tmp_path / "cut" / "model").exists()
+    with open(tmp_path / "cut" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "sco')  # as if the kill had torn a line
     call("reinforce_pp.py", *flags, "--out_dir", "cut", "--resume", cwd=tmp_path)
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "cut")
     assert same_weights(tmp_path / "whole", tmp_path / "cut")
-    assert (tmp_path / "cut" / "samples.jsonl").read_text() == \
-        (tmp_path / "whole" / "samples.jsonl").read_text()
+    for name in ("samples.jsonl", "model/model.safetensors"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-def test_ctrl_c_finishes_the_step_and_says_how_to_go_on(folders, tmp_path):
-    flags = ["--model", folders("llama"), *SMALL, "--steps", 500, "--save_every", 500]
+def test_ctrl_c_finishes_the_step_and_the_printed_command_goes_on(folders, tmp_path):
+    flags = ["--model", folders("llama"), *SMALL, "--steps", 60, "--save_every", 500]
     process = subprocess.Popen(command("reinforce_pp.py", *flags, "--out_dir", "run"), cwd=tmp_path,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     log = tmp_path / "run" / "metrics.jsonl"
@@ -125,9 +131,10 @@ def test_ctrl_c_finishes_the_step_and_says_how_to_go_on(folders, tmp_path):
     screen = process.communicate(timeout=120)[0]
     assert process.returncode == 130 and "Traceback" not in screen
     steps = len(metrics(tmp_path / "run"))
-    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=False)["step"] == steps < 500
-    again = screen.strip().splitlines()[-1].partition("to go on: python ")[2]
-    assert again.endswith("--out_dir run --resume")
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=False)["step"] == steps < 60
+    again = shlex.split(screen.strip().splitlines()[-1].partition("to go on: python ")[2])
+    subprocess.run([sys.executable, *again], cwd=tmp_path, check=True, capture_output=True)
+    assert [row["step"] for row in metrics(tmp_path / "run")] == list(range(1, 61))
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -138,6 +145,12 @@ def test_ctrl_c_finishes_the_step_and_says_how_to_go_on(folders, tmp_path):
     (["--reward", "nope"], ["--reward nope", "last_number"]),
     (["--group_baseline", "--group_size", "1"], ["--group_size 1", "4"]),
     (["--out_dir", "taken"], ["--out_dir", "taken", "--resume"]),
+    (["--out_dir", "."], ["--out_dir", "not empty"]),
+    (["--data", "nope.jsonl"], ["--data nope.jsonl", "toy", "words"]),
+    (["--data", "words"], ["--data words", "--model"]),
+    (["--temperature", "0"], ["--temperature 0", "greater than 0"]),
+    (["--log_every", "0"], ["--log_every 0", "greater than 0"]),
+    (["--model", "nope"], ["--model nope"]),
     (["--out_dir", "taken", "--resume", "--lr", "1"], ["--lr is 1.0", "0.5"])])
 def test_wrong_input_is_one_sentence_and_loses_nothing(tmp_path, monkeypatch, capsys, flags, words):
     """In process: parsing and starting are all that is needed; nothing may be trained or loaded."""
@@ -145,7 +158,7 @@ def test_wrong_input_is_one_sentence_and_loses_nothing(tmp_path, monkeypatch, ca
         pytest.skip("this machine has a GPU")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["reinforce_pp.py", *flags])
-    monkeypatch.setattr(reinforce_pp, "warm_start", lambda *_: pytest.fail("trained before it checked"))
+    monkeypatch.setattr(reinforce_pp, "warm_start", lambda *_: pytest.fail("trained too early"))
     taken = tmp_path / "taken"
     taken.mkdir()
     (taken / "checkpoint.pt").write_text("precious")
@@ -156,6 +169,7 @@ def test_wrong_input_is_one_sentence_and_loses_nothing(tmp_path, monkeypatch, ca
     assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
     assert all(word in error for word in words), error
     assert (taken / "checkpoint.pt").read_text() == "precious"
+    assert list(tmp_path.iterdir()) == [taken] and len(list(taken.iterdir())) == 2
 
 
 def test_help_and_dashes(tmp_path):
@@ -165,8 +179,8 @@ def test_help_and_dashes(tmp_path):
 
 
 def quick(model, **flags):
-    base = dict(model=model, data="toy", device="cpu", steps=2, prompts_per_step=8, minibatch_size=8,
-                micro_batch_size=8, max_new_tokens=6, eval_prompts=4, lr=1e-3)
+    base = dict(model=model, data="toy", device="cpu", steps=2, prompts_per_step=8,
+                minibatch_size=8, micro_batch_size=8, max_new_tokens=6, eval_prompts=4, lr=1e-3)
     return reinforce_pp.Config(**{**base, **flags})
 
 
@@ -180,9 +194,10 @@ def test_a_run_that_blows_up_names_step_and_sample(folders, tmp_path, monkeypatc
 
 def test_infinite_gradients_and_full_memory_are_sentences(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["reinforce_pp.py", "--micro_batch_size", "48"])
-    for error, word in ((torch.OutOfMemoryError("CUDA out of memory"), "--micro_batch_size (it is 48)"),
-                        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory"),
-                        (RuntimeError("the norm is non-finite"), "--max_grad_norm")):
+    cases = ((torch.OutOfMemoryError("CUDA out of memory"), "--micro_batch_size (it is 48)"),
+             (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory"),
+             (RuntimeError("the norm is non-finite"), "--max_grad_norm"))
+    for error, word in cases:
         def train(cfg):
             raise error
         with pytest.raises(SystemExit) as stop:
@@ -190,6 +205,55 @@ def test_infinite_gradients_and_full_memory_are_sentences(tmp_path, monkeypatch,
         assert stop.value.code == 1 and word in capsys.readouterr().err
     with pytest.raises(RuntimeError):  # anything else is our error, and shows itself
         common.main(reinforce_pp.Config, lambda cfg: (_ for _ in ()).throw(RuntimeError("a bug")))
+
+
+def shorter(prompts, completions, **columns):
+    return [-len(text) / 8 for text in completions]
+
+
+def blind(prompts, completions, **columns):
+    return [0.5] * len(prompts)
+
+
+@pytest.mark.parametrize("flags", [dict(), dict(group_size=4, group_baseline=True), dict(epochs=2)],
+                         ids=["version 1", "group baseline", "two epochs"])
+def test_it_learns_what_is_rewarded(folders, tmp_path, monkeypatch, flags):
+    """Shorter is better, which a random model can learn in seconds: the score must rise."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(data.REWARDS, "last_number", shorter)
+    reinforce_pp.train(quick(folders("llama"), steps=20, prompts_per_step=32, minibatch_size=32,
+                             out_dir="run", **flags))
+    scores = [row["score"] for row in metrics("run")]
+    assert sum(scores[-3:]) / 3 > sum(scores[:3]) / 3 + 0.1, scores
+
+
+@pytest.mark.parametrize("flags", [dict(), dict(group_size=4, group_baseline=True)],
+                         ids=["in the reward, k1", "in the loss, k2"])
+def test_the_kl_pulls_back_to_the_reference(folders, tmp_path, monkeypatch, flags):
+    """With equal scores only the KL is left. Start away from the reference: it must fall."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(data.REWARDS, "last_number", blind)
+    away = make_model("llama", seed=0).eval()
+    with torch.no_grad():
+        noise = torch.Generator().manual_seed(0)
+        for parameter in away.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=noise)
+    monkeypatch.setattr(reinforce_pp, "copy", SimpleNamespace(deepcopy=lambda policy: away))
+    reinforce_pp.train(quick(folders("llama"), steps=20, prompts_per_step=32, minibatch_size=32,
+                             kl_coef=1.0, out_dir="run", **flags))
+    kl = [row["kl"] for row in metrics("run")]
+    assert sum(kl[-3:]) < 0.8 * sum(kl[:3]), kl
+
+
+def test_the_first_step_is_checked(folders, tmp_path, monkeypatch, capsys):
+    """Silent at a temperature that all passes share; one warning for a reward that is blind."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(data.REWARDS, "last_number", shorter)
+    reinforce_pp.train(quick(folders("llama"), temperature=0.7, max_new_tokens=60))
+    assert "warning" not in capsys.readouterr().out
+    monkeypatch.setitem(data.REWARDS, "last_number", blind)
+    reinforce_pp.train(quick(folders("llama"), max_new_tokens=60))
+    assert capsys.readouterr().out.count("warning") == 1
 
 
 def test_the_reference_never_moves_and_is_skipped_without_kl(folders, tmp_path, monkeypatch):
@@ -217,15 +281,22 @@ def test_same_seed_same_run_and_micro_batches_do_not_matter(folders, tmp_path, m
     assert metrics("a") != metrics("d")
     for one, two in zip(weights("a").values(), weights("c").values()):
         torch.testing.assert_close(one, two, rtol=0, atol=2e-4)
+    base = dict(model=model, data="toy", device="cpu", steps=2, minibatch_size=16, max_new_tokens=8,
+                eval_prompts=4, lr=1e-3)
+    for size in (16, 3):
+        sft.train(sft.Config(**base, micro_batch_size=size, out_dir=f"sft{size}"))
+    for one, two in zip(weights("sft16").values(), weights("sft3").values()):
+        torch.testing.assert_close(one, two, rtol=0, atol=2e-4)
 
 
 @pytest.mark.parametrize("flag, value", [
-    ("temperature", 0.5), ("kl_coef", 1.0), ("clip_eps", 1e-4), ("reward_clip", 0.1), ("gamma", 0.5),
-    ("warmup_steps", 3), ("weight_decay", 0.5), ("epochs", 2), ("minibatch_size", 4), ("lr", 1e-2),
+    ("temperature", 0.5), ("kl_coef", 1.0), ("clip_eps", 1e-4), ("reward_clip", 0.1),
+    ("gamma", 0.5), ("warmup_steps", 3), ("weight_decay", 0.5), ("epochs", 2), ("lr", 1e-2),
+    ("minibatch_size", 4),
     ("max_grad_norm", 1e-3), ("prompts_per_step", 4), ("group_size", 2), ("max_new_tokens", 4),
     ("seed", 5), ("group_baseline", True), ("data", "words")])
 def test_every_knob_does_something(folders, tmp_path, monkeypatch, flag, value):
-    """Against a run without it, the weights after three steps differ (a reward that is never equal)."""
+    """Against a run without it, the weights after three steps differ."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(data.REWARDS, "last_number", lambda prompts, completions, **columns: [
         float(len(text) + 10 * (i == 0)) for i, text in enumerate(completions)])
@@ -237,8 +308,9 @@ def test_every_knob_does_something(folders, tmp_path, monkeypatch, flag, value):
 
 def test_rows_of_defaults_follow_the_world(folders, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for flags, lr, name, prompts in ((dict(), 2e-4, "toy", 256), (dict(model="x"), 1e-5, "words", 32),
-                                     (dict(group_size=4), 2e-4, "toy", 64)):
+    worlds = ((dict(), 2e-4, "toy", 256), (dict(group_size=4), 2e-4, "toy", 64),
+              (dict(model="x"), 1e-5, "words", 32))
+    for flags, lr, name, prompts in worlds:
         cfg = reinforce_pp.Config(**{"group_size": 1, **flags})
         common.fill(cfg, reinforce_pp.TOY, reinforce_pp.HUB, reinforce_pp.CPU)
         assert (cfg.lr, cfg.data, cfg.prompts_per_step, cfg.device) == (lr, name, prompts, "cpu")
@@ -250,8 +322,8 @@ def test_rows_of_defaults_follow_the_world(folders, tmp_path, monkeypatch):
 def test_learning_rate():
     cfg = reinforce_pp.Config(lr=1.0, steps=11, warmup_steps=4)
     rates = [common.learning_rate(step, cfg) for step in range(11)]
-    assert rates[0] == pytest.approx(0.2) and rates[4] == pytest.approx(1 - 0.9 * 0.4)
-    assert rates[10] == pytest.approx(0.1) and max(rates) == rates[4]
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert rates[7] == pytest.approx(0.55) and rates[10] == pytest.approx(0.1)
 
 
 # ------------------------------------------------------------------ saving, SFT, warm start, plot
@@ -264,13 +336,19 @@ def test_a_full_disk_is_found_before_the_training(folders, tmp_path, monkeypatch
     assert stop.value.code == 2 and "--out_dir" in capsys.readouterr().err
 
 
-def test_settings_that_transformers_would_not_save_are_saved(tmp_path):
+def test_settings_that_transformers_would_not_save_are_saved(tmp_path, capsys):
     from transformers import GenerationConfig
     policy, tokenizer = toy.make_model(0), toy.make_tokenizer()
     policy.generation_config = GenerationConfig(temperature=0.7, top_k=5)
     run.check_saving(policy, tokenizer, tmp_path)
-    run.save_policy(policy, tokenizer, tmp_path)
+    for _ in range(2):  # the second replaces the first
+        run.save_policy(policy, tokenizer, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
     assert load_policy(str(tmp_path), "cpu")[0].generation_config.top_k == 5
+    policy.generation_config = GenerationConfig(early_stopping=True, num_beams=1)
+    with pytest.raises(SystemExit):  # before the training, and not after it
+        run.check_saving(policy, tokenizer, tmp_path)
+    assert "generation_config.json" in capsys.readouterr().err
 
 
 def test_sft_learns_the_demonstrations_and_where_they_end(folders, tmp_path, monkeypatch):
@@ -294,21 +372,21 @@ def test_sft_learns_the_demonstrations_and_where_they_end(folders, tmp_path, mon
 
 def test_warm_start_trains_once_per_seed_and_recipe(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    calls = []
+    seeds = []
 
     def train(cfg):
-        calls.append((cfg.seed, cfg.resume))
-        folder = Path(cfg.out_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "checkpoint.pt").touch()
-        if len(calls) != 2:  # the second call is interrupted
-            (folder / "model").mkdir()
+        seeds.append(cfg.seed)
+        Path(cfg.out_dir, "model").mkdir(parents=True)
+        if len(seeds) == 2:
+            raise KeyboardInterrupt
 
     monkeypatch.setattr(sft, "train", train)
     one = sft.warm_start(1, "cpu")
-    assert sft.warm_start(1, "cpu") == one and calls == [(1, False)]
-    two = sft.warm_start(2, "cpu")
-    assert sft.warm_start(2, "cpu") == two != one and calls == [(1, False), (2, False), (2, True)]
+    assert sft.warm_start(1, "cpu") == one and seeds == [1] and Path(one, "model").exists()
+    with pytest.raises(KeyboardInterrupt):
+        sft.warm_start(2, "cpu")
+    monkeypatch.setattr(sft.os, "getpid", lambda: 0)
+    assert sft.warm_start(2, "cpu") != one and seeds == [1, 2, 2]
     monkeypatch.setitem(sft.TOY, "steps", 7)
     assert sft.warm_start(1, "cpu") != one
 

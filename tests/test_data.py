@@ -40,7 +40,8 @@ def test_tokenizer_and_model_round_trip(tmp_path):
     tokenizer, model = toy.make_tokenizer(), toy.make_model(1).eval()
     assert sum(p.numel() for p in model.parameters()) == 162_496
     tokenizer.save_pretrained(tmp_path), model.save_pretrained(tmp_path)
-    again, same = AutoTokenizer.from_pretrained(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    same = AutoModelForCausalLM.from_pretrained(tmp_path)
     ids = again("8+9-5=").input_ids
     assert ids == tokenizer("8+9-5=").input_ids and len(ids) == 6 and again.decode(ids) == "8+9-5="
     assert again.padding_side == "left"
@@ -54,7 +55,8 @@ def test_tokenizer_and_model_round_trip(tmp_path):
     ("8+9=18,18-5=13", [(6, 0.0), (13, 0.0)]),       # a wrong step, and one that builds on it
     ("8+9=17,17-5=11", [(6, 1.0), (13, 0.0)]),
     ("12", [(1, 0.0)]),
-    ("8+9=17,17-5=12,1", [(6, 1.0), (14, 1.0), (15, 0.0)])])
+    ("8+9=17,17-5=12,1", [(6, 1.0), (14, 1.0), (15, 0.0)]),
+    ("", []), ("8+9=17,", [(6, 1.0)])])
 def test_check_steps(completion, expected):
     assert toy.check_steps("8+9-5=", completion) == expected
 
@@ -102,14 +104,22 @@ def test_draw_problems_is_a_function_of_seed_and_step():
     assert steps[0] != data.draw_problems(rows, 0, 4, seed=2)
 
 
+def test_texts_are_without_the_eos_that_ended_them(tokenizer):
+    """Also where that EOS is an ordinary token, here "3" (id 7), and last_number would count it."""
+    batch = make_batch([[5]] * 3, [[5, 6, 2], [5, 6, 7], [5, 7, 6]], "cpu")
+    batch.finished = torch.tensor([True, True, False])
+    assert data.decode(tokenizer, batch) == ["12", "12", "132"]
+
+
 # ------------------------------------------------------------------ rewards
 
 @pytest.mark.parametrize("text, answer, finished, expected", [
     ("1+2=3", "3", True, 1.0), ("1+2=3", "3", False, 0.0), ("it is -4.50", "-4.5", True, 1.0),
-    ("3", "3.0", True, 1.0), ("12 or 3", "12", True, 0.0), ("none", "3", True, 0.0), ("", "3", True, 0.0),
-    ("the answer is 7.", "7", True, 1.0), ("7-3=4", "4", True, 1.0)])
+    ("3", "3.0", True, 1.0), ("12 or 3", "12", True, 0.0), ("none", "3", True, 0.0),
+    ("", "3", True, 0.0), ("the answer is 7.", "7", True, 1.0), ("7-3=4", "4", True, 1.0)])
 def test_last_number(text, answer, finished, expected):
-    assert data.last_number(["?"], [text], answer=[answer], finished=[finished], other=[1]) == [expected]
+    columns = dict(answer=[answer], finished=[finished], other=[1])
+    assert data.last_number(["?"], [text], **columns) == [expected]
 
 
 def test_score_hands_each_completion_its_own_problem(tokenizer):
@@ -124,7 +134,8 @@ def test_score_hands_each_completion_its_own_problem(tokenizer):
 
     texts, scores = data.score(reward, problems, batch, tokenizer)
     assert scores.tolist() == [0] * 4 + [1] * 4 + [2] * 4
-    assert seen["prompts"] == ["0"] * 4 + ["1"] * 4 + ["2"] * 4 and seen["completions"] == texts == data.decode(tokenizer, batch)
+    assert seen["prompts"] == ["0"] * 4 + ["1"] * 4 + ["2"] * 4
+    assert seen["completions"] == texts == data.decode(tokenizer, batch)
     assert seen["finished"] == batch.finished.tolist() and "ids" not in seen
 
 
@@ -141,7 +152,8 @@ def test_a_score_that_is_not_a_number_stops_the_run(tokenizer, capsys):
 def test_wilson():
     share, low, high = data.wilson([1] * 9 + [0])
     assert (share, low, high) == pytest.approx((0.9, 0.596, 0.982), abs=1e-3)  # published table
-    assert data.wilson([1] * 10)[2] == pytest.approx(1) and data.wilson([0] * 10)[1] == pytest.approx(0)
+    assert data.wilson([1] * 10)[2] == pytest.approx(1)
+    assert data.wilson([0] * 10)[1] == pytest.approx(0)
 
 
 def test_batch_stats(tokenizer):
@@ -152,8 +164,8 @@ def test_batch_stats(tokenizer):
     kl = torch.where(batch.mask.bool(), 0.5, math.nan)
     stats = data.batch_stats(torch.tensor([1.0, 1, 0, 1]), kl, batch, 2)
     assert {k: v.item() for k, v in stats.items()} == pytest.approx(dict(
-        score=0.75, score_std=0.5, kl=0.5 * 10 / 4, entropy=1.0, length=2.5, truncated=0.25,
-        frac_zero_std=0.5))
+        score=0.75, score_std=0.75**0.5 / 2, kl=0.5 * 10 / 4, entropy=1.0, length=2.5,
+        truncated=0.25, frac_zero_std=0.5))
     assert data.batch_stats(torch.tensor([1.0, 1, 0, 1]), kl, batch, 1)["frac_zero_std"] == 0
 
 

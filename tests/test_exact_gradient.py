@@ -3,8 +3,8 @@
 A tabular softmax policy over 3 symbols (0 is EOS) and at most 3 steps has 15 complete sequences, so
 that every expectation is a finite sum. The objective is J = E[score] - kl_coef * KL(pi || pi_ref).
 
-A row is a function batch -> loss on n sequences, composed as its script composes it; expected_gradient
-averages the gradient of `loss` over all batches of n sequences. To add an algorithm, add a row.
+A row is a function of a batch of n sequences, its loss, composed as the script composes it;
+expected_gradient averages its gradient over all such batches. To add an algorithm, add a row.
 """
 import itertools
 
@@ -84,7 +84,7 @@ def test_unbiased(name):
 
 
 def test_the_token_mean_is_biased():
-    """Without undoing the token mean, each batch is divided by its own length: short ones count more.
+    """Without undoing the token mean, a batch is divided by its length: short ones count more.
 
     On this table, with one sequence per batch, its cosine with the gradient of J is 0.86. A choice
     that PPO and REINFORCE++ make, not an error; in large batches the lengths average out.
@@ -98,7 +98,7 @@ def test_the_token_mean_is_biased():
 
 @pytest.mark.parametrize("kind, direction", [("k1", None), ("k2", "reverse"), ("k3", "forward")])
 def test_what_a_kl_estimate_does_as_a_loss(kind, direction):
-    """One step, 5 symbols: k1 does nothing, k2 descends KL(pi || ref), k3 descends KL(ref || pi)."""
+    """One step, 5 symbols: k1 does nothing, k2 descends KL(pi || ref), k3 the reverse one."""
     theta = torch.randn(5, dtype=torch.float64).requires_grad_()
     ref = torch.randn(5, dtype=torch.float64).log_softmax(0)
     logprobs = theta.log_softmax(0)
@@ -114,7 +114,8 @@ def test_kl_estimates_as_values():
     """E_pi[k1] = E_pi[k3] = KL(pi || ref); E_pi[k2] is close, not equal."""
     logprobs, ref = THETA[1].log_softmax(0), REF[2]
     exact = (logprobs.exp() * (logprobs - ref)).sum()
-    k1, k2, k3 = ((logprobs.exp() * kl_estimate(logprobs, ref, k)).sum() for k in ("k1", "k2", "k3"))
+    k1, k2, k3 = ((logprobs.exp() * kl_estimate(logprobs, ref, kind)).sum()
+                  for kind in ("k1", "k2", "k3"))
     torch.testing.assert_close(k1, exact, rtol=0, atol=1e-12)
     torch.testing.assert_close(k3, exact, rtol=0, atol=1e-12)
     assert abs(k2 - exact) > 1e-3

@@ -26,7 +26,7 @@ def same(ours, theirs, mask=None, rtol=1e-6, atol=1e-7):
     torch.testing.assert_close(ours, theirs, rtol=rtol, atol=atol)
 
 
-# ------------------------------------------------------------------ oracles: reference implementations
+# --------------------------------------------------------------- oracles: reference implementations
 
 @pytest.mark.parametrize("x, y", cases("kl_estimators"))
 def test_kl_estimators(x, y):
@@ -41,12 +41,14 @@ def test_kl_estimators(x, y):
 @pytest.mark.parametrize("x, y", cases("kl_shaped_rewards"))
 def test_token_rewards(x, y):
     kl = common.kl_estimate(T(x["logprobs"]), T(x["ref_logprobs"]))
-    same(common.token_rewards(T(x["scores"]), kl, T(x["mask"]), x["beta"]), y["token_rewards"], x["mask"])
+    ours = common.token_rewards(T(x["scores"]), kl, T(x["mask"]), x["beta"])
+    same(ours, y["token_rewards"], x["mask"])
 
 
 @pytest.mark.parametrize("x, y", cases("cumulative_returns"))
 def test_returns_to_go(x, y):
-    same(common.returns_to_go(T(x["token_rewards"]), T(x["mask"]), x["gamma"]), y["returns"], x["mask"])
+    ours = common.returns_to_go(T(x["token_rewards"]), T(x["mask"]), x["gamma"])
+    same(ours, y["returns"], x["mask"])
 
 
 @pytest.mark.parametrize("x, y", cases("masked_whiten"))
@@ -85,7 +87,8 @@ def test_reinforce_pp_advantages(x, y):
 @pytest.mark.parametrize("x, y", [case for case in cases("reinforce_pp_baseline_advantages")
                                   if case.values[0]["beta"] == 0])
 def test_reinforce_pp_baseline_advantages(x, y):
-    ours = reinforce_pp.reinforce_pp_baseline_advantages(T(x["scores"]), T(x["mask"]), x["group_size"])
+    ours = reinforce_pp.reinforce_pp_baseline_advantages(T(x["scores"]), T(x["mask"]),
+                                                         x["group_size"])
     same(ours, y["openrlhf_ddof0"]["advantages"], x["mask"])
 
 
@@ -96,7 +99,17 @@ def test_pick(x, y):
     torch.testing.assert_close(ours, T(y["logprobs"]).float(), rtol=1e-5, atol=1e-5)
 
 
-# ------------------------------------------------------------------ definitions, written out in loops
+@pytest.mark.parametrize("x, y", cases("sft_loss"))
+def test_sft_loss(x, y):
+    from rollout import pick
+    labels = torch.tensor(x["labels"])[:, 1:]
+    mask = (labels != -100).double()
+    logprobs = pick(T(x["logits"])[:, :-1], labels.clamp(min=0), 1.0).double()
+    loss = -common.masked_mean(logprobs, mask)
+    assert loss.item() == pytest.approx(y["loss"], abs=1e-6)
+
+
+# ---------------------------------------------------------------- definitions, written out in loops
 
 def random_batch(seed=0, N=6, C=7):
     generator = torch.Generator().manual_seed(seed)
@@ -136,7 +149,8 @@ def test_group_baseline_by_hand():
     centred = torch.tensor([1.0, -1.0, 2.0, -2.0]).double()  # scores 3, 1 | 4, 0 minus 2 | 2
     tokens = torch.tensor([1, 1, 1, -1, 2, 2, -2, -2, -2.0]).double()
     expected = (centred - tokens.mean()) / tokens.std(unbiased=False)
-    ours = reinforce_pp.reinforce_pp_baseline_advantages(torch.tensor([3.0, 1, 4, 0]).double(), mask, 2)
+    scores = torch.tensor([3.0, 1, 4, 0]).double()
+    ours = reinforce_pp.reinforce_pp_baseline_advantages(scores, mask, 2)
     torch.testing.assert_close(ours, expected[:, None] * mask, rtol=1e-6, atol=1e-8)
 
 
@@ -162,7 +176,7 @@ def test_k3_near_and_far():
         common.kl_estimate(small, small, "k4")
 
 
-# ------------------------------------------------------------------ padding, ties, degenerate batches
+# ---------------------------------------------------------------- padding, ties, degenerate batches
 
 def every_function(mask, a, b, c):
     scores = torch.arange(len(mask)).to(a.dtype)
@@ -190,7 +204,8 @@ def test_padding_and_garbage_change_nothing(garbage):
 
 def test_garbage_gets_no_gradient():
     mask, logprobs, old, advantages = random_batch()
-    dirty = [torch.where(mask.bool(), v, math.nan).requires_grad_() for v in (logprobs, old, advantages)]
+    dirty = [torch.where(mask.bool(), v, math.nan).requires_grad_()
+             for v in (logprobs, old, advantages)]
     common.ppo_clip_loss(*dirty, mask)[0].backward()
     assert dirty[0].grad.isfinite().all() and (dirty[0].grad[mask == 0] == 0).all()
 
