@@ -240,9 +240,9 @@ def test_the_kl_pulls_back_to_the_reference(folders, tmp_path, monkeypatch, flag
             parameter += 0.1 * torch.randn(parameter.shape, generator=noise)
     monkeypatch.setattr(reinforce_pp, "copy", SimpleNamespace(deepcopy=lambda policy: away))
     reinforce_pp.train(quick(folders("llama"), steps=20, prompts_per_step=32, minibatch_size=32,
-                             kl_coef=1.0, out_dir="run", **flags))
+                             kl_coef=1.0, lr=4e-3, out_dir="run", **flags))
     kl = [row["kl"] for row in metrics("run")]
-    assert sum(kl[-3:]) < 0.8 * sum(kl[:3]), kl
+    assert sum(kl[-3:]) < 0.8 * sum(kl[:3]), [round(x, 1) for x in kl]
 
 
 def test_the_first_step_is_checked(folders, tmp_path, monkeypatch, capsys):
