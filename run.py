@@ -25,6 +25,7 @@ from common import fail, seed_everything, use_bf16
 MAY_CHANGE = {"steps", "device", "out_dir", "resume", "log_every", "eval_every", "save_every"}
 
 LOGS = "metrics.jsonl", "samples.jsonl", "validation.jsonl"
+QUIET = "score_std", "approx_kl", "ratio_max", "frac_zero_std", "lr"  # logged, not shown
 
 
 def write_atomically(path, write):
@@ -96,7 +97,7 @@ class Run:
         metrics["loss"] = metrics.pop("loss")  # last: everyone looks at it, and it says little
         metrics.update(self.times, time_step=total, steps_per_s=1 / total)
         self.write("metrics.jsonl", step, **metrics)
-        short = {k: f"{v:.3g}" for k, v in metrics.items() if not k.startswith("time")}
+        short = {k: f"{v:.3g}" for k, v in metrics.items() if "time" not in k and k not in QUIET}
         self.bar.set_postfix({k: short[k] for k in ("score", "kl", "length", "loss") if k in short})
         if (step + 1) % self.cfg.log_every == 0:
             self.bar.write(f"step {step + 1}: " + ", ".join(f"{k} {v}" for k, v in short.items()))
