@@ -1,7 +1,8 @@
 """
 What every script shares: 1. the mathematics   2. flags, errors, small change.
 
-Letters: N completions, C completion tokens, P prompt tokens, V vocabulary, K group size.
+Letters: B prompts, K completions of each, N = B K completions, M of them in a mini-batch, R in a
+micro-batch; P prompt tokens, C completion tokens, V vocabulary.
 `mask` (N, C) is 1 on completion tokens, EOS included, and 0 on the padding to their right. Padding
 may hold garbage, even nan: it influences nothing, and per-token results are 0 there. Logarithms are
 natural: log-probabilities and KL are in nats.
@@ -44,6 +45,7 @@ def kl_estimate(logprobs, ref_logprobs, kind="k1"):
                           nothing, its gradient is 0 on average.
       k2 = (log r)^2 / 2  biased, but as a loss its expected gradient is that of KL(pi || pi_ref).
       k3 = r - 1 - log r  unbiased and >= 0; as a loss it descends the other KL, KL(pi_ref || pi).
+    It takes no mask: padding comes out as whatever went in.
     """
     log_r = ref_logprobs - logprobs
     if kind == "k1":
@@ -99,7 +101,7 @@ def ppo_clip_loss(logprobs, old_logprobs, advantages, mask, clip_eps=0.2):
 
 @dataclass
 class RunConfig:
-    """The flags of every script. Where the default is None, its TOY or HUB row fills in a value."""
+    """The flags of every script. Where the default is None, one of its rows fills in a value."""
 
     model: Optional[str] = HfArg(default=None, help="model folder, run folder or hub name; "
                                                     "without it the embedded toy model")
@@ -159,7 +161,7 @@ def main(config_class, train):
         fail("interrupted; the last checkpoint, if there is one, is kept", code=130)
 
 
-def fill(cfg, toy, hub, cpu):
+def fill(cfg, toy, hub, cpu, **more):
     """Choose device and data, then give flags without a value the one in the row for this world."""
     cfg.device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if cfg.device.partition(":")[0] not in ("cpu", "cuda"):
@@ -171,15 +173,17 @@ def fill(cfg, toy, hub, cpu):
         fail(f"--data {cfg.data}: choose toy or words")
     if cfg.data == "words" and not cfg.model:
         fail("--data words: the toy model reads only symbols; add --model, or leave out --data")
-    row = dict(toy if cfg.data == "toy" else hub if cfg.device.startswith("cuda") else cpu)
+    row = {**(toy if cfg.data == "toy" else hub if cfg.device.startswith("cuda") else cpu), **more}
     if "completions" in row:
-        row["prompts_per_step"] = max(1, row.pop("completions") // cfg.group_size)
+        K = row["group_size"] if cfg.group_size is None else cfg.group_size
+        row["prompts_per_step"] = max(1, row.pop("completions") // max(1, K))
     for key, value in row.items():
         if getattr(cfg, key) is None:
             setattr(cfg, key, value)
-    for key in ("temperature", "epochs", "group_size", "log_every", "save_every", *row):
-        if key != "kl_coef" and getattr(cfg, key, 1) <= 0:
-            fail(f"--{key} {getattr(cfg, key)}: it must be greater than 0")
+    for key in ("temperature", "epochs", "log_every", "save_every", *row):
+        value, zero_is_fine = getattr(cfg, key, 1), key == "kl_coef"
+        if value < 0 or value == 0 and not zero_is_fine:
+            fail(f"--{key} {value}: it must be {'at least' if zero_is_fine else 'greater than'} 0")
 
 
 def use_bf16(device):
@@ -191,7 +195,7 @@ def seed_everything(seed, device):
     """Same seed, same numbers: bit for bit on a CPU, nearly so on a GPU."""
     random.seed(seed)
     torch.manual_seed(seed)
-    torch.use_deterministic_algorithms(device == "cpu")
+    torch.use_deterministic_algorithms(device.startswith("cpu"))
 
 
 def learning_rate(step, cfg):
@@ -214,7 +218,7 @@ def require_finite(number, what, step, texts, rows, per_row):
         size = per_row.detach().reshape(len(rows), -1).abs().sum(1)
         worst = int(rows[int(size.nan_to_num(nan=math.inf).argmax())])
         fail(f"the {what} is {number.item()} in step {step + 1}, with the sample {texts[worst]!r}; "
-             "the last checkpoint is kept; mend the reward or take a smaller --lr", code=1)
+             "the last checkpoint is kept; fix the reward or take a smaller --lr", code=1)
 
 
 def ratio_stats(logprobs, old_logprobs, mask):
@@ -226,7 +230,7 @@ def ratio_stats(logprobs, old_logprobs, mask):
 
 
 class Means:
-    """Weighted means over the micro-batches of a step; of a name in _max, the maximum."""
+    """Weighted means over the micro-batches of a step; maxima for names that end in _max."""
 
     def __init__(self):
         self.sums, self.weights = {}, {}

@@ -11,15 +11,15 @@ The KL in the reward keeps the policy near the model it started from, pi_ref. Th
 "usual" is, for which PPO trains a critic. The clip lets one batch, sampled from pi_old, serve
 several updates: a token that has moved past 1 +- eps the way A wants gets no more gradient.
 
-This is version 1 of the paper, as in the notes, which z-scores and clips the scores first. Later
+This is version 1 of the paper, as in the notes; it first z-scores and clips the scores. Later
 versions add "REINFORCE++ with baseline", here --group_baseline: several completions per prompt, A
 is the z-score of score - their mean, and the KL leaves the reward for the loss, as k2.
 
     python reinforce_pp.py                                      the toy, without network: 2 minutes
     python reinforce_pp.py --model Qwen/Qwen2.5-0.5B-Instruct   a real model, on one CUDA GPU
 
-Expect of the toy: it starts with 0.6 of the held-out problems right, half of them with their work
-shown, and ends at 0.95, with nearly all work shown. Watch the score, not the loss.
+What to expect of the toy: it starts with 0.6 of the held-out problems right and half of all answers
+showing their work, and ends at 0.95 and nearly all. Watch the score, not the loss.
 """
 import copy
 from dataclasses import dataclass
@@ -63,7 +63,7 @@ CPU = dict(HUB, steps=15, lr=1e-5, completions=32, minibatch_size=16, max_new_to
 
 
 def reinforce_pp_advantages(scores, kl, mask, kl_coef, gamma=1.0):
-    """z-score of score - kl_coef * sum_{i>=t} kl_i: (N,), (N, C), (N, C) -> (N, C). Notes, 2.5."""
+    """z-score of the returns of KL-shaped rewards: (N,), (N, C), (N, C) -> (N, C). Notes, 2.5."""
     rewards = token_rewards(scores, kl, mask, kl_coef)
     return whiten(returns_to_go(rewards, mask, gamma), mask)
 
@@ -71,7 +71,7 @@ def reinforce_pp_advantages(scores, kl, mask, kl_coef, gamma=1.0):
 def reinforce_pp_baseline_advantages(scores, mask, group_size):
     """z-score of the score minus its group's mean (itself included): (N,), (N, C) -> (N, C).
 
-    The std is the batch's, not the group's as in GRPO: a group that nearly agrees stays quiet.
+    Mean and std of the z-score are the batch's; GRPO divides by the std of the group.
     """
     groups = scores.view(-1, group_size)
     advantages = (groups - groups.mean(dim=1, keepdim=True)).flatten()
@@ -79,10 +79,9 @@ def reinforce_pp_baseline_advantages(scores, mask, group_size):
 
 
 def train(cfg):
-    cfg.group_size = cfg.group_size or (4 if cfg.group_baseline else 1)
+    fill(cfg, TOY, HUB, CPU, group_size=4 if cfg.group_baseline else 1)
     if cfg.group_baseline and cfg.group_size < 2:
         fail("--group_size 1 leaves --group_baseline nothing to compare with: take 4, say")
-    fill(cfg, TOY, HUB, CPU)
     reward, run = load_reward(cfg.reward), Run(cfg, "reinforce_pp")
     policy, tokenizer = load_policy(cfg.model or warm_start(cfg.seed, cfg.device), cfg.device)
     run.open(policy, tokenizer)
@@ -116,7 +115,7 @@ def train(cfg):
             shaped = normalize_rewards(scores, cfg.reward_clip) if cfg.reward_clip else scores
             advantages = reinforce_pp_advantages(shaped, kl, mask, cfg.kl_coef, cfg.gamma)
 
-        # 4. Update per mini-batch; share is the part of its tokens that a micro-batch holds.
+        # 4. Update, once per mini-batch. share: the fraction of its tokens in a micro-batch.
         stats = Means()
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg)
         for minibatch in mini_batches(len(scores), cfg.minibatch_size, cfg.group_size, cfg.epochs):

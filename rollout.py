@@ -61,13 +61,13 @@ def load_policy(name, device):
         policy = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     except (OSError, ValueError) as error:
         fail(f"--model {name}: {str(error).splitlines()[0]}")
-    for module in policy.modules():  # dropout would make the ratio of new to old policy random
+    for module in policy.modules():  # dropout, should train() come: the ratio would be random
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
         for key in [k for k, v in vars(module).items() if "drop" in k and isinstance(v, float)]:
             setattr(module, key, 0.0)
     if not eos_ids(policy, tokenizer):
-        fail(f"--model {name}: neither tokenizer nor configuration name an EOS token, so that no "
+        fail(f"--model {name}: neither tokenizer nor configuration names an EOS token, so that no "
              "completion could end; set eos_token in its tokenizer_config.json")
     probe(policy, tokenizer, name)
     return policy.to(device), tokenizer
@@ -147,7 +147,7 @@ def attention_mask(policy, valid, queries):
 
 
 def forward(policy, ids, valid, cache=None, keep=0):
-    """Logits (n, q or keep, V) of `ids` (n, q): the last q of the columns that `valid` tells of."""
+    """Logits (n, q or keep, V); `ids` (n, q) are the last q columns of `valid` (n, W)."""
     queries = ids.shape[1]
     positions = (valid.cumsum(1) - 1).clamp(min=0)  # padding does not count: GPT-2 would notice
     return policy(input_ids=ids, attention_mask=attention_mask(policy, valid, queries),
@@ -309,9 +309,9 @@ def micro_batches(batch, rows, size):
     """Split a mini-batch into forwards of `size` rows -> yields (rows, share).
 
     share is the part of the mini-batch's tokens: token means weighted by it add up to the mean over
-    the whole mini-batch, so that micro-batching changes memory and not the gradient. Sorted by
-    length, because a forward is as wide as its longest row; groups stay together, by their longest,
-    because they share a prompt.
+    the whole mini-batch, so that micro-batching changes memory and not the gradient. Rows are
+    sorted by length, because a forward is as wide as its longest; the rows of a group adjoin, at
+    its longest, because they share a prompt.
     """
     lengths, owner = batch.mask[rows].sum(1).cpu(), batch.owner[rows].cpu()
     longest = torch.zeros(len(batch.prompts)).scatter_reduce(0, owner, lengths, "amax")[owner]

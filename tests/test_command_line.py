@@ -150,6 +150,8 @@ def test_ctrl_c_finishes_the_step_and_the_printed_command_goes_on(folders, tmp_p
     (["--data", "words"], ["--data words", "--model"]),
     (["--temperature", "0"], ["--temperature 0", "greater than 0"]),
     (["--log_every", "0"], ["--log_every 0", "greater than 0"]),
+    (["--group_size", "0"], ["--group_size 0", "greater than 0"]),
+    (["--kl_coef", "-1"], ["--kl_coef -1", "at least 0"]),
     (["--model", "nope"], ["--model nope"]),
     (["--out_dir", "taken", "--resume", "--lr", "1"], ["--lr is 1.0", "0.5"])])
 def test_wrong_input_is_one_sentence_and_loses_nothing(tmp_path, monkeypatch, capsys, flags, words):
@@ -311,11 +313,11 @@ def test_rows_of_defaults_follow_the_world(folders, tmp_path, monkeypatch):
     worlds = ((dict(), 2e-4, "toy", 256), (dict(group_size=4), 2e-4, "toy", 64),
               (dict(model="x"), 1e-5, "words", 32))
     for flags, lr, name, prompts in worlds:
-        cfg = reinforce_pp.Config(**{"group_size": 1, **flags})
-        common.fill(cfg, reinforce_pp.TOY, reinforce_pp.HUB, reinforce_pp.CPU)
+        cfg = reinforce_pp.Config(**flags)
+        common.fill(cfg, reinforce_pp.TOY, reinforce_pp.HUB, reinforce_pp.CPU, group_size=1)
         assert (cfg.lr, cfg.data, cfg.prompts_per_step, cfg.device) == (lr, name, prompts, "cpu")
-    cfg = reinforce_pp.Config(group_size=1, lr=3.0)
-    common.fill(cfg, reinforce_pp.TOY, reinforce_pp.HUB, reinforce_pp.CPU)
+    cfg = reinforce_pp.Config(lr=3.0)
+    common.fill(cfg, reinforce_pp.TOY, reinforce_pp.HUB, reinforce_pp.CPU, group_size=1)
     assert cfg.lr == 3.0
 
 
