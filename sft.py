@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 import toy
-from common import (Means, RunConfig, fill, learning_rate, main, masked_mean, mini_batches,
+from common import (HfArg, Means, RunConfig, fill, learning_rate, main, masked_mean, mini_batches,
                     require_finite)
 from data import draw_problems, encode_completions, evaluate, report, validate
 from rollout import load_policy, make_batch, micro_batches, token_logprobs
@@ -32,7 +32,7 @@ from run import Run, save_policy
 
 @dataclass
 class Config(RunConfig):
-    pass  # SFT has no knobs of its own
+    warmup_steps: int = HfArg(default=20, help="steps in which the learning rate rises to its peak")
 
 
 TOY = dict(steps=1200, lr=4e-3, minibatch_size=64, micro_batch_size=32, max_new_tokens=32,
@@ -44,7 +44,7 @@ CPU = dict(HUB, steps=15, minibatch_size=16, max_new_tokens=48, eval_prompts=64)
 
 def warm_start(seed, device):
     """The folder of the toy model after SFT; trained now if this seed's is not there yet."""
-    cfg = Config(seed=seed, device=device, warmup_steps=20, log_every=200, save_every=1200)
+    cfg = Config(seed=seed, device=device, log_every=200, save_every=1200)
     fill(cfg, TOY, HUB, CPU)
     recipe = json.dumps({**asdict(cfg), "device": None}) + inspect.getsource(toy)
     folder = Path("runs", "warm_start", f"seed{seed}-{zlib.crc32(recipe.encode()):08x}")
