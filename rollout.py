@@ -44,7 +44,7 @@ def make_batch(prompts, completions, device):
 
 
 # --------------------------------------------------------------------------------------------------
-# Loading and saving
+# Loading
 
 
 def load_policy(name, device):
@@ -84,7 +84,7 @@ def eos_ids(policy, tokenizer):
 
 @torch.no_grad()
 def probe(policy, tokenizer, name):
-    """Refuse a model that this file would serve wrongly: ALiBi, state-space, not causal, ...
+    """Refuse a model that this file would serve wrongly: Bloom, state-space, not causal, ...
 
     Three ways to the same log-probs must agree on ragged prompts (fp32, on the CPU): the sampler,
     the shared-prompt pass, and a plain forward of each row, without padding or cache.

@@ -44,7 +44,7 @@ class Run:
 
     def open(self, policy, tokenizer):
         """Make the folder, and say what will be trained in it."""
-        self.folder = find_folder(self.cfg, self.name)
+        self.folder = find_folder(self.cfg, self.name)  # again: the warm-up takes a minute
         self.folder.mkdir(parents=True, exist_ok=True)
         self.cfg.out_dir = str(self.folder)
         check_saving(policy, tokenizer, self.folder)

@@ -5,13 +5,13 @@ warm-up of the toy model for every online script.
     loss = -mean_t log pi(y_t | x, y_<t)        over completion tokens, the EOS included
 
 Prompt tokens are no targets, and neither is padding (the notes label them 0, which is a real token;
-here they are not scored at all). The EOS is one: who never saw it does not learn to stop.
+here they are not scored at all). The EOS is one, or the model would not learn to stop.
 
     python sft.py                                 the toy model, from nothing: one minute
     python sft.py --model Qwen/Qwen2.5-0.5B       a real model, on one CUDA GPU
 
-Expect of the toy: about 0.6 exact match on held-out problems (sampled), 0.9 greedy. Half of the
-demonstrations show their work and half just name the result; so does the trained policy.
+What to expect of the toy: about 0.6 of the held-out problems right when sampled, 0.9 greedy. Half of
+the demonstrations show their work and half just name the result; so does the trained policy.
 """
 import inspect
 import json
@@ -50,7 +50,7 @@ def warm_start(seed, device):
     folder = Path("runs", "warm_start", f"seed{seed}-{zlib.crc32(recipe.encode()):08x}")
     if not folder.exists():
         print("warming up: supervised fine-tuning first, once for this seed")
-        cfg.out_dir = f"{folder}.{os.getpid()}"  # whoever interrupts this leaves no half a model
+        cfg.out_dir = f"{folder}.{os.getpid()}"  # renamed when whole: no half a model
         train(cfg)
         os.rename(cfg.out_dir, folder)
         print(f"kept as {folder}\n")
