@@ -10,7 +10,7 @@ here they are not scored at all). The EOS is one, or the model would not learn t
     python sft.py                                 the toy model, from nothing: one minute
     python sft.py --model Qwen/Qwen2.5-0.5B       a real model, on one CUDA GPU
 
-What to expect of the toy: about 0.6 of the held-out problems right when sampled, 0.9 greedy. Half of
+What to expect of the toy: about 0.6 of the held-out problems right sampled, 0.9 greedy. Half of
 the demonstrations show their work and half just name the result; so does the trained policy.
 """
 import inspect
