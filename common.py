@@ -105,8 +105,9 @@ class RunConfig:
 
     model: Optional[str] = HfArg(default=None, help="model folder, run folder or hub name; "
                                                     "without it the embedded toy model")
-    data: Optional[str] = HfArg(default=None, help="toy (symbols, and the TOY row of defaults) or "
-                                                   "words; without it words if there is a --model")
+    data: Optional[str] = HfArg(default=None, help="toy, words, a .jsonl file, a folder, or a hub "
+                                                   "name[:configuration]; without it words if "
+                                                   "there is a --model, else toy")
     steps: Optional[int] = HfArg(default=None, help="training steps")
     lr: Optional[float] = HfArg(default=None, help="AdamW learning rate at its peak")
     warmup_steps: int = HfArg(default=0, help="steps in which the learning rate rises to its peak")
@@ -115,6 +116,8 @@ class RunConfig:
     minibatch_size: Optional[int] = HfArg(default=None, help="sequences per optimizer step")
     micro_batch_size: Optional[int] = HfArg(default=None, help="sequences per forward pass; a "
                                                                "matter of memory, not of results")
+    gradient_checkpointing: bool = HfArg(default=False, help="compute activations twice instead of "
+                                                             "keeping them; slower, less memory")
     max_new_tokens: Optional[int] = HfArg(default=None, help="longest completion, in tokens")
     log_every: int = HfArg(default=5, help="print a line of metrics every so many steps")
     eval_every: int = HfArg(default=0, help="evaluate on validation prompts every so many "
@@ -134,7 +137,7 @@ class FlagHelp(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHe
 
 def fail(message, code=2):
     """Stop with one sentence, no traceback. Code 2: wrong input; 1: it happened on the way."""
-    print(f"error: {message}", file=sys.stderr)
+    print("error:", " ".join(str(message).splitlines()), file=sys.stderr)
     raise SystemExit(code)
 
 
@@ -161,29 +164,48 @@ def main(config_class, train):
         fail("interrupted; the last checkpoint, if there is one, is kept", code=130)
 
 
+# A number must be above 0; except these, where 0 has a meaning, and these, where 1 is the end.
+ZERO_IS_FINE = {"lr", "warmup_steps", "weight_decay", "eval_every", "seed", "kl_coef",
+                "reward_clip", "gamma"}
+AT_MOST_1 = {"gamma"}
+
+
+def check_ranges(cfg):
+    """Every number among the flags."""
+    for key, value in vars(cfg).items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            continue
+        if not (value > 0 or value == 0 and key in ZERO_IS_FINE):  # `not`: nan is no number either
+            fail(f"--{key} {value}: it must be {'at least' if key in ZERO_IS_FINE else 'above'} 0")
+        if key in AT_MOST_1 and value > 1:
+            fail(f"--{key} {value}: it must be at most 1")
+    batch = getattr(cfg, "prompts_per_step", cfg.minibatch_size) * getattr(cfg, "group_size", 1)
+    if cfg.minibatch_size > batch:
+        fail(f"--minibatch_size {cfg.minibatch_size}: a step has only {batch} completions "
+             "(--prompts_per_step times --group_size); make it smaller, or those larger")
+
+
 def fill(cfg, toy, hub, cpu, **more):
     """Choose device and data, then give flags without a value the one in the row for this world."""
     cfg.device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if cfg.device.partition(":")[0] not in ("cpu", "cuda"):
+    kind, _, number = cfg.device.partition(":")
+    if kind not in ("cpu", "cuda") or number and not (kind == "cuda" and number.isdigit()):
         fail(f"--device {cfg.device}: choose cpu or cuda")
-    if cfg.device.startswith("cuda") and not torch.cuda.is_available():
-        fail(f"--device {cfg.device}: torch sees no GPU on this machine; use --device cpu")
+    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
+        fail(f"--device {cfg.device}: torch sees {torch.cuda.device_count() or 'no'} GPU on this "
+             "machine; use --device cpu")
     cfg.data = cfg.data or ("words" if cfg.model else "toy")
-    if cfg.data not in ("toy", "words"):
-        fail(f"--data {cfg.data}: choose toy or words")
-    if cfg.data == "words" and not cfg.model:
-        fail("--data words: the toy model reads only symbols; add --model, or leave out --data")
-    row = {**(toy if cfg.data == "toy" else hub if cfg.device.startswith("cuda") else cpu), **more}
+    small = cfg.data == "toy" or not cfg.model
+    row = {**(toy if small else hub if kind == "cuda" else cpu), **more}
     if "completions" in row:
-        K = row["group_size"] if cfg.group_size is None else cfg.group_size
-        row["prompts_per_step"] = max(1, row.pop("completions") // max(1, K))
+        completions, K = row.pop("completions"), cfg.group_size or row["group_size"]
+        row["prompts_per_step"] = max(1, completions // max(1, K))
+        batch = (cfg.prompts_per_step or row["prompts_per_step"]) * K
+        row["minibatch_size"] = max(1, min(row["minibatch_size"], batch))
     for key, value in row.items():
         if getattr(cfg, key) is None:
             setattr(cfg, key, value)
-    for key in ("temperature", "epochs", "log_every", "save_every", *row):
-        value, zero_is_fine = getattr(cfg, key, 1), key == "kl_coef"
-        if value < 0 or value == 0 and not zero_is_fine:
-            fail(f"--{key} {value}: it must be {'at least' if zero_is_fine else 'greater than'} 0")
+    check_ranges(cfg)
 
 
 def use_bf16(device):
@@ -219,14 +241,6 @@ def require_finite(number, what, step, texts, rows, per_row):
         worst = int(rows[int(size.nan_to_num(nan=math.inf).argmax())])
         fail(f"the {what} is {number.item()} in step {step + 1}, with the sample {texts[worst]!r}; "
              "the last checkpoint is kept; fix the reward or take a smaller --lr", code=1)
-
-
-def ratio_stats(logprobs, old_logprobs, mask):
-    """For the log, how far the policy moved from the one that sampled: all (N, C) -> scalars."""
-    logprobs = logprobs.detach()
-    approx_kl = masked_mean(kl_estimate(old_logprobs, logprobs, "k3"), mask)  # nats per token
-    ratio = torch.where(mask.bool(), logprobs - old_logprobs, 0).exp()
-    return dict(approx_kl=approx_kl, ratio_max=ratio.max())
 
 
 class Means:

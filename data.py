@@ -1,39 +1,210 @@
 """
-Prompts, rewards and evaluation: what the policy is asked, and how its answers are judged.
+Prompts: what the policy is asked.
 
-A problem is a dict with `prompt` and `answer` (text), whatever other columns a reward wants, and
-`ids`, the prompt's tokens as the model sees them.
+A problem is a dict: `prompt` (text, or a list of messages), whatever other columns the data has (an
+`answer`, say; they all reach the reward function), and `ids`, the prompt as the model sees it.
 """
+import json
 import random
 import re
+import zlib
+from pathlib import Path
 
-import torch
+import toy
+from common import fail
+from model import ask_hub, load_tokenizer
 
-from common import fail, masked_mean, require_finite, use_bf16
-from rollout import sample, token_logprobs
+# --------------------------------------------------------------------------------------------------
+# From --data to problems
 
 
-def encode(problems, tokenizer):
+def load_problems(cfg, column=None):
+    """--data -> training, validation and test problems; `column` is needed beside the prompt."""
+    tokenizer, context = load_tokenizer(cfg.model)
+    if cfg.data in toy.KINDS:
+        sizes = dict(train=16384, validation=cfg.eval_prompts, test=cfg.eval_prompts)
+        splits = {split: toy.problems(cfg.data, split, n) for split, n in sizes.items()}
+    else:
+        splits = read(cfg.data)
+        splits = {split: check_rows(rows, cfg.data, column) for split, rows in splits.items()}
+    for rows in splits.values():
+        encode(rows, tokenizer, f"--data {cfg.data}")
+        if not cfg.model and any(tokenizer.unk_token_id in row["ids"] for row in rows):
+            fail(f"--data {cfg.data}: the toy model reads only digits, + - = and comma; name a "
+                 "--model that reads text")
+    splits = hold_out(drop_long(splits, cfg, context, tokenizer, column), cfg.data)
+    if cfg.eval_every and not splits["validation"]:
+        fail("--eval_every: the data has too few prompts to hold some out for it; leave it at 0")
+    for split in ("validation", "test"):
+        rows = splits[split]
+        splits[split] = random.Random(0).sample(rows, min(cfg.eval_prompts, len(rows)))
+    print(f"data {cfg.data}: " + ", ".join(
+        f"{len(splits[split]):,} {split}" for split in ("train", "validation", "test")))
+    return splits["train"], splits["validation"], splits["test"]
+
+
+def read(data):
+    """.jsonl file, folder that `datasets` can load, hub name[:configuration] -> {split: rows}."""
+    path = Path(data)
+    if path.is_file():
+        return {"train": read_jsonl(path)}
+    if path.suffix in (".jsonl", ".json"):
+        fail(f"--data {data}: there is no such file")
+    name, _, configuration = (data, "", "") if path.is_dir() else data.partition(":")
+    if not Path(name).is_dir():
+        ask_hub("--data", name, "dataset")
+    import datasets  # here, because it takes a second, and the toy does not need it
+    try:
+        if any(Path(name, saved).exists() for saved in ("dataset_dict.json", "state.json")):
+            found = datasets.load_from_disk(name)
+        else:
+            found = datasets.load_dataset(name, configuration or None)
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        fail(f"--data {data}: {reason}; toy, words, a .jsonl file, a folder that `datasets` can "
+             "load or a hub name[:configuration] would do")
+    found = found if isinstance(found, dict) else {"train": found}
+    return {split: list(rows) for split, rows in found.items()}
+
+
+def read_jsonl(path):
+    """One JSON object per line -> rows; empty lines are skipped."""
+    rows = []
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        try:
+            row = json.loads(line) if line.strip() else None
+        except ValueError as error:  # not JSON, or not UTF-8
+            fail(f"--data {path}: line {number} is not JSON ({error}); mend or delete it")
+        if row is not None:
+            if not isinstance(row, dict):
+                fail(f"--data {path}: line {number} is not a JSON object, {{...}}; make it one")
+            rows.append(row)
+    return rows
+
+
+def check_rows(rows, data, column=None):
+    """Rows as they were found -> problems with a `prompt`; those of GSM8K with the bare answer."""
+    if not rows:
+        fail(f"--data {data}: it is empty; give it rows with a prompt each")
+    found = list(dict.fromkeys(key for row in rows for key in row))
+    name = "prompt" if "prompt" in found else "question"
+    for needed in (name, column):
+        if needed and needed not in found:
+            needed = "prompt (or question)" if needed == name else needed
+            fail(f"--data {data}: there is no column {needed}, but {', '.join(found)}; rename one")
+    problems = []
+    for number, row in enumerate(rows, 1):
+        problem = {**row, "prompt": row.get(name)}
+        for key in ("prompt", column) if column else ("prompt",):
+            if not is_text(problem.get(key)):
+                fail(f"--data {data}: the {key} of row {number} is {problem.get(key)!r:.100}; it "
+                     "must be text, or a list of messages with role and content")
+        result = re.search(r"####\s*(\S+)\s*$", str(row.get("answer")))
+        if result:  # GSM8K: reasoning, then "#### 42". The reasoning may serve as a demonstration.
+            problem = {"completion": row["answer"], **problem, "answer": result[1]}
+        problems.append(problem)
+    return problems
+
+
+def is_text(value):
+    """Text, or a non-empty list of messages {role, content}, both of them text?"""
+    messages = value if isinstance(value, list) and value else [{}]
+    return isinstance(value, str) or all(
+        isinstance(message, dict) and isinstance(message.get("role"), str)
+        and isinstance(message.get("content"), str) for message in messages)
+
+
+def drop_long(splits, cfg, context, tokenizer, column):
+    """Rows that do not fit are left out and counted, never cut: half a question is another one."""
+    room = context - cfg.max_new_tokens
+    why = f"prompts above {room} tokens (context {context} - max_new_tokens {cfg.max_new_tokens})"
+    if column == "completion":
+        why += f" or completions above {cfg.max_new_tokens}"
+
+    def fits(row):
+        return len(row["ids"]) <= room and (
+            column != "completion"
+            or len(encode_completions([row], tokenizer)[0]) <= cfg.max_new_tokens)
+
+    kept = {split: [row for row in rows if fits(row)] for split, rows in splits.items()}
+    for split, rows in splits.items():
+        if not kept[split]:
+            fail(f"--data {cfg.data}: all {len(rows)} rows of {split} have {why}; change "
+                 "--max_new_tokens, or the data")
+        if len(kept[split]) < len(rows):
+            print(f"dropped {len(rows) - len(kept[split])} of {len(rows)} rows of {split}: {why}")
+    return kept
+
+
+def hold_out(splits, data):
+    """Make test and validation rows where the data has none -> {split: rows}.
+
+    As in the toy, the prompt's checksum decides, so that no prompt lies in two splits: of 8, 0 is
+    test and 1 validation. Of a handful of prompts, one is test and none validation.
+    """
+    if len(splits) == 1:
+        splits = {"train": next(iter(splits.values()))}
+    if "train" not in splits:
+        fail(f"--data {data}: of its splits, {', '.join(splits)}, none is called train; rename one")
+    given = {split: rows for split, rows in splits.items() if split != "train"}
+    homes = {home: split for home, split in enumerate(("test", "validation")) if split not in given}
+    made = {split: [] for split in ("train", *homes.values())}
+    for row in splits["train"]:
+        made[homes.get(checksum(row["prompt"]) % 8, "train")].append(row)
+    if not made["train"] or not made.get("test", True):
+        held = min(checksum(row["prompt"]) for row in splits["train"]) if 0 in homes else None
+        made = dict(train=[], validation=[], test=[])
+        for row in splits["train"]:
+            made["test" if checksum(row["prompt"]) == held else "train"].append(row)
+    if not made["train"]:
+        fail(f"--data {data}: it has only one prompt; give at least two, one of them is the test")
+    return {**made, **given}
+
+
+def checksum(prompt):
+    text = prompt if isinstance(prompt, str) else json.dumps(prompt)
+    return zlib.crc32(text.encode("utf-8", "replace"))
+
+
+# --------------------------------------------------------------------------------------------------
+# From text to tokens
+
+
+def encode(problems, tokenizer, data="--data"):
     """Add `ids` to each problem: through the chat template if there is one; with one BOS or none.
 
     A rendered template mostly contains the BOS already, and tokenizers like to add a second.
     """
     bos = tokenizer.bos_token_id
     wants_bos = bos is not None and tokenizer("a").input_ids[:1] == [bos]
-    for problem in problems:
-        text = problem["prompt"]
-        if tokenizer.chat_template:
-            messages = [{"role": "user", "content": text}]
-            text = tokenizer.apply_chat_template(messages, tokenize=False,
-                                                 add_generation_prompt=True)
-        ids = tokenizer(text, add_special_tokens=False).input_ids
+    texts = [render(problem["prompt"], tokenizer, data) for problem in problems]
+    for problem, ids in zip(problems, tokenizer(texts, add_special_tokens=False).input_ids):
         problem["ids"] = [bos] + ids if wants_bos and ids[:1] != [bos] else ids
+        if not problem["ids"]:
+            fail(f"{data}: the prompt {problem['prompt']!r} has no tokens; delete it")
     return problems
+
+
+def render(prompt, tokenizer, data):
+    """Text or messages -> text with the marks of the chat template, the model to speak next."""
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if not tokenizer.chat_template:
+        if isinstance(prompt, str):
+            return prompt
+        fail(f"{data}: the prompts are messages, but the model has no chat template; give it "
+             "prompts that are text, or choose a chat model")
+    begun = messages[-1]["role"] == "assistant"  # the data has begun the answer: go on with it
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=not
+                                             begun, continue_final_message=begun)
+    except Exception as error:  # templates raise what they like: "roles must alternate", ...
+        fail(f"{data}: the chat template refuses the prompt {prompt!r:.200} ({error}); mend it")
 
 
 def encode_completions(problems, tokenizer):
     """The demonstrations of SFT as token ids, each with its EOS: to stop is a decision as well."""
     texts = [problem["completion"] for problem in problems]
+    texts = [text if isinstance(text, str) else text[-1]["content"] for text in texts]
     ids = tokenizer(texts, add_special_tokens=False).input_ids
     return [row + [tokenizer.eos_token_id] for row in ids]
 
@@ -47,145 +218,3 @@ def draw_problems(problems, step, n, seed):
             shuffled = random.Random(f"{seed} {order}").sample(range(len(problems)), len(problems))
         chosen.append(problems[shuffled[place]])
     return chosen
-
-
-# --------------------------------------------------------------------------------------------------
-# Rewards have TRL's signature: (prompts, completions, **columns) -> list of float. Completions are
-# plain text; beside the data's own columns, `finished` says whether each of them ended by itself.
-
-
-def last_number(prompts, completions, answer, finished, **columns):
-    """1 if the last number of a finished completion equals the answer as a number, else 0."""
-    def right(completion, answer):
-        numbers = re.findall(r"-?\d+(?:\.\d+)?", completion)
-        return bool(numbers) and float(numbers[-1]) == float(answer)
-
-    return [float(done and right(text, target))
-            for text, target, done in zip(completions, answer, finished)]
-
-
-REWARDS = {"last_number": last_number}
-
-
-def load_reward(name):
-    if name not in REWARDS:
-        fail(f"--reward {name}: there is no such reward; choose from {', '.join(REWARDS)}")
-    return REWARDS[name]
-
-
-def decode(tokenizer, batch):
-    """The N completions as text, without padding and without the EOS that ended them."""
-    lengths = (batch.mask.sum(1).long() - batch.finished.long()).tolist()
-    rows = [ids[:length] for ids, length in zip(batch.completions.tolist(), lengths)]
-    return tokenizer.batch_decode(rows, skip_special_tokens=True)
-
-
-def score(reward, problems, batch, tokenizer, step=0):
-    """Judge a batch; completion i answers problems[i // K] -> texts (a list of N), scores (N,)."""
-    texts = decode(tokenizer, batch)
-    rows = [problems[i] for i in batch.owner.tolist()]
-    columns = {key: [row[key] for row in rows] for key in rows[0] if key not in ("prompt", "ids")}
-    columns["finished"] = batch.finished.tolist()
-    scores = torch.tensor(reward([row["prompt"] for row in rows], texts, **columns)).float()
-    require_finite(scores.sum(), "score", step, texts, range(len(texts)), scores)
-    return texts, scores.to(batch.mask.device)
-
-
-# --------------------------------------------------------------------------------------------------
-# Looking at a policy
-
-
-def batch_stats(scores, kl, batch, group_size):
-    """What the log says of a rollout batch: scores (N,), kl (N, C) -> dict of scalars."""
-    # Groups whose scores are all equal teach nothing. Without groups, the batch is the group.
-    groups = scores.view(-1, group_size if group_size > 1 else len(scores))
-    return dict(
-        score=scores.mean(), score_std=scores.std(correction=0),
-        kl=torch.where(batch.mask.bool(), kl, 0).sum(1).mean(),  # nats per completion
-        entropy=-masked_mean(batch.logprobs, batch.mask),        # E[-log pi(y_t)], nats per token
-        length=batch.mask.sum(1).mean(), truncated=1 - batch.finished.float().mean(),
-        frac_zero_std=(groups.amax(1) == groups.amin(1)).float().mean())
-
-
-def check_first_step(step, policy, batch, scores, kl, cfg):
-    """What must hold before the first update, else the run is not what it seems. Warns, goes on."""
-    if step > 0:
-        return
-    with torch.no_grad():
-        rows = torch.arange(len(scores))[: cfg.micro_batch_size]
-        logprobs = token_logprobs(policy, batch, rows, cfg.temperature)
-    gap = (logprobs - batch.logprobs[rows]).exp().sub(1).abs()
-    worst, limit = gap.max().item(), 1e-4
-    if use_bf16(batch.mask.device):  # single tokens are off by some percent, without bias
-        worst, limit = masked_mean(gap, batch.mask[rows]).item(), 0.05
-    kl, truncated = masked_mean(kl, batch.mask).item(), 1 - batch.finished.float().mean().item()
-    if worst > limit:
-        print(f"warning: before any update, the ratio of policy to sampler is off by {worst:.2g}: "
-              "the log-prob pass and the sampler disagree about this model")
-    if abs(kl) > limit:
-        print(f"warning: before any update, the KL to the reference is {kl:.2g} a token, not 0: "
-              "the policy did not start as the reference")
-    if scores.max() == scores.min():
-        print(f"warning: all {len(scores)} scores are {scores[0].item():g}, and equal scores teach "
-              "nothing: is the task too hard, or --max_new_tokens too small?")
-    if truncated > 0.5:
-        print(f"warning: {truncated:.0%} of the completions were cut off before they ended; raise "
-              "--max_new_tokens")
-
-
-@torch.no_grad()
-def evaluate(policy, tokenizer, problems, cfg):
-    """Held-out exact match (last_number), at T = 1 and greedy -> {name: [value, low, high]}.
-
-    low and high bound the 95 % interval. The draws come from a generator of their own, so that
-    evaluating leaves the training run as it was.
-    """
-    generator = torch.Generator(policy.device).manual_seed(0)
-    results = {"n": len(problems)}
-    for name, temperature in (("sampled", 1.0), ("greedy", 0.0)):
-        right, works, lengths = [], [], []
-        for i in range(0, len(problems), cfg.minibatch_size):
-            part = problems[i : i + cfg.minibatch_size]
-            batch = sample(policy, tokenizer, [problem["ids"] for problem in part], 1,
-                           cfg.max_new_tokens, temperature, generator)
-            texts, scores = score(last_number, part, batch, tokenizer)
-            right += scores.tolist()
-            works += [float("=" in text) for text in texts]
-            lengths += batch.mask.sum(1).tolist()
-        results[name] = wilson(right)
-        if name == "sampled":
-            results["shows_work"] = wilson(works)
-            margin = 1.96 * torch.tensor(lengths).std(unbiased=False).item() / len(lengths) ** 0.5
-            mean = sum(lengths) / len(lengths)
-            results["length"] = [mean, mean - margin, mean + margin]
-    return results
-
-
-def wilson(hits):
-    """Share of ones in a list of zeros and ones, and Wilson's 95 % interval: [share, low, high]."""
-    n, z2 = len(hits), 1.96**2
-    share = sum(hits) / n
-    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
-    margin = (z2 * (share * (1 - share) / n + z2 / (4 * n * n))) ** 0.5 / (1 + z2 / n)
-    return [share, centre - margin, centre + margin]
-
-
-def validate(run, step, policy, tokenizer, problems, cfg):
-    """Every --eval_every steps: evaluate on validation problems, never on those of the test."""
-    if cfg.eval_every and (step + 1) % cfg.eval_every == 0:
-        results = evaluate(policy, tokenizer, problems, cfg)
-        run.write("validation.jsonl", step, **results)
-        run.bar.write(f"step {step + 1}: validation, n = {results.pop('n')}: "
-                      + ", ".join(f"{name} {value[0]:.3f}" for name, value in results.items()))
-
-
-def report(before, after, folder):
-    """The end of a run: the test problems before and after, and where everything is."""
-    names = dict(sampled="exact match, sampled", greedy="exact match, greedy",
-                 shows_work="shows its work", length="mean length (tokens)")
-    print(f"\n{'test problems, n = ' + str(after['n']):24s}{'before':>8s} [95 % interval]      "
-          f"{'after':>8s} [95 % interval]")
-    for key, name in names.items():
-        print(f"{name:24s}" + "     ".join("{:8.3f} [{:6.3f}, {:6.3f}]".format(*results[key])
-                                           for results in (before, after)))
-    print(f"\nThe trained model is in {folder / 'model'}, the log in {folder / 'metrics.jsonl'}.")

@@ -27,20 +27,21 @@ from typing import Optional
 
 import torch
 
-import toy
 from common import (HfArg, Means, RunConfig, fail, fill, kl_estimate, learning_rate, main,
-                    masked_mean, mini_batches, normalize_rewards, ppo_clip_loss, ratio_stats,
+                    masked_mean, mini_batches, normalize_rewards, ppo_clip_loss,
                     require_finite, returns_to_go, token_rewards, whiten)
-from data import (batch_stats, check_first_step, draw_problems, evaluate, load_reward, report,
-                  score, validate)
+from data import draw_problems, load_problems
+from evaluation import batch_stats, check_first_step, evaluate, ratio_stats, report, validate
+from model import save_policy
+from rewards import load_rewards, score
 from rollout import all_logprobs, load_policy, micro_batches, sample, token_logprobs
-from run import Run, save_policy
+from run import Run
 from sft import warm_start
 
 
 @dataclass
 class Config(RunConfig):
-    reward: str = HfArg(default="last_number", help="reward function")
+    reward: str = HfArg(default="last_number", help="name or file.py:function; a,b: their sum")
     prompts_per_step: Optional[int] = HfArg(default=None, help="prompts per rollout batch")
     group_size: Optional[int] = HfArg(default=None, help="completions per prompt, K")
     temperature: float = HfArg(default=1.0, help="of the sampling, and of all log-probs with it")
@@ -52,8 +53,7 @@ class Config(RunConfig):
     group_baseline: bool = HfArg(default=False, help="later variant, without reward_clip and gamma")
 
 
-# Defaults of two worlds; completions = prompts_per_step * group_size. HUB follows the paper on
-# mathematics; CPU shrinks it to what moves within minutes.
+# completions = prompts * group_size. HUB: the paper's, for mathematics; CPU: moves within minutes.
 TOY = dict(steps=60, lr=2e-4, completions=256, minibatch_size=64, micro_batch_size=64,
            max_new_tokens=32, kl_coef=0.01, eval_prompts=512)
 HUB = dict(steps=200, lr=1e-6, completions=256, minibatch_size=128, micro_batch_size=8,
@@ -82,15 +82,16 @@ def train(cfg):
     fill(cfg, TOY, HUB, CPU, group_size=4 if cfg.group_baseline else 1)
     if cfg.group_baseline and cfg.group_size < 2:
         fail("--group_size 1 leaves --group_baseline nothing to compare with: take 4, say")
-    reward, run = load_reward(cfg.reward), Run(cfg, "reinforce_pp")
+    run = Run(cfg, "reinforce_pp")
+    problems, validation, test = load_problems(cfg)
+    rewards = load_rewards(cfg, problems)
     policy, tokenizer = load_policy(cfg.model or warm_start(cfg.seed, cfg.device), cfg.device)
     run.open(policy, tokenizer)
     ref_model = copy.deepcopy(policy).requires_grad_(False) if cfg.kl_coef else None
-    problems, validation, test = toy.load_problems(cfg, tokenizer)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.99),
                                   weight_decay=cfg.weight_decay, fused=True)
     state = run.load(policy=policy, optimizer=optimizer)  # {}, or the checkpoint with --resume
-    before = state.get("before") or evaluate(policy, tokenizer, test, cfg)
+    before = state.get("before") or evaluate(policy, tokenizer, test, cfg, rewards)
 
     for step in run.steps():
         # 1. Sample: K completions of each prompt of this step, from softmax(logits / temperature).
@@ -101,7 +102,7 @@ def train(cfg):
         run.lap("sample")
 
         # 2. Score: what each completion earned, and how far from the reference each token is.
-        texts, scores = score(reward, asked, batch, tokenizer, step)             # N strings, (N,)
+        texts, scores, each = score(rewards, asked, batch, tokenizer, step)      # scores: (N,)
         ref_logprobs = old_logprobs if ref_model is None else all_logprobs(      # (N, C)
             ref_model, batch, cfg.micro_batch_size, cfg.temperature)
         kl = kl_estimate(old_logprobs, ref_logprobs, "k1")                       # (N, C)
@@ -136,13 +137,13 @@ def train(cfg):
             stats.add(1, grad_norm=grad_norm, lr=optimizer.param_groups[0]["lr"])
 
         # 5. Log. A has mean 0 over the batch, so the loss is near 0 and says little.
-        run.log(step, **batch_stats(scores, kl, batch, cfg.group_size), **stats())
+        run.log(step, **batch_stats(scores, kl, batch, cfg.group_size), **each, **stats())
         run.show(step, asked, texts, scores)
-        validate(run, step, policy, tokenizer, validation, cfg)
+        validate(run, step, policy, tokenizer, validation, cfg, rewards)
         run.save(step, policy=policy, optimizer=optimizer, before=before)
 
     save_policy(policy, tokenizer, run.folder)
-    report(before, evaluate(policy, tokenizer, test, cfg), run.folder)
+    report(before, evaluate(policy, tokenizer, test, cfg, rewards), run.folder)
 
 
 if __name__ == "__main__":

@@ -10,17 +10,15 @@ The only file that knows padding, positions and key/value caches. Three facts sh
   that all rows write the same column at the same time. Positions count real tokens only.
 """
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Optional
 
 import torch
 import torch.nn.functional as F
-import transformers
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from common import fail, use_bf16
+from model import eos_ids, load_model, load_tokenizer
 
 
 @dataclass
@@ -48,38 +46,10 @@ def make_batch(prompts, completions, device):
 
 
 def load_policy(name, device):
-    """Hub name, model folder, or run folder (which stands for its model/) -> (policy, tokenizer).
-
-    Weights are fp32 even where the checkpoint is bf16: an RL step is often smaller than the gap
-    between two neighbouring bf16 numbers, and would be rounded away.
-    """
-    folder = Path(name, "model") if Path(name, "model", "config.json").exists() else name
-    if Path(folder).exists():  # bars are for downloads
-        transformers.utils.logging.disable_progress_bar()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        policy = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    except (OSError, ValueError) as error:
-        fail(f"--model {name}: {str(error).splitlines()[0]}")
-    for module in policy.modules():  # dropout, should train() come: the ratio would be random
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        for key in [k for k, v in vars(module).items() if "drop" in k and isinstance(v, float)]:
-            setattr(module, key, 0.0)
-    if not eos_ids(policy, tokenizer):
-        fail(f"--model {name}: neither tokenizer nor configuration names an EOS token, so that no "
-             "completion could end; set eos_token in its tokenizer_config.json")
+    """Hub name, model folder or run folder -> (policy, tokenizer), tried out, fp32, no dropout."""
+    (tokenizer, _), policy = load_tokenizer(name), load_model(name)
     probe(policy, tokenizer, name)
     return policy.to(device), tokenizer
-
-
-def eos_ids(policy, tokenizer):
-    """All token ids that end a completion; checkpoints list several, in up to three places."""
-    ids = set()
-    for source in (policy.generation_config, policy.config.get_text_config(), tokenizer):
-        eos = getattr(source, "eos_token_id", None)
-        ids |= set(eos if isinstance(eos, (list, tuple)) else [] if eos is None else [eos])
-    return sorted(ids)
 
 
 @torch.no_grad()
@@ -176,12 +146,19 @@ def pick_in_chunks(logits, tokens, temperature):
                                  preserve_rng_state=False) for chunk in chunks]).view(tokens.shape)
 
 
+def recomputes(policy):
+    """Gradient checkpointing? Then no cache: the recomputation would write into it once more."""
+    return torch.is_grad_enabled() and any(
+        getattr(module, "gradient_checkpointing", False) for module in policy.modules())
+
+
 def token_logprobs(policy, batch, rows, temperature):
     """log pi(y_t | x, y_<t) for completions `rows` (R,) -> (R, C), fp32, 0 on padding, with grad.
 
     A prompt that several rows share is forwarded once, and its keys and values copied to them: by
     index_select, whose backward adds in a fixed order. That of plain indexing does not.
     """
+    policy.train(recomputes(policy))  # transformers recomputes in train mode only; no dropout here
     width = int(batch.mask[rows].sum(1).max())
     mask = batch.mask[rows, :width].bool()
     ids = torch.where(mask, batch.completions[rows, :width], 0)
@@ -189,7 +166,7 @@ def token_logprobs(policy, batch, rows, temperature):
     prompt_ids, valid = pad_left([batch.prompts[i] for i in prompts.tolist()], ids.device)
     # The logits of a column score the token after it: the last completion token is not forwarded.
     with precision(ids.device):
-        if len(prompts) == len(rows):  # nothing shared: prompt and completion in one forward
+        if policy.training or len(prompts) == len(rows):  # prompt and completion in one forward
             ids_in = torch.cat([prompt_ids[owner], ids[:, :-1]], 1)
             valid = torch.cat([valid[owner], mask[:, :-1]], 1)
             logprobs = pick_in_chunks(forward(policy, ids_in, valid, keep=width), ids, temperature)
@@ -203,6 +180,7 @@ def token_logprobs(policy, batch, rows, temperature):
                 rest = forward(policy, ids[:, :-1], valid, cache)
                 rest = pick_in_chunks(rest, ids[:, 1:], temperature)
                 logprobs = torch.cat([logprobs, rest], 1)
+    policy.eval()
     return F.pad(torch.where(mask, logprobs, 0), (0, batch.mask.shape[1] - width))
 
 

@@ -8,7 +8,6 @@ import json
 import os
 import random
 import shlex
-import shutil
 import signal
 import sys
 import tempfile
@@ -20,9 +19,12 @@ import torch
 from tqdm import tqdm
 
 from common import fail, seed_everything, use_bf16
+from model import check_saving, checkpoint_activations
 
-# What --resume lets differ from the run's own: where and how long it runs, how often it reports.
-MAY_CHANGE = {"steps", "device", "out_dir", "resume", "log_every", "eval_every", "save_every"}
+# What --resume lets differ from the run's own: where, how long and in how much memory it runs, how
+# often it reports.
+MAY_CHANGE = {"steps", "device", "out_dir", "resume", "log_every", "eval_every", "save_every",
+              "micro_batch_size", "gradient_checkpointing"}
 
 LOGS = "metrics.jsonl", "samples.jsonl", "validation.jsonl"
 QUIET = "score_std", "approx_kl", "ratio_max", "frac_zero_std", "lr"  # logged, not shown
@@ -48,6 +50,8 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.cfg.out_dir = str(self.folder)
         check_saving(policy, tokenizer, self.folder)
+        if self.cfg.gradient_checkpointing:
+            checkpoint_activations(policy)
         text = json.dumps(asdict(self.cfg), indent=1)
         write_atomically(self.folder / "config.json", lambda path: path.write_text(text))
         size, how = sum(p.numel() for p in policy.parameters()), "in fp32"
@@ -108,13 +112,14 @@ class Run:
             for i in range(0, len(texts), max(1, len(texts) // 4)):
                 row = asked[i * len(asked) // len(texts)]
                 self.write("samples.jsonl", step, prompt=row["prompt"], completion=texts[i],
-                           answer=row["answer"], score=scores[i].item())
-            text = texts[0] if len(texts[0]) < 300 else texts[0][:300] + "..."
-            self.bar.write(f"    {asked[0]['prompt']!r} -> {text!r} scores {scores[0].item():g}")
+                           answer=row.get("answer"), score=scores[i].item())
+            prompt, text = (t if len(t) < 300 else t[:300] + "..."
+                            for t in (repr(asked[0]["prompt"]), repr(texts[0])))
+            self.bar.write(f"    {prompt} -> {text} scores {scores[0].item():g}")
 
     def write(self, name, step, **fields):
         with open(self.folder / name, "a") as file:
-            file.write(json.dumps({"step": step + 1, **fields}) + "\n")
+            file.write(json.dumps({"step": step + 1, **fields}, default=str) + "\n")
 
     def save(self, step, **state):
         """checkpoint.pt, when it is due: every --save_every steps, at the last, after Ctrl-C."""
@@ -131,7 +136,10 @@ class Run:
         if not self.cfg.resume:
             return {}
         path = self.folder / "checkpoint.pt"
-        state = torch.load(path, map_location="cpu", weights_only=False)
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=False)
+        except Exception:  # of zip, of pickle, ...
+            fail(f"--resume: {path} cannot be read; start anew in another --out_dir")
         for name, thing in objects.items():
             thing.load_state_dict(state[name])
         self.first = state["step"]
@@ -152,46 +160,28 @@ def find_folder(cfg, name):
     while (folder := Path("runs", name if number == 1 else f"{name}-{number}")).exists():
         number, newest = number + 1, folder if (folder / "checkpoint.pt").exists() else newest
     folder = Path(cfg.out_dir or (cfg.resume and newest) or folder)
-    if not cfg.resume:
-        if folder.exists() and any(folder.iterdir()):
-            fail(f"--out_dir: {folder} is not empty; name another, or --resume the run in it")
-        return folder
+    parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        fail(f"--out_dir {folder}: cannot write into {parent} ({error.strerror}); name another")
+    if cfg.resume:
+        check_same(cfg, folder)
+    elif folder.exists() and any(folder.iterdir()):
+        fail(f"--out_dir: {folder} is not empty; name another, or --resume the run in it")
+    return folder
+
+
+def check_same(cfg, folder):
+    """Refuse to --resume a run that is not there, or with flags that would make it another one."""
     if not (folder / "checkpoint.pt").exists():
         fail(f"--resume: there is no checkpoint in {folder}; name a run's folder with --out_dir")
-    before = json.loads((folder / "config.json").read_text())
+    try:
+        before = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        fail(f"--resume: {folder / 'config.json'} cannot be read; start anew in another --out_dir")
     for key in sorted(before.keys() - MAY_CHANGE):
         if before[key] != getattr(cfg, key, None):
             fail(f"--{key} is {getattr(cfg, key, None)}, but {before[key]} in {folder}, which "
                  "you --resume: use that value, or start a new run in another --out_dir")
-    return folder
-
-
-def check_saving(policy, tokenizer, folder):
-    """Find out before the training if its result could not be saved after it."""
-    config = policy.generation_config
-    with tempfile.TemporaryDirectory(dir=folder) as trial:
-        try:
-            config.save_pretrained(trial)
-        except ValueError:  # sampling settings without do_sample: transformers won't write them
-            config.do_sample = True
-        try:
-            for part in (config, policy.config, tokenizer):
-                part.save_pretrained(trial)
-        except ValueError as error:
-            fail("--model: its settings could not be saved again; mend or delete its "
-                 f"generation_config.json ({' '.join(str(error).split())})")
-    need = 7 * 4 * sum(p.numel() for p in policy.parameters())  # 2 x (weights, Adam), model; fp32
-    if (free := shutil.disk_usage(folder).free) < need:
-        fail(f"--out_dir {folder}: checkpoints and model need {need / 1e9:.1f} GB, but only "
-             f"{free / 1e9:.1f} GB are free; choose a folder on a larger disk")
-
-
-def save_policy(policy, tokenizer, folder):
-    """Write folder/model, fp32, for from_pretrained; an old one goes when the new one is whole."""
-    temporary, final, old = (Path(folder, name) for name in ("model.tmp", "model", "model.old"))
-    policy.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    if final.exists():
-        final.rename(old)
-    temporary.rename(final)
-    shutil.rmtree(old, ignore_errors=True)

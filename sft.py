@@ -25,9 +25,11 @@ import torch
 import toy
 from common import (HfArg, Means, RunConfig, fill, learning_rate, main, masked_mean, mini_batches,
                     require_finite)
-from data import draw_problems, encode_completions, evaluate, report, validate
+from data import draw_problems, encode_completions, load_problems
+from evaluation import evaluate, report, validate
+from model import save_policy
 from rollout import load_policy, make_batch, micro_batches, token_logprobs
-from run import Run, save_policy
+from run import Run
 
 
 @dataclass
@@ -60,12 +62,12 @@ def warm_start(seed, device):
 def train(cfg):
     fill(cfg, TOY, HUB, CPU)
     run = Run(cfg, "sft")
+    problems, validation, test = load_problems(cfg, "completion")
     if cfg.model:
         policy, tokenizer = load_policy(cfg.model, cfg.device)
     else:
         policy, tokenizer = toy.make_model(cfg.seed).to(cfg.device), toy.make_tokenizer()
     run.open(policy, tokenizer)
-    problems, validation, test = toy.load_problems(cfg, tokenizer)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.98),
                                   weight_decay=cfg.weight_decay, fused=True)
     state = run.load(policy=policy, optimizer=optimizer)  # {}, or the checkpoint with --resume

@@ -18,9 +18,9 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from data import encode
-
-HIGHEST = 50  # all running totals lie in 0..50
+KINDS = "toy", "words"
+HIGHEST = 50   # all running totals lie in 0..50
+CONTEXT = 128  # tokens that the model can look at
 
 
 def make_tokenizer():
@@ -40,7 +40,7 @@ def make_model(seed):
     torch.manual_seed(seed)
     return LlamaForCausalLM(LlamaConfig(
         vocab_size=18, hidden_size=64, intermediate_size=192, num_hidden_layers=3,
-        num_attention_heads=4, max_position_embeddings=128, initializer_range=0.05,
+        num_attention_heads=4, max_position_embeddings=CONTEXT, initializer_range=0.05,
         rope_parameters={"rope_type": "default", "rope_theta": 1000.0}, tie_word_embeddings=False,
         pad_token_id=0, bos_token_id=1, eos_token_id=2))
 
@@ -70,12 +70,6 @@ def problems(kind, split, n):
         seen.add(text)
         rows.append(make_row(kind, chain, totals, rng.random() < 0.5))
     return rows
-
-
-def load_problems(cfg, tokenizer):
-    """The --data of a run, encoded -> training, validation and test problems."""
-    sizes = dict(train=16384, validation=cfg.eval_prompts, test=cfg.eval_prompts)
-    return [encode(problems(cfg.data, split, n), tokenizer) for split, n in sizes.items()]
 
 
 def make_row(kind, chain, totals, show_work):

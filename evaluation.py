@@ -1,0 +1,141 @@
+"""
+Looking at a policy: what the log says of a step, and how it fares on held-out problems.
+"""
+import torch
+
+import toy
+from common import kl_estimate, masked_mean, use_bf16
+from data import encode_completions
+from rewards import as_number, decode, last_number, score
+from rollout import all_logprobs, make_batch, sample, token_logprobs
+
+
+def batch_stats(scores, kl, batch, group_size):
+    """What the log says of a rollout batch: scores (N,), kl (N, C) -> dict of scalars."""
+    # Groups whose scores are all equal teach nothing. Without groups, the batch is the group.
+    groups = scores.view(-1, group_size if group_size > 1 else len(scores))
+    return dict(
+        score=scores.mean(), score_std=scores.std(correction=0),
+        kl=torch.where(batch.mask.bool(), kl, 0).sum(1).mean(),  # nats per completion
+        entropy=-masked_mean(batch.logprobs, batch.mask),        # E[-log pi(y_t)], nats per token
+        length=batch.mask.sum(1).mean(), truncated=1 - batch.finished.float().mean(),
+        frac_zero_std=(groups.amax(1) == groups.amin(1)).float().mean())
+
+
+def ratio_stats(logprobs, old_logprobs, mask):
+    """For the log, how far the policy moved from the one that sampled: all (N, C) -> scalars."""
+    logprobs = logprobs.detach()
+    approx_kl = masked_mean(kl_estimate(old_logprobs, logprobs, "k3"), mask)  # nats per token
+    ratio = torch.where(mask.bool(), logprobs - old_logprobs, 0).exp()
+    return dict(approx_kl=approx_kl, ratio_max=ratio.max())
+
+
+def check_first_step(step, policy, batch, scores, kl, cfg):
+    """What must hold before the first update, else the run is not what it seems. Warns, goes on."""
+    if step > 0:
+        return
+    with torch.no_grad():
+        rows = torch.arange(len(scores))[: cfg.micro_batch_size]
+        logprobs = token_logprobs(policy, batch, rows, cfg.temperature)
+    gap = (logprobs - batch.logprobs[rows]).exp().sub(1).abs()
+    worst, limit = gap.max().item(), 1e-4
+    if use_bf16(batch.mask.device):  # single tokens are off by some percent, without bias
+        worst, limit = masked_mean(gap, batch.mask[rows]).item(), 0.05
+    kl, truncated = masked_mean(kl, batch.mask).item(), 1 - batch.finished.float().mean().item()
+    if worst > limit:
+        print(f"warning: before any update, the ratio of policy to sampler is off by {worst:.2g}: "
+              "the log-prob pass and the sampler disagree about this model")
+    if abs(kl) > limit:
+        print(f"warning: before any update, the KL to the reference is {kl:.2g} a token, not 0: "
+              "the policy did not start as the reference")
+    if scores.max() == scores.min():
+        print(f"warning: all {len(scores)} scores are {scores[0].item():g}, and equal scores teach "
+              "nothing: is the task too hard, or --max_new_tokens too small?")
+    if truncated > 0.5:
+        print(f"warning: {truncated:.0%} of the completions were cut off before they ended; raise "
+              "--max_new_tokens")
+
+
+@torch.no_grad()
+def evaluate(policy, tokenizer, problems, cfg, rewards=None):
+    """How the policy fares on held-out problems -> {name: [value, low, high]}, 95 % intervals.
+
+    Sampled at temperature 1, and greedy: the exact match (last_number) where all answers are
+    numbers, and the rewards where they say something else. Without rewards (SFT): the nats that a
+    demonstration costs. The random numbers come from a generator of their own, so that the run goes
+    on as if nobody had looked.
+    """
+    exact, judges = {"last_number": last_number}, {}
+    if all(as_number(problem.get("answer")) is not None for problem in problems):
+        judges[""] = exact
+    if rewards and rewards != exact:
+        judges["score_"] = rewards
+    generator, results = torch.Generator(policy.device).manual_seed(0), {"n": len(problems)}
+    for name, temperature in (("sampled", 1.0), ("greedy", 0.0)):
+        found = look(policy, tokenizer, problems, cfg, judges, temperature, generator)
+        results.update({prefix + name: interval(found[prefix]) for prefix in judges})
+        if name == "sampled" and cfg.data in toy.KINDS:
+            results["shows_work"] = interval(["=" in text for text in found["texts"]])
+        if name == "sampled":
+            results["length"] = interval(found["lengths"])
+    if rewards is None:
+        batch = make_batch([problem["ids"] for problem in problems],
+                           encode_completions(problems, tokenizer), policy.device)
+        logprobs = all_logprobs(policy, batch, cfg.micro_batch_size, 1.0)
+        results["nats"] = interval((-logprobs.sum(1)).tolist())
+    return results
+
+
+def look(policy, tokenizer, problems, cfg, judges, temperature, generator):
+    """One completion of each problem -> lists of N: texts, lengths, and each judge's scores."""
+    found = {name: [] for name in ("texts", "lengths", *judges)}
+    for i in range(0, len(problems), cfg.minibatch_size):
+        part = problems[i : i + cfg.minibatch_size]
+        batch = sample(policy, tokenizer, [problem["ids"] for problem in part], 1,
+                       cfg.max_new_tokens, temperature, generator)
+        found["texts"] += decode(tokenizer, batch)
+        found["lengths"] += batch.mask.sum(1).tolist()
+        for name, rewards in judges.items():
+            found[name] += score(rewards, part, batch, tokenizer)[1].tolist()
+    return found
+
+
+def wilson(hits):
+    """Share of ones in a list of zeros and ones, and Wilson's 95 % interval: [share, low, high]."""
+    n, z2 = len(hits), 1.96**2
+    share = sum(hits) / n
+    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
+    margin = (z2 * (share * (1 - share) / n + z2 / (4 * n * n))) ** 0.5 / (1 + z2 / n)
+    return [share, centre - margin, centre + margin]
+
+
+def interval(values):
+    """[mean, low, high] of N numbers: Wilson's if all are 0 or 1, else +- 1.96 std / sqrt(N)."""
+    if set(values) <= {0, 1}:
+        return wilson(values)
+    values = torch.tensor(values, dtype=torch.float64)
+    mean, margin = values.mean().item(), 1.96 * values.std(correction=0).item() / len(values) ** 0.5
+    return [mean, mean - margin, mean + margin]
+
+
+def validate(run, step, policy, tokenizer, problems, cfg, rewards=None):
+    """Every --eval_every steps: evaluate on validation problems, never on those of the test."""
+    if cfg.eval_every and (step + 1) % cfg.eval_every == 0:
+        results = evaluate(policy, tokenizer, problems, cfg, rewards)
+        run.write("validation.jsonl", step, **results)
+        run.bar.write(f"step {step + 1}: validation, n = {results.pop('n')}: "
+                      + ", ".join(f"{name} {value[0]:.3f}" for name, value in results.items()))
+
+
+def report(before, after, folder):
+    """The end of a run: the test problems before and after, and where everything is."""
+    names = dict(sampled="exact match, sampled", greedy="exact match, greedy",
+                 score_sampled="score, sampled", score_greedy="score, greedy",
+                 shows_work="shows its work", length="mean length (tokens)",
+                 nats="nats per demonstration")
+    print(f"\n{'test problems, n = ' + str(after['n']):24s}{'before':>8s} [95 % interval]      "
+          f"{'after':>8s} [95 % interval]")
+    for key, name in ((key, name) for key, name in names.items() if key in after):
+        print(f"{name:24s}" + "     ".join("{:8.3f} [{:6.3f}, {:6.3f}]".format(*results[key])
+                                           for results in (before, after)))
+    print(f"\nThe trained model is in {folder / 'model'}, the log in {folder / 'metrics.jsonl'}.")

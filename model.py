@@ -1,0 +1,157 @@
+"""
+Checkpoints: a folder or a name on the hub -> tokenizer and policy; and back into a folder.
+
+Wherever a model folder is expected, a run folder stands for the model/ in it. Nothing here runs a
+checkpoint's own code: trust_remote_code stays off.
+"""
+import math
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+
+import huggingface_hub
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+import toy
+from common import fail
+
+
+def ask_hub(flag, name, kind):
+    """One short question to the hub, because from_pretrained would retry for a minute.
+
+    A name that does not exist ends the program; without a network, the local cache has to do.
+    """
+    try:
+        huggingface_hub.HfApi().repo_info(name, repo_type=kind, timeout=10)
+    except (huggingface_hub.errors.HFValidationError,
+            huggingface_hub.errors.RepositoryNotFoundError):
+        fail(f"{flag} {name}: there is no such folder here, and no such {kind} on the hub (a "
+             "private one needs `hf auth login`)")
+    except Exception:  # of the network, of a proxy, of the hub
+        huggingface_hub.constants.HF_HUB_OFFLINE = True  # from now on transformers does not ask,
+        os.environ["HF_HUB_OFFLINE"] = "1"               # nor does datasets, imported later
+
+
+def locate(name):
+    """What from_pretrained takes: a folder that holds a model, or a name on the hub."""
+    folder = Path(name)
+    if (folder / "model" / "config.json").exists():
+        folder = folder / "model"
+    elif (folder / "checkpoint.pt").exists():
+        fail(f"--model {name}: this run has not finished, so there is no model yet; --resume it")
+    if not folder.is_dir():
+        ask_hub("--model", name, "model")
+        return name
+    if not (folder / "config.json").exists():
+        fail(f"--model {name}: there is no config.json in this folder; name a model's folder")
+    transformers.utils.logging.disable_progress_bar()  # bars are for downloads
+    return str(folder)
+
+
+def explain(name, error):
+    """Whatever transformers says of a checkpoint that it cannot load, as our one sentence."""
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if "connect" in reason and huggingface_hub.constants.HF_HUB_OFFLINE:
+        reason = ("there is no such folder here, it is not in the cache, and the hub cannot be "
+                  "reached; name a folder, or mend the network (HF_ENDPOINT sets a mirror)")
+    if "custom code" in reason or "trust_remote_code" in reason:
+        reason = "it needs code of its own, which is not run here; choose an architecture that " \
+                 "transformers knows"
+    fail(f"--model {name}: {reason}")
+
+
+def load_tokenizer(name):
+    """-> (tokenizer, the context in tokens). Reads no weights; None means the toy's."""
+    if name is None:
+        return toy.make_tokenizer(), toy.CONTEXT
+    where = locate(name)
+    try:
+        config = AutoConfig.from_pretrained(where, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
+    except Exception as error:  # OSError, ValueError, ...: one can be broken in many ways
+        explain(name, error)
+    kind = (config.architectures or [config.model_type])[0]
+    if (type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+            or re.search("MaskedLM|Classification|QuestionAnswering", kind)):
+        fail(f"--model {name}: {kind} is no causal language model, so it cannot continue a prompt; "
+             "choose a ...ForCausalLM")
+    if tokenizer.eos_token_id is None:
+        fail(f"--model {name}: its tokenizer has no EOS, so that no completion could end; set "
+             "eos_token in its tokenizer_config.json")
+    return tokenizer, getattr(config.get_text_config(), "max_position_embeddings", math.inf)
+
+
+def load_model(name):
+    """-> the model, in fp32 on the CPU, in eval mode, and without dropout in train mode too.
+
+    fp32 even where the checkpoint is bf16: an RL step is often smaller than the gap between two
+    neighbouring bf16 numbers, and would be rounded away.
+    """
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            locate(name), dtype=torch.float32, trust_remote_code=False, output_loading_info=True)
+    except Exception as error:  # a torn file, a shape that does not fit, ...
+        explain(name, error)
+    if info["missing_keys"]:
+        fail(f"--model {name}: the checkpoint lacks weights, {sorted(info['missing_keys'])[0]} for "
+             "one, which would stay random; choose one with a language-model head")
+    for module in model.modules():  # else the ratio of train to eval mode would be random
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for key in [k for k, v in vars(module).items() if "drop" in k and isinstance(v, float)]:
+            setattr(module, key, 0.0)
+    return model.eval()
+
+
+def eos_ids(model, tokenizer):
+    """All token ids that end a completion; checkpoints list several, in up to three places."""
+    ids = set()
+    for source in (model.generation_config, model.config.get_text_config(), tokenizer):
+        eos = getattr(source, "eos_token_id", None)
+        ids |= set(eos if isinstance(eos, (list, tuple)) else [] if eos is None else [eos])
+    return sorted(ids)
+
+
+def checkpoint_activations(model):
+    """--gradient_checkpointing: keep a layer's input only, and run it again in the backward."""
+    enable = getattr(model, "activation_checkpointing_enable", None)  # its name since 5.2x
+    try:
+        (enable or model.gradient_checkpointing_enable)()
+    except ValueError:
+        fail(f"--gradient_checkpointing: {model.config.model_type} does not support it; leave it "
+             "out, and lower --micro_batch_size instead")
+
+
+def check_saving(model, tokenizer, folder):
+    """Find out before the training if its result could not be saved after it."""
+    config = model.generation_config
+    with tempfile.TemporaryDirectory(dir=folder) as trial:
+        try:
+            config.save_pretrained(trial)
+        except ValueError:  # sampling settings without do_sample: transformers won't write them
+            config.do_sample = True
+        try:
+            for part in (config, model.config, tokenizer):
+                part.save_pretrained(trial)
+        except ValueError as error:
+            fail("--model: its settings could not be saved again; mend or delete its "
+                 f"generation_config.json ({' '.join(str(error).split())})")
+    need = 7 * 4 * sum(p.numel() for p in model.parameters())  # 2 x (weights, Adam), model; fp32
+    if (free := shutil.disk_usage(folder).free) < need:
+        fail(f"--out_dir {folder}: checkpoints and model need {need / 1e9:.1f} GB, but only "
+             f"{free / 1e9:.1f} GB are free; choose a folder on a larger disk")
+
+
+def save_policy(policy, tokenizer, folder):
+    """Write folder/model, fp32, for from_pretrained; an old one goes when the new one is whole."""
+    temporary, final, old = (Path(folder, name) for name in ("model.tmp", "model", "model.old"))
+    policy.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    if final.exists():
+        final.rename(old)
+    temporary.rename(final)
+    shutil.rmtree(old, ignore_errors=True)

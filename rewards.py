@@ -1,0 +1,133 @@
+"""
+Rewards: how the policy's answers are judged.
+
+A reward is a function with TRL's signature, (prompts, completions, **columns) -> list of floats, in
+which every argument is a list with one item per completion. Completions are text, without the EOS
+that ended them, also where the data has messages (TRL passes messages there). The columns are those
+of the data, and two more:
+    finished         True where the completion ended by itself, False where it was cut off
+    completion_ids   its tokens, EOS included
+"""
+import importlib.util
+import math
+import re
+import sys
+import traceback
+from pathlib import Path
+
+import torch
+
+from common import fail
+
+NUMBER = r"-?(?:(?<!\d)\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?"  # a comma only as in 1,234,567
+
+
+def as_number(text):
+    """"1,234.5" -> 1234.5; None for what is no number."""
+    text = str(text).strip()
+    return float(text.replace(",", "")) if re.fullmatch(NUMBER, text) else None
+
+
+def last_number(prompts, completions, answer, finished, **columns):
+    """1 if the last number of a finished completion equals the answer as a number, else 0."""
+    def right(completion, answer):
+        numbers = re.findall(NUMBER, completion)
+        return bool(numbers) and as_number(numbers[-1]) == as_number(answer)
+
+    return [float(done and right(text, target))
+            for text, target, done in zip(completions, answer, finished)]
+
+
+REWARDS = {"last_number": last_number}
+
+
+def load_rewards(cfg, problems):
+    """--reward, names or file.py:function with commas between -> {name: function}, tried once."""
+    rewards = {}
+    for spec in cfg.reward.split(","):
+        file, colon, name = spec.strip().rpartition(":")
+        if not colon and name not in REWARDS:
+            fail(f"--reward {name}: there is no such reward; choose {', '.join(REWARDS)}, or write "
+                 "one of your own, file.py:function")
+        if name in rewards:
+            fail(f"--reward {cfg.reward}: two are called {name}; rename one")
+        rewards[name] = function = load_function(file, name) if colon else REWARDS[name]
+        if function is last_number:
+            wrong = [row.get("answer") for row in problems if as_number(row.get("answer")) is None]
+            if wrong:
+                fail(f"--reward last_number: {len(wrong)} of {len(problems)} answers are no "
+                     f"number, {str(wrong[0])[:100]!r} for one; mend the column answer of --data, "
+                     "or write a reward of your own, file.py:function")
+        rows = problems[:2]  # a mistake in a reward should not show only after the warm-up
+        judge(name, function, rows, ["1"] * len(rows), [True] * len(rows), [[1]] * len(rows))
+    return rewards
+
+
+def load_function(file, name):
+    """The function `name` of the Python file."""
+    if not Path(file).is_file():
+        fail(f"--reward {file}:{name}: there is no file {file}; name one as file.py:function")
+    spec = importlib.util.spec_from_file_location(f"reward_{Path(file).stem}", file)
+    if spec is None:
+        fail(f"--reward {file}:{name}: {file} is no Python file; its name must end in .py")
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        fail(f"--reward {file}:{name}: {describe(error)}; mend the file")
+    if not callable(getattr(module, name, None)):
+        found = [key for key, value in vars(module).items() if callable(value) and key[0] != "_"]
+        fail(f"--reward {file}:{name}: there is no function {name} in {file}, but "
+             f"{', '.join(found) or 'none at all'}")
+    return getattr(module, name)
+
+
+def describe(error):
+    """What happened below our call, and where."""
+    frames = traceback.extract_tb(error.__traceback__)[1:]
+    text = f"{type(error).__name__}: {error}"
+    if isinstance(error, SyntaxError) or not frames:  # names its line itself; or did not get there
+        return text
+    return f"{text} (line {frames[-1].lineno} of {Path(frames[-1].filename).name})"
+
+
+def judge(name, reward, rows, texts, finished, completion_ids, when=""):
+    """One reward's scores of texts[i] as an answer to rows[i] -> list of N floats."""
+    keys = dict.fromkeys(key for row in rows for key in row)
+    columns = {key: [row.get(key) for row in rows] for key in keys
+               if key not in ("prompt", "ids", "prompts", "completions")}  # two are arguments
+    columns.update(finished=finished, completion_ids=completion_ids)
+    try:
+        values = reward([row["prompt"] for row in rows], texts, **columns)
+        values = [value.item() if hasattr(value, "item") else value for value in values]
+    except Exception as error:
+        fail(f"--reward {name}{when} raised {describe(error)}; it was called with the columns "
+             f"{', '.join(columns)}")
+    if len(values) != len(texts):
+        fail(f"--reward {name}{when} returned {len(values)} scores for {len(texts)} completions; "
+             "return a list with one number for each")
+    for value, text, row in zip(values, texts, rows):
+        if not isinstance(value, (int, float)) or not math.isfinite(value):
+            fail(f"--reward {name}{when} gave {str(value)[:100]} to the completion {text[:300]!r} "
+                 f"of the prompt {str(row['prompt'])[:300]!r}; return a finite number")
+    return [float(value) for value in values]
+
+
+def decode(tokenizer, batch):
+    """The N completions as text, without padding and without the EOS that ended them."""
+    lengths = (batch.mask.sum(1).long() - batch.finished.long()).tolist()
+    rows = [ids[:length] for ids, length in zip(batch.completions.tolist(), lengths)]
+    return tokenizer.batch_decode(rows, skip_special_tokens=True)
+
+
+def score(rewards, problems, batch, tokenizer, step=0):
+    """Judge a batch of completions, completion i as an answer to problems[i // K].
+
+    -> texts (N strings), scores (N,) summed over the rewards, and of several each one's mean.
+    """
+    texts, rows = decode(tokenizer, batch), [problems[i] for i in batch.owner.tolist()]
+    ids = [row[mask.bool()].tolist() for row, mask in zip(batch.completions, batch.mask)]
+    each = {name: torch.tensor(judge(name, reward, rows, texts, batch.finished.tolist(), ids,
+                                     f" in step {step + 1}")) for name, reward in rewards.items()}
+    means = {f"score_{name}": scores.mean() for name, scores in each.items()}
+    return texts, sum(each.values()).to(batch.mask.device), means if len(each) > 1 else {}
