@@ -36,8 +36,8 @@ def load_problems(cfg, column=None):
     if cfg.eval_every and not splits["validation"]:
         fail("--eval_every: the data has too few prompts to hold some out for it; leave it at 0")
     for split in ("validation", "test"):
-        rows = splits[split]
-        splits[split] = random.Random(0).sample(rows, min(cfg.eval_prompts, len(rows)))
+        if len(splits[split]) > cfg.eval_prompts:
+            splits[split] = random.Random(0).sample(splits[split], cfg.eval_prompts)
     print(f"data {cfg.data}: " + ", ".join(
         f"{len(splits[split]):,} {split}" for split in ("train", "validation", "test")))
     return splits["train"], splits["validation"], splits["test"]
@@ -61,10 +61,11 @@ def read(data):
             found = datasets.load_dataset(name, configuration or None)
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        fail(f"--data {data}: {reason}; toy, words, a .jsonl file, a folder that `datasets` can "
-             "load or a hub name[:configuration] would do")
+        fail(f"--data {data}: {reason}; name toy, words, a .jsonl file, a folder that `datasets` "
+             "can load, or a hub name[:configuration]")
     found = found if isinstance(found, dict) else {"train": found}
-    return {split: list(rows) for split, rows in found.items()}
+    wanted = ("train", "validation", "test") if "train" in found else found
+    return {split: list(rows) for split, rows in found.items() if split in wanted}
 
 
 def read_jsonl(path):
@@ -83,27 +84,30 @@ def read_jsonl(path):
 
 
 def check_rows(rows, data, column=None):
-    """Rows as they were found -> problems with a `prompt`; those of GSM8K with the bare answer."""
+    """Rows as they were found -> problems with `prompt`, and `column` if one is asked for."""
     if not rows:
         fail(f"--data {data}: it is empty; give it rows with a prompt each")
-    found = list(dict.fromkeys(key for row in rows for key in row))
-    name = "prompt" if "prompt" in found else "question"
-    for needed in (name, column):
-        if needed and needed not in found:
-            needed = "prompt (or question)" if needed == name else needed
-            fail(f"--data {data}: there is no column {needed}, but {', '.join(found)}; rename one")
-    problems = []
-    for number, row in enumerate(rows, 1):
-        problem = {**row, "prompt": row.get(name)}
-        for key in ("prompt", column) if column else ("prompt",):
+    found = dict.fromkeys(key for row in rows for key in row)
+    problems = [to_problem(row) for row in rows]
+    for key, also in (("prompt", " (or question)"), (column, ""))[: 2 if column else 1]:
+        if not any(key in problem for problem in problems):
+            fail(f"--data {data}: no column is called {key}{also}, but {', '.join(found)}; rename one")
+        for number, problem in enumerate(problems, 1):
             if not is_text(problem.get(key)):
                 fail(f"--data {data}: the {key} of row {number} is {problem.get(key)!r:.100}; it "
                      "must be text, or a list of messages with role and content")
-        result = re.search(r"####\s*(\S+)\s*$", str(row.get("answer")))
-        if result:  # GSM8K: reasoning, then "#### 42". The reasoning may serve as a demonstration.
-            problem = {"completion": row["answer"], **problem, "answer": result[1]}
-        problems.append(problem)
     return problems
+
+
+def to_problem(row):
+    """A `question` is a prompt; and of GSM8K's answers, "reasoning #### 42", 42 is the answer."""
+    problem = dict(row)
+    if "question" in row:
+        problem.setdefault("prompt", row["question"])
+    if result := re.search(r"####\s*(\S+)\s*$", str(row.get("answer"))):
+        problem.setdefault("completion", row["answer"])  # it may serve as a demonstration
+        problem["answer"] = result[1]
+    return problem
 
 
 def is_text(value):
@@ -118,13 +122,11 @@ def drop_long(splits, cfg, context, tokenizer, column):
     """Rows that do not fit are left out and counted, never cut: half a question is another one."""
     room = context - cfg.max_new_tokens
     why = f"prompts above {room} tokens (context {context} - max_new_tokens {cfg.max_new_tokens})"
-    if column == "completion":
-        why += f" or completions above {cfg.max_new_tokens}"
+    why += f" or completions above {cfg.max_new_tokens}" if column == "completion" else ""
 
     def fits(row):
-        return len(row["ids"]) <= room and (
-            column != "completion"
-            or len(encode_completions([row], tokenizer)[0]) <= cfg.max_new_tokens)
+        return len(row["ids"]) <= room and (column != "completion" or len(
+            encode_completions([row], tokenizer)[0]) <= cfg.max_new_tokens)
 
     kept = {split: [row for row in rows if fits(row)] for split, rows in splits.items()}
     for split, rows in splits.items():
@@ -137,7 +139,7 @@ def drop_long(splits, cfg, context, tokenizer, column):
 
 
 def hold_out(splits, data):
-    """Make test and validation rows where the data has none -> {split: rows}.
+    """Make the test and validation rows that the data lacks -> {split: rows}.
 
     As in the toy, the prompt's checksum decides, so that no prompt lies in two splits: of 8, 0 is
     test and 1 validation. Of a handful of prompts, one is test and none validation.
@@ -146,24 +148,23 @@ def hold_out(splits, data):
         splits = {"train": next(iter(splits.values()))}
     if "train" not in splits:
         fail(f"--data {data}: of its splits, {', '.join(splits)}, none is called train; rename one")
-    given = {split: rows for split, rows in splits.items() if split != "train"}
-    homes = {home: split for home, split in enumerate(("test", "validation")) if split not in given}
-    made = {split: [] for split in ("train", *homes.values())}
-    for row in splits["train"]:
-        made[homes.get(checksum(row["prompt"]) % 8, "train")].append(row)
+    rows, given = splits["train"], {key: splits[key] for key in splits if key != "train"}
+    homes = {home: key for home, key in enumerate(("test", "validation")) if key not in given}
+    made = {key: [] for key in ("train", *homes.values())}
+    for row in rows:
+        made[homes.get(checksum(row) % 8, "train")].append(row)
     if not made["train"] or not made.get("test", True):
-        held = min(checksum(row["prompt"]) for row in splits["train"]) if 0 in homes else None
-        made = dict(train=[], validation=[], test=[])
-        for row in splits["train"]:
-            made["test" if checksum(row["prompt"]) == held else "train"].append(row)
+        first = min(map(checksum, rows))
+        made = dict(train=[row for row in rows if checksum(row) != first], validation=[],
+                    test=[row for row in rows if checksum(row) == first])
     if not made["train"]:
         fail(f"--data {data}: it has only one prompt; give at least two, one of them is the test")
     return {**made, **given}
 
 
-def checksum(prompt):
-    text = prompt if isinstance(prompt, str) else json.dumps(prompt)
-    return zlib.crc32(text.encode("utf-8", "replace"))
+def checksum(row):
+    prompt = row["prompt"] if isinstance(row["prompt"], str) else json.dumps(row["prompt"])
+    return zlib.crc32(prompt.encode("utf-8", "replace"))
 
 
 # --------------------------------------------------------------------------------------------------

@@ -73,9 +73,10 @@ def evaluate(policy, tokenizer, problems, cfg, rewards=None):
     generator, results = torch.Generator(policy.device).manual_seed(0), {"n": len(problems)}
     for name, temperature in (("sampled", 1.0), ("greedy", 0.0)):
         found = look(policy, tokenizer, problems, cfg, judges, temperature, generator)
-        results.update({prefix + name: interval(found[prefix]) for prefix in judges})
+        for prefix in judges:
+            results[prefix + name] = (interval if prefix else wilson)(found[prefix])
         if name == "sampled" and cfg.data in toy.KINDS:
-            results["shows_work"] = interval(["=" in text for text in found["texts"]])
+            results["shows_work"] = wilson(["=" in text for text in found["texts"]])
         if name == "sampled":
             results["length"] = interval(found["lengths"])
     if rewards is None:
@@ -110,9 +111,7 @@ def wilson(hits):
 
 
 def interval(values):
-    """[mean, low, high] of N numbers: Wilson's if all are 0 or 1, else +- 1.96 std / sqrt(N)."""
-    if set(values) <= {0, 1}:
-        return wilson(values)
+    """Mean of N numbers, and the usual 95 % interval, +- 1.96 std / sqrt(N): [mean, low, high]."""
     values = torch.tensor(values, dtype=torch.float64)
     mean, margin = values.mean().item(), 1.96 * values.std(correction=0).item() / len(values) ** 0.5
     return [mean, mean - margin, mean + margin]

@@ -65,16 +65,18 @@ def load_rewards(cfg, problems):
 
 def load_function(file, name):
     """The function `name` of the Python file."""
-    if not Path(file).is_file():
-        fail(f"--reward {file}:{name}: there is no file {file}; name one as file.py:function")
-    spec = importlib.util.spec_from_file_location(f"reward_{Path(file).stem}", file)
-    if spec is None:
-        fail(f"--reward {file}:{name}: {file} is no Python file; its name must end in .py")
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        fail(f"--reward {file}:{name}: {describe(error)}; mend the file")
+    if not Path(file).is_file() or Path(file).suffix != ".py":
+        fail(f"--reward {file}:{name}: there is no Python file {file}; write file.py:function")
+    path = str(Path(file).resolve())
+    if path not in sys.modules:  # a file of several rewards runs once
+        sys.path.append(str(Path(path).parent))  # what lies beside it can be imported, as always
+        spec = importlib.util.spec_from_file_location(path, path)
+        sys.modules[path] = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(sys.modules[path])
+        except Exception as error:
+            fail(f"--reward {file}:{name}: {describe(error)}; mend the file")
+    module = sys.modules[path]
     if not callable(getattr(module, name, None)):
         found = [key for key, value in vars(module).items() if callable(value) and key[0] != "_"]
         fail(f"--reward {file}:{name}: there is no function {name} in {file}, but "

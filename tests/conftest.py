@@ -2,9 +2,11 @@
 import json
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp()
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -50,15 +52,22 @@ def make_model(name, scale=0.3, seed=0):
     return model
 
 
-def save_folder(folder, name="llama", hostile=False, template=None, dtype=torch.float32, **kwargs):
+def save_folder(folder, name="llama", hostile=False, template=None, dtype=torch.float32,
+                pad="<pad>", **kwargs):
     """A model folder as it would come from the hub -> its path as a string."""
     model, tokenizer = make_model(name, **kwargs).to(dtype), toy.make_tokenizer()
-    tokenizer.chat_template = template
+    tokenizer.chat_template, tokenizer.pad_token = template, pad
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     if hostile:
         (Path(folder) / "generation_config.json").write_text(json.dumps(HOSTILE))
     return str(folder)
+
+
+def write_jsonl(path, rows):
+    """-> the path as a string."""
+    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
 
 
 @pytest.fixture(scope="session")

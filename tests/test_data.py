@@ -1,15 +1,17 @@
-"""Prompts, rewards, evaluation, and the toy world."""
-import math
+"""Prompts, and the toy world."""
 import re
 import zlib
 
+from types import SimpleNamespace
+
+import datasets
 import pytest
 import torch
 
 import data
 import toy
-from conftest import TEMPLATE, make_model
-from rollout import make_batch, sample
+from conftest import TEMPLATE, write_jsonl
+from rollout import make_batch
 
 
 # ------------------------------------------------------------------ the toy world
@@ -104,97 +106,157 @@ def test_draw_problems_is_a_function_of_seed_and_step():
     assert steps[0] != data.draw_problems(rows, 0, 4, seed=2)
 
 
-def test_texts_are_without_the_eos_that_ended_them(tokenizer):
-    """Also where that EOS is an ordinary token, here "3" (id 7), and last_number would count it."""
-    batch = make_batch([[5]] * 3, [[5, 6, 2], [5, 6, 7], [5, 7, 6]], "cpu")
-    batch.finished = torch.tensor([True, True, False])
-    assert data.decode(tokenizer, batch) == ["12", "12", "132"]
+# ------------------------------------------------------------------ --data
+
+def load(where, column=None, **flags):
+    base = dict(model=None, max_new_tokens=32, eval_prompts=1000, eval_every=0)
+    return data.load_problems(SimpleNamespace(data=str(where), **{**base, **flags}), column)
 
 
-# ------------------------------------------------------------------ rewards
-
-@pytest.mark.parametrize("text, answer, finished, expected", [
-    ("1+2=3", "3", True, 1.0), ("1+2=3", "3", False, 0.0), ("it is -4.50", "-4.5", True, 1.0),
-    ("3", "3.0", True, 1.0), ("12 or 3", "12", True, 0.0), ("none", "3", True, 0.0),
-    ("", "3", True, 0.0), ("the answer is 7.", "7", True, 1.0), ("7-3=4", "4", True, 1.0)])
-def test_last_number(text, answer, finished, expected):
-    columns = dict(answer=[answer], finished=[finished], other=[1])
-    assert data.last_number(["?"], [text], **columns) == [expected]
+def sums(n):
+    """n rows with a different prompt each, an answer and one more column."""
+    prompts = [f"{i % 10}+{i // 10 % 10}+{i // 100}=" for i in range(n)]
+    return [dict(prompt=p, answer=str(eval(p[:-1])), level=len(p)) for p in prompts]
 
 
-def test_score_hands_each_completion_its_own_problem(tokenizer):
-    """A reward that returns its problem's column: group i must get row i's, K times."""
-    batch = sample(make_model("llama"), tokenizer, [[5], [6, 7], [8]], 4, 3, 1.0)
-    problems = [dict(prompt=str(i), ids=[5], value=i) for i in range(3)]
-    seen = {}
-
-    def reward(prompts, completions, value, **columns):
-        seen.update(columns, prompts=prompts, completions=completions)
-        return [float(v) for v in value]
-
-    texts, scores = data.score(reward, problems, batch, tokenizer)
-    assert scores.tolist() == [0] * 4 + [1] * 4 + [2] * 4
-    assert seen["prompts"] == ["0"] * 4 + ["1"] * 4 + ["2"] * 4
-    assert seen["completions"] == texts == data.decode(tokenizer, batch)
-    assert seen["finished"] == batch.finished.tolist() and "ids" not in seen
+def keys(problems):
+    return {row["prompt"] for row in problems}
 
 
-def test_a_score_that_is_not_a_number_stops_the_run(tokenizer, capsys):
-    batch = sample(make_model("llama"), tokenizer, [[5]], 3, 3, 1.0)
+def test_a_file_of_json_lines(tmp_path, tokenizer):
+    rows = sums(400)
+    path = tmp_path / "sums.jsonl"
+    path.write_text("\ufeff" + "\n\n".join(map(data.json.dumps, rows)))  # BOM, empty lines, no end
+    train, validation, test = load(path)
+    for part, homes in ((test, {0}), (validation, {1}), (train, {2, 3, 4, 5, 6, 7})):
+        assert {zlib.crc32(row["prompt"].encode()) % 8 for row in part} == homes
+    assert keys(train) | keys(validation) | keys(test) == keys(rows)
+    assert all(row["ids"] == tokenizer(row["prompt"]).input_ids and row["level"] == 6
+               for row in train)
+    few = load(path, eval_prompts=5)
+    assert len(few[1]) == len(few[2]) == 5 and keys(few[2]) < keys(test)
+    assert keys(few[2]) != keys(test[:5])  # drawn from all of them, and always the same
+    assert few[0] == train and load(path, eval_prompts=5) == few
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 9])
+def test_a_handful_of_rows_still_has_a_test(tmp_path, n):
+    for first in range(0, 60, 7):  # wherever the checksums fall
+        rows = sums(80)[first : first + n] * 2  # every prompt twice
+        train, validation, test = load(write_jsonl(tmp_path / "few.jsonl", rows))
+        assert train and test and len(train + validation + test) == 2 * n
+        assert not keys(train) & keys(test)
+
+
+def test_a_folder_that_datasets_can_load(tmp_path):
+    rows, parts = sums(60), {}
+    for split in ("train", "test"):
+        parts[split] = rows[:40] if split == "train" else rows[40:]
+    for name in ("jsonl", "parquet", "disk", "only"):
+        folder = tmp_path / name
+        folder.mkdir()
+        for split, part in parts.items():
+            if name == "jsonl":
+                write_jsonl(folder / f"{split}.jsonl", part)
+            elif name == "parquet":
+                datasets.Dataset.from_list(part).to_parquet(folder / f"{split}.parquet")
+        if name == "disk":
+            datasets.DatasetDict({k: datasets.Dataset.from_list(v) for k, v in parts.items()}
+                                 ).save_to_disk(folder)
+        if name == "only":  # one split, whatever its name, is divided by the checksum
+            write_jsonl(folder / "test.jsonl", rows)
+        train, validation, test = load(folder)
+        if name == "only":
+            assert {zlib.crc32(row["prompt"].encode()) % 8 for row in test} == {0}
+        else:
+            assert keys(test) == keys(parts["test"]) and keys(train + validation) == keys(rows[:40])
+            assert {zlib.crc32(row["prompt"].encode()) % 8 for row in validation} == {1}
+        assert train[0]["level"] == 6
+
+
+def test_a_configuration_is_named_after_a_colon(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        rows = [dict(question=f"{name == 'two'}{row['prompt']}".replace("True", "1+").replace(
+            "False", ""), answer=f"{row['prompt']} is <<1>>so\n#### 1,2{row['level']}0")
+            for row in sums(30)]
+        write_jsonl(tmp_path / "set" / name / "train.jsonl", rows)
+    (tmp_path / "set" / "README.md").write_text(
+        "---\nconfigs:\n- config_name: one\n  data_files: one/train.jsonl\n"
+        "- config_name: two\n  data_files: two/train.jsonl\n---\n")
+    train, _, test = load(tmp_path / "set:two", "completion")
+    assert all(row["prompt"].startswith("1+") for row in train + test)
+    # the form of GSM8K: the number after ####; all of it may serve as a demonstration
+    assert {row["answer"] for row in train} == {"1,260"} and "#### 1,260" in train[0]["completion"]
+
+
+def test_an_answer_with_headings_is_left_alone(tmp_path):
+    rows = [dict(row, answer="#### Title\ntext of it") for row in sums(20)]
+    assert load(write_jsonl(tmp_path / "a.jsonl", rows))[0][0]["answer"] == rows[0]["answer"]
+
+
+def test_long_prompts_are_dropped_and_counted_never_cut(tmp_path, capsys):
+    rows = sums(40) + [dict(prompt="1" * n + "=", answer="1", level=6) for n in (95, 96, 200)]
+    parts = load(write_jsonl(tmp_path / "a.jsonl", rows))  # the toy's context is 128 tokens
+    assert max(len(row["ids"]) for part in parts for row in part) == 96 == 128 - 32
+    assert sum(map(len, parts)) == 41 and "dropped 2 of 43 rows" in capsys.readouterr().out
+    rows = [dict(row, completion="1" * (i + 1)) for i, row in enumerate(sums(40))]
+    train, validation, test = load(write_jsonl(tmp_path / "b.jsonl", rows), "completion")
+    assert max(len(row["completion"]) for row in train + validation + test) == 31  # and the EOS
+    assert "dropped 9 of 40 rows" in capsys.readouterr().out
+
+
+def test_prompts_may_be_messages(tmp_path, tokenizer, capsys):
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'][0] | replace('u','+') | replace('a','-') }}"
+        "{{ m['content'] }},{% endfor %}{% if add_generation_prompt %}-{% endif %}")
+    turns = [dict(role="user", content="1"), dict(role="assistant", content="2"),
+             dict(role="user", content="3")]
+    texts = [tokenizer.decode(row["ids"]) for row in data.encode(
+        [dict(prompt=turns), dict(prompt="7"), dict(prompt=turns[:2])], tokenizer)]
+    assert texts == ["+1,-2,+3,-", "+7,-", "+1,-2"]  # an answer that has been begun goes on
+    done = [dict(completion=[dict(role="assistant", content="12")]), dict(completion="12")]
+    assert data.encode_completions(done, tokenizer) == [[5, 6, 2]] * 2
+    with pytest.raises(SystemExit):
+        load(write_jsonl(tmp_path / "a.jsonl", [dict(prompt=turns)] * 3))
+    assert "no chat template" in capsys.readouterr().err
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(SystemExit):
+        data.encode([dict(prompt="1")], tokenizer, "--data x")
+    assert "--data x: the chat template" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rows, column, words", [
+    ([], None, ["empty"]),
+    ([dict(text="1")], None, ["prompt (or question)", "text"]),
+    ([dict(prompt="1", answer="1")], "completion", ["called completion", "prompt, answer"]),
+    ([dict(prompt="1"), dict(prompt=3)], None, ["prompt of row 2 is 3"]),
+    ([dict(prompt="1"), dict(answer="3")], None, ["prompt of row 2 is None"]),
+    ([dict(prompt=[dict(role="user")])], None, ["prompt of row 1", "role and content"]),
+    ([dict(prompt=[])], None, ["prompt of row 1 is []"]),
+    ([dict(prompt="1", completion=None)], "completion", ["completion of row 1 is None"]),
+    ([dict(prompt="")] * 2, None, ["no tokens"]),
+    ([dict(prompt="1=")] * 9, None, ["only one prompt"]),
+    ([dict(prompt="1+" * 60 + "1=")], None, ["all 1 rows", "128", "--max_new_tokens"]),
+    ([dict(prompt="What is 1?"), dict(prompt="2=")], None, ["toy model", "--model"])])
+def test_data_that_will_not_do(tmp_path, capsys, rows, column, words):
     with pytest.raises(SystemExit) as stop:
-        data.score(lambda *a, **k: [0.0, math.nan, 1.0], [dict(prompt="")], batch, tokenizer, 4)
-    error, text = capsys.readouterr().err, data.decode(tokenizer, batch)[1]
-    assert stop.value.code == 1 and "score is nan in step 5" in error and repr(text) in error
+        load(write_jsonl(tmp_path / "a.jsonl", rows), column)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "--data" in error and error.count("\n") == 1
+    assert all(word in error for word in words), error
 
 
-# ------------------------------------------------------------------ looking at a policy
-
-def test_wilson():
-    share, low, high = data.wilson([1] * 9 + [0])
-    assert (share, low, high) == pytest.approx((0.9, 0.596, 0.982), abs=1e-3)  # published table
-    assert data.wilson([1] * 10)[2] == pytest.approx(1)
-    assert data.wilson([0] * 10)[1] == pytest.approx(0)
+def test_validation_needs_rows(tmp_path, capsys):
+    path = write_jsonl(tmp_path / "a.jsonl", sums(2))
+    with pytest.raises(SystemExit):
+        load(path, eval_every=1)
+    assert "--eval_every" in capsys.readouterr().err
 
 
-def test_batch_stats(tokenizer):
-    batch = sample(make_model("llama"), tokenizer, [[5], [6]], 2, 4, 1.0)
-    batch.mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 1, 0]]).float()
-    batch.finished = torch.tensor([True, False, True, True])
-    batch.logprobs = -torch.ones(4, 4)
-    kl = torch.where(batch.mask.bool(), 0.5, math.nan)
-    stats = data.batch_stats(torch.tensor([1.0, 1, 0, 1]), kl, batch, 2)
-    assert {k: v.item() for k, v in stats.items()} == pytest.approx(dict(
-        score=0.75, score_std=0.75**0.5 / 2, kl=0.5 * 10 / 4, entropy=1.0, length=2.5,
-        truncated=0.25, frac_zero_std=0.5))
-    assert data.batch_stats(torch.tensor([1.0, 1, 0, 1]), kl, batch, 1)["frac_zero_std"] == 0
-
-
-class Knobs:
-    temperature, micro_batch_size, max_new_tokens, minibatch_size = 1.0, 8, 6, 3
-
-
-def test_first_step_checks_are_silent_when_all_is_well_and_speak_when_not(tokenizer, capsys):
-    policy = make_model("llama").eval()
-    policy.generation_config.eos_token_id = list(range(9))
-    batch = sample(policy, tokenizer, [[5], [6]], 8, 12, 1.0)
-    scores, kl = torch.arange(16).float(), torch.zeros_like(batch.mask)
-    data.check_first_step(0, policy, batch, scores, kl, Knobs)
-    assert capsys.readouterr().out == ""
-    batch.finished[:9] = False
-    data.check_first_step(0, make_model("llama", seed=1).eval(), batch, 0 * scores, kl + 0.1, Knobs)
-    out = capsys.readouterr().out
-    assert out.count("warning") == 4
-    for word in ("ratio", "KL", "scores", "--max_new_tokens"):
-        assert word in out
-
-
-def test_evaluate_counts_and_leaves_the_random_state_alone(tokenizer):
-    policy = make_model("llama").eval()
-    problems = data.encode(toy.problems("toy", "test", 10), tokenizer)
-    state = torch.get_rng_state()
-    results = data.evaluate(policy, tokenizer, problems, Knobs)
-    assert torch.equal(state, torch.get_rng_state()) and results["n"] == 10
-    assert results == data.evaluate(policy, tokenizer, problems, Knobs)
-    for name in ("sampled", "greedy", "shows_work", "length"):
-        value, low, high = results[name]
-        assert low <= value <= high
+def test_splits_without_train_are_refused(tmp_path, capsys):
+    datasets.DatasetDict({k: datasets.Dataset.from_list(sums(9)) for k in ("easy", "hard")}
+                         ).save_to_disk(tmp_path / "set")
+    with pytest.raises(SystemExit):
+        load(tmp_path / "set")
+    assert "easy, hard" in capsys.readouterr().err

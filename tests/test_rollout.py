@@ -1,4 +1,6 @@
 """Is the distribution that is sampled the one that is differentiated? On every architecture."""
+import tempfile
+
 import pytest
 import torch
 import transformers
@@ -6,7 +8,8 @@ import transformers
 import rollout
 from common import mini_batches
 from conftest import CONFIGS, HOSTILE, make_model, save_folder
-from rollout import (Batch, all_logprobs, draw, eos_ids, load_policy, make_batch, micro_batches,
+from model import checkpoint_activations, eos_ids, load_model
+from rollout import (Batch, all_logprobs, draw, load_policy, make_batch, micro_batches,
                      plain_logprobs, sample, token_logprobs)
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12], [5, 6], [13, 4, 4, 5, 0]]  # ragged; one contains the pad id
@@ -74,6 +77,46 @@ def test_gradient_of_the_shared_pass(policy, tokenizer):
             total += share
         assert total == pytest.approx(1)
         assert (gradient() - expected).norm() < 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_gradient_checkpointing_keeps_less_and_changes_nothing(name, tokenizer):
+    """Its plain pass against the shared one: equal gradient, and less kept for the backward."""
+    policy = load_model_like(name)
+    batch = sample(policy, tokenizer, [PROMPTS[0] * 4, PROMPTS[1]], 3, 20, 1.0, seeded())
+    weights = torch.randn(batch.mask.shape, generator=seeded(1))
+
+    def gradient_and_bytes():
+        own, kept = {p.untyped_storage().data_ptr() for p in policy.parameters()}, {}
+
+        def pack(tensor):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        policy.zero_grad()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            logprobs = token_logprobs(policy, batch, torch.arange(6), 1.0)
+        (logprobs * weights).sum().backward()
+        flat = torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None])
+        return flat, sum(size for key, size in kept.items() if key not in own)
+
+    shared, before = gradient_and_bytes()
+    checkpoint_activations(policy)
+    with torch.no_grad():
+        same = gap(plain_logprobs(policy, batch, 1.0), token_logprobs(policy, batch,
+                                                                      torch.arange(6), 1.0))
+    plain, after = gradient_and_bytes()
+    assert same < 1e-5 and not policy.training  # sampling, afterwards, keeps its cache
+    torch.testing.assert_close(plain, shared, rtol=1e-4, atol=1e-4 * shared.abs().max().item())
+    assert after < 0.5 * before, (before, after)
+
+
+def load_model_like(name):
+    """make_model without dropout, as loading does it."""
+    policy = make_model(name)
+    with tempfile.TemporaryDirectory() as folder:
+        policy.save_pretrained(folder)
+        return load_model(folder)
 
 
 def test_same_seed_same_gradient_bits(policy, tokenizer):

@@ -1,0 +1,63 @@
+"""Looking at a policy: the log of a step, and the held-out problems."""
+import math
+
+import pytest
+import torch
+
+import data
+import evaluation
+import toy
+from conftest import make_model
+from rollout import sample
+
+
+def test_wilson():
+    share, low, high = evaluation.wilson([1] * 9 + [0])
+    assert (share, low, high) == pytest.approx((0.9, 0.596, 0.982), abs=1e-3)  # published table
+    assert evaluation.wilson([1] * 10)[2] == pytest.approx(1)
+    assert evaluation.wilson([0] * 10)[1] == pytest.approx(0)
+
+
+def test_batch_stats(tokenizer):
+    batch = sample(make_model("llama"), tokenizer, [[5], [6]], 2, 4, 1.0)
+    batch.mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 1, 0]]).float()
+    batch.finished = torch.tensor([True, False, True, True])
+    batch.logprobs = -torch.ones(4, 4)
+    kl = torch.where(batch.mask.bool(), 0.5, math.nan)
+    stats = evaluation.batch_stats(torch.tensor([1.0, 1, 0, 1]), kl, batch, 2)
+    assert {k: v.item() for k, v in stats.items()} == pytest.approx(dict(
+        score=0.75, score_std=0.75**0.5 / 2, kl=0.5 * 10 / 4, entropy=1.0, length=2.5,
+        truncated=0.25, frac_zero_std=0.5))
+    assert evaluation.batch_stats(torch.tensor([1.0, 1, 0, 1]), kl, batch, 1)["frac_zero_std"] == 0
+
+
+class Knobs:
+    temperature, micro_batch_size, max_new_tokens, minibatch_size, data = 1.0, 8, 6, 3, "toy"
+
+
+def test_first_step_checks_are_silent_when_all_is_well_and_speak_when_not(tokenizer, capsys):
+    policy = make_model("llama").eval()
+    policy.generation_config.eos_token_id = list(range(9))
+    batch = sample(policy, tokenizer, [[5], [6]], 8, 12, 1.0)
+    scores, kl = torch.arange(16).float(), torch.zeros_like(batch.mask)
+    evaluation.check_first_step(0, policy, batch, scores, kl, Knobs)
+    assert capsys.readouterr().out == ""
+    batch.finished[:9] = False
+    other = make_model("llama", seed=1).eval()
+    evaluation.check_first_step(0, other, batch, 0 * scores, kl + 0.1, Knobs)
+    out = capsys.readouterr().out
+    assert out.count("warning") == 4
+    for word in ("ratio", "KL", "scores", "--max_new_tokens"):
+        assert word in out
+
+
+def test_evaluate_counts_and_leaves_the_random_state_alone(tokenizer):
+    policy = make_model("llama").eval()
+    problems = data.encode(toy.problems("toy", "test", 10), tokenizer)
+    state = torch.get_rng_state()
+    results = evaluation.evaluate(policy, tokenizer, problems, Knobs)
+    assert torch.equal(state, torch.get_rng_state()) and results["n"] == 10
+    assert results == evaluation.evaluate(policy, tokenizer, problems, Knobs)
+    for name in ("sampled", "greedy", "shows_work", "length"):
+        value, low, high = results[name]
+        assert low <= value <= high

@@ -1,0 +1,234 @@
+"""Wrong input: one sentence that names flag and remedy, exit code 2, nothing trained, nothing lost.
+
+One subprocess per kind, on reinforce_pp.py; its siblings share the code and are called in process.
+"""
+import http.server
+import json
+import os
+import shutil
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from subprocess import run
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+
+import common
+import model as model_py
+import sft
+from conftest import ROOT, save_folder, write_jsonl
+
+ONLINE = dict(HF_HUB_OFFLINE="0")
+KINDS = {  # name: (flags, words of the sentence, more environment); {} is the folder of props
+    "unknown flag": ("--learning_rate 1", ["no flag --learning_rate", "--help"]),
+    "abbreviated flag": ("--temp 1", ["no flag --temp", "--help"]),
+    "no number": ("--steps many", ["--steps", "many", "--help"]),
+    "no whole number": ("--steps 1.5", ["--steps", "1.5", "--help"]),
+    "temperature 0": ("--temperature 0", ["--temperature 0", "above 0"]),
+    "temperature negative": ("--temperature -1", ["--temperature -1", "above 0"]),
+    "steps 0": ("--steps 0", ["--steps 0", "above 0"]),
+    "lr negative": ("--lr -0.1", ["--lr -0.1", "at least 0"]),
+    "lr nan": ("--lr nan", ["--lr nan", "at least 0"]),
+    "clip negative": ("--clip_eps -0.2", ["--clip_eps -0.2", "above 0"]),
+    "reward clip negative": ("--reward_clip -1", ["--reward_clip -1", "at least 0"]),
+    "max_new_tokens 0": ("--max_new_tokens 0", ["--max_new_tokens 0", "above 0"]),
+    "kl negative": ("--kl_coef -1", ["--kl_coef -1", "at least 0"]),
+    "gamma": ("--gamma 1.5", ["--gamma 1.5", "at most 1"]),
+    "mini-batch 0": ("--minibatch_size 0", ["--minibatch_size 0", "above 0"]),
+    "micro-batch 0": ("--micro_batch_size 0", ["--micro_batch_size 0", "above 0"]),
+    "group 0": ("--group_size 0", ["--group_size 0", "above 0"]),
+    "eval_prompts 0": ("--eval_prompts 0", ["--eval_prompts 0", "above 0"]),
+    "mini-batch above the batch": ("--prompts_per_step 4 --group_size 2 --minibatch_size 9",
+                                   ["--minibatch_size 9", "8 completions", "smaller"]),
+    "group of one": ("--group_baseline --group_size 1", ["--group_size 1", "take 4"]),
+    "no model": ("--model {}/nope", ["--model", "nope", "no such folder"]),
+    "not on the hub": ("--model someone/nothing", ["--model someone/nothing", "folder", "hub"],
+                       dict(ONLINE, HF_ENDPOINT="{hub}")),
+    "no network": ("--model someone/nothing", ["--model someone/nothing", "cannot be reached",
+                                               "HF_ENDPOINT"],
+                   dict(ONLINE, HF_ENDPOINT="http://127.0.0.1:9")),
+    "no folder of a model": ("--model {}/empty", ["--model", "no config.json"]),
+    "encoder and decoder": ("--model {}/t5", ["--model", "t5 is no causal language model"]),
+    "a classifier": ("--model {}/classifier", ["--model", "LlamaForSequenceClassification",
+                                               "CausalLM"]),
+    "broken config.json": ("--model {}/broken", ["--model", "config.json", "not a valid JSON"]),
+    "code of its own": ("--model {}/code", ["--model", "code of its own", "choose"]),
+    "no EOS": ("--model {}/no_eos", ["--model", "EOS", "tokenizer_config.json"]),
+    "unfinished run as model": ("--model {}/taken", ["--model", "--resume"]),
+    "no data": ("--data {}/nope.jsonl", ["--data", "nope.jsonl", "no such file"]),
+    "no data on the hub": ("--data some/set:main", ["--data some/set", "on the hub"],
+                           dict(ONLINE, HF_ENDPOINT="{hub}")),
+    "no network for data": ("--data some/set:main", ["--data some/set:main", "reach", ".jsonl"],
+                            dict(ONLINE, HF_ENDPOINT="http://127.0.0.1:9")),
+    "empty data": ("--data {}/empty.jsonl", ["--data", "empty.jsonl", "rows"]),
+    "not JSON": ("--data {}/torn.jsonl", ["--data", "torn.jsonl", "line 3", "not JSON"]),
+    "not an object": ("--data {}/list.jsonl", ["--data", "line 1", "not a JSON object"]),
+    "other columns": ("--data {}/columns.jsonl", ["--data", "prompt (or question)", "text, target",
+                                                  "rename"]),
+    "prompt that is no text": ("--data {}/number.jsonl", ["--data", "prompt of row 2", "7",
+                                                          "must be text"]),
+    "no column for the reward": ("--data {}/bare.jsonl", ["--reward last_number", "answer"]),
+    "prompts all too long": ("--data {}/sums.jsonl --max_new_tokens 127", ["--data", "--max_new"]),
+    "words for the toy": ("--data words", ["--data words", "--model"]),
+    "no reward": ("--reward nope", ["--reward nope", "last_number", "file.py:function"]),
+    "no reward file": ("--reward {}/nope.py:f", ["--reward", "nope.py", "file.py:function"]),
+    "no reward function": ("--reward {}/rewards_.py:f", ["--reward", "no function f", "few"]),
+    "syntax error": ("--reward {}/torn_.py:f", ["--reward", "SyntaxError", "line 1"]),
+    "too few scores": ("--reward {}/rewards_.py:few", ["--reward few", "1 scores for 2"]),
+    "score nan": ("--reward {}/rewards_.py:nan", ["--reward nan", "completion '1'", "finite"]),
+    "score no number": ("--reward {}/rewards_.py:text", ["--reward text", "good", "number"]),
+    "taken": ("--out_dir {}/taken", ["--out_dir", "not empty", "--resume"]),
+    "a file in the way": ("--out_dir {}/sums.jsonl/run", ["--out_dir", "cannot write"]),
+    "a file as folder": ("--out_dir {}/sums.jsonl", ["--out_dir", "cannot write"]),
+    "not writable": ("--out_dir /proc/run", ["--out_dir /proc/run", "cannot write"]),
+    "nothing to resume": ("--resume", ["--resume", "no checkpoint", "--out_dir"]),
+    "resume another": ("--out_dir {}/taken --resume --lr 1", ["--lr is 1.0", "0.5", "--resume"]),
+    "no GPU": ("--device cuda", ["--device cuda", "--device cpu"], dict(CUDA_VISIBLE_DEVICES="")),
+    "no such device": ("--device tpu", ["--device tpu", "cpu or cuda"]),
+}
+
+
+def lay_out(folder):
+    """The props: models without weights, so that nobody can load them, bad data, bad rewards."""
+    for name in ("t5", "classifier", "broken", "code", "no_eos"):
+        save_folder(folder / name)
+        (folder / name / "model.safetensors").unlink()
+    transformers.T5Config(d_model=8, num_layers=1, num_heads=1).save_pretrained(folder / "t5")
+    for name, change in dict(classifier=dict(architectures=["LlamaForSequenceClassification"]),
+                             code=dict(model_type="new", auto_map=dict(AutoConfig="a.B"))).items():
+        config = folder / name / "config.json"
+        config.write_text(json.dumps({**json.loads(config.read_text()), **change}))
+    (folder / "broken" / "config.json").write_text('{"model_type": "llama", ')
+    settings = folder / "no_eos" / "tokenizer_config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "eos_token": None}))
+    (folder / "empty").mkdir()
+    (folder / "taken").mkdir()
+    (folder / "taken" / "checkpoint.pt").write_text("precious")
+    (folder / "taken" / "config.json").write_text(json.dumps({"lr": 0.5}))
+    (folder / "empty.jsonl").touch()
+    good = [dict(prompt=f"{i}+1=", answer=str(i + 1)) for i in range(30)]
+    write_jsonl(folder / "sums.jsonl", good)
+    (folder / "torn.jsonl").write_text('{"prompt": "1+1="}\n\n{"prompt": "2+')
+    write_jsonl(folder / "list.jsonl", [["1+1=", "2"]])
+    write_jsonl(folder / "columns.jsonl", [dict(text="1+1=", target="2")])
+    write_jsonl(folder / "number.jsonl", [good[0], dict(prompt=7, answer="8"), good[1]])
+    write_jsonl(folder / "bare.jsonl", [dict(prompt=row["prompt"]) for row in good])
+    (folder / "torn_.py").write_text("def f(:")
+    (folder / "rewards_.py").write_text(
+        "def few(prompts, completions, **columns): return [1.0]\n"
+        "def nan(prompts, completions, **columns): return [float('nan')] * len(prompts)\n"
+        "def text(prompts, completions, **columns): return ['good'] * len(prompts)\n")
+
+
+class Nothing(http.server.BaseHTTPRequestHandler):
+    """A hub on which there is nothing."""
+
+    def do_GET(self):
+        self.send_response(404)
+        self.send_header("X-Error-Code", "RepoNotFound")
+        self.end_headers()
+
+    do_HEAD = do_GET
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    """All kinds, each in a process and an empty folder of its own, two at a time."""
+    props = tmp_path_factory.mktemp("props")
+    lay_out(props)
+    before = {path: path.stat().st_mtime_ns for path in props.rglob("*")}
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Nothing)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    hub = f"http://127.0.0.1:{server.server_address[1]}"
+
+    def start(kind):
+        flags, _, *more = KINDS[kind]
+        cwd = tmp_path_factory.mktemp("cwd")
+        more = {k: v.replace("{hub}", hub) for k, v in (more or [{}])[0].items()}
+        done = run([sys.executable, str(ROOT / "reinforce_pp.py"), *flags.format(props).split()],
+                   cwd=cwd, capture_output=True, text=True, timeout=120, env={**os.environ, **more})
+        return SimpleNamespace(code=done.returncode, error=done.stderr, left=list(cwd.rglob("*")))
+
+    with ThreadPoolExecutor(2) as pool:
+        yield dict(zip(KINDS, pool.map(start, KINDS)))
+    server.shutdown()
+    assert before == {path: path.stat().st_mtime_ns for path in props.rglob("*")}
+    shutil.rmtree(props)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_wrong_input_is_one_sentence_and_loses_nothing(outcomes, kind):
+    code, error, left = vars(outcomes[kind]).values()
+    assert code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
+    assert all(word in error for word in KINDS[kind][1]), error
+    assert not left  # nothing was trained, and no folder made
+
+
+def test_it_is_said_at_once(tmp_path, monkeypatch, capsys):
+    """A hub that accepts the call and never answers, or refuses it: one question, no retries."""
+    questions = []
+
+    def ask(self, name, **kwargs):
+        questions.append(kwargs["timeout"])
+        raise ConnectionError
+
+    monkeypatch.setattr(model_py.huggingface_hub.HfApi, "repo_info", ask)
+    monkeypatch.setattr(model_py.huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    with pytest.raises(SystemExit):
+        model_py.load_tokenizer("someone/nothing")
+    assert questions == [10] and "cannot be reached" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--lr -1", ["--lr -1.0"]), ("--minibatch_size 0", ["--minibatch_size 0"]),
+    ("--data {}/sums.jsonl", ["called completion", "prompt, answer"]),
+    ("--model {}/no_eos", ["EOS"]), ("--out_dir {}/taken", ["not empty"]),
+    ("--clip_eps 1", ["no flag --clip_eps"]), ("--resume", ["no checkpoint"])])
+def test_sft_has_the_same_manners(tmp_path, monkeypatch, capsys, flags, words):
+    lay_out(tmp_path)
+    capsys.readouterr()
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+    monkeypatch.setattr(sys, "argv", ["sft.py", *flags.format(tmp_path).split()])
+    with pytest.raises(SystemExit) as stop:
+        common.main(sft.Config, sft.train)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
+    assert all(word in error for word in words), error
+    assert not list(Path.cwd().rglob("*"))
+
+
+def test_weights_that_are_missing_or_torn(tmp_path, capsys):
+    """A backbone without its head would be trained from a random one; a torn file has to say so."""
+    whole = Path(save_folder(tmp_path / "whole"))
+    shutil.copytree(whole, tmp_path / "headless")
+    from safetensors.torch import load_file, save_file
+    state = load_file(whole / "model.safetensors")
+    del state["lm_head.weight"]
+    save_file(state, tmp_path / "headless" / "model.safetensors", metadata=dict(format="pt"))
+    shutil.copytree(whole, tmp_path / "torn")
+    content = (whole / "model.safetensors").read_bytes()
+    (tmp_path / "torn" / "model.safetensors").write_bytes(content[:1000])
+    for name, words in (("headless", "lm_head.weight"), ("torn", "--model")):
+        with pytest.raises(SystemExit) as stop:
+            model_py.load_model(str(tmp_path / name))
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and words in error and error.count("\n") == 1
+
+
+def test_a_second_gpu_that_is_not_there(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for device in ("cuda", "cuda:0", "cpu"):
+        common.fill(sft.Config(device=device), sft.TOY, sft.HUB, sft.CPU)
+    for device in ("cuda:1", "cuda:x", "cpu:1"):
+        with pytest.raises(SystemExit) as stop:
+            common.fill(sft.Config(device=device), sft.TOY, sft.HUB, sft.CPU)
+        assert stop.value.code == 2 and device in capsys.readouterr().err

@@ -1,0 +1,189 @@
+"""Rewards: built in, one's own, and what may go wrong with them."""
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import rewards
+from conftest import make_model
+from rollout import make_batch, sample
+
+
+def test_texts_are_without_the_eos_that_ended_them(tokenizer):
+    """Also where that EOS is an ordinary token, here "3" (id 7), and last_number would count it."""
+    batch = make_batch([[5]] * 3, [[5, 6, 2], [5, 6, 7], [5, 7, 6]], "cpu")
+    batch.finished = torch.tensor([True, True, False])
+    assert rewards.decode(tokenizer, batch) == ["12", "12", "132"]
+
+
+@pytest.mark.parametrize("text, answer, finished, expected", [
+    ("1+2=3", "3", True, 1.0), ("1+2=3", "3", False, 0.0), ("it is -4.50", "-4.5", True, 1.0),
+    ("3", "3.0", True, 1.0), ("12 or 3", "12", True, 0.0), ("none", "3", True, 0.0),
+    ("", "3", True, 0.0), ("the answer is 7.", "7", True, 1.0), ("7-3=4", "4", True, 1.0)])
+def test_last_number(text, answer, finished, expected):
+    columns = dict(answer=[answer], finished=[finished], other=[1])
+    assert rewards.last_number(["?"], [text], **columns) == [expected]
+
+
+def test_score_hands_each_completion_its_own_problem(tokenizer):
+    """A reward that returns its problem's column: group i must get row i's, K times."""
+    batch = sample(make_model("llama"), tokenizer, [[5], [6, 7], [8]], 4, 3, 1.0)
+    problems = [dict(prompt=str(i), ids=[5], value=i) for i in range(3)]
+    seen = {}
+
+    def reward(prompts, completions, value, **columns):
+        seen.update(columns, prompts=prompts, completions=completions)
+        return [float(v) for v in value]
+
+    texts, scores, each = rewards.score(dict(mine=reward), problems, batch, tokenizer)
+    assert scores.tolist() == [0] * 4 + [1] * 4 + [2] * 4 and each == {}
+    assert seen["prompts"] == ["0"] * 4 + ["1"] * 4 + ["2"] * 4
+    assert seen["completions"] == texts == rewards.decode(tokenizer, batch)
+    assert seen["finished"] == batch.finished.tolist() and "ids" not in seen
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_score_that_is_not_a_number_stops_the_run(tokenizer, capsys, value):
+    batch = sample(make_model("llama"), tokenizer, [[5]], 3, 3, 1.0)
+    mine = dict(mine=lambda *a, **k: [0.0, value, 1.0])
+    with pytest.raises(SystemExit) as stop:
+        rewards.score(mine, [dict(prompt="")], batch, tokenizer, 4)
+    error, text = capsys.readouterr().err, rewards.decode(tokenizer, batch)[1]
+    assert stop.value.code == 2 and repr(text) in error
+    assert f"--reward mine in step 5 gave {value}" in error
+
+
+# ------------------------------------------------------------------ one's own
+
+GOOD = """
+from pathlib import Path
+
+from helper_of_rewards import weight
+
+def short(prompts, completions, **columns):
+    return [-weight * len(text) for text in completions]
+
+def named(prompts, completions, level, **columns):
+    return level
+
+def tensor(prompts, completions, **columns):
+    import torch
+    return torch.ones(len(prompts))
+
+with Path("count").open("a") as file:
+    file.write("x")
+"""
+BAD = """
+import math
+
+def few(prompts, completions, **columns):
+    return [1.0]
+
+def nothing(prompts, completions, **columns):
+    pass
+
+def nan(prompts, completions, **columns):
+    return [math.nan] * len(prompts)
+
+def words(prompts, completions, **columns):
+    return ["good"] * len(prompts)
+
+def none(prompts, completions, **columns):
+    return [None] * len(prompts)
+
+def asks(prompts, completions, solution, **columns):
+    return [1.0] * len(prompts)
+
+def raises(prompts, completions, **columns):
+    return [{}["a"] for _ in prompts]
+
+seven = 7
+"""
+PROBLEMS = [dict(prompt="1+2=", answer="3", level=4, ids=[5]),
+            dict(prompt="2+2=", answer="4", level=5, ids=[6]),
+            dict(prompt="3", answer="3", ids=[7])]
+
+
+def load(spec, problems=PROBLEMS):
+    return rewards.load_rewards(SimpleNamespace(reward=spec), problems)
+
+
+def test_rewards_of_ones_own(tmp_path, monkeypatch, tokenizer):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(GOOD)
+    (tmp_path / "helper_of_rewards.py").write_text("weight = 2")  # beside it, as imports go
+    several = load("last_number,mine.py:short, mine.py:named,mine.py:tensor", PROBLEMS[:2])
+    assert list(several) == ["last_number", "short", "named", "tensor"]
+    assert Path("count").read_text() == "x"  # the file runs once
+    batch = make_batch([[5], [6]], [[7, 2], [8, 8]], "cpu")
+    batch.finished = torch.tensor([True, False])
+    texts, scores, each = rewards.score(several, PROBLEMS[:2], batch, tokenizer)
+    assert texts == ["3", "44"]
+    assert scores.tolist() == [1 - 2 + 4 + 1, 0 - 4 + 5 + 1]
+    assert {k: v.item() for k, v in each.items()} == dict(
+        score_last_number=0.5, score_short=-3.0, score_named=4.5, score_tensor=1.0)
+
+
+def test_what_a_reward_is_given(tokenizer):
+    """All columns of the data, None where a row lacks one, and never a second `completions`."""
+    seen = {}
+
+    def reward(prompts, completions, **columns):
+        seen.update(columns)
+        return [0] * len(prompts)
+
+    rows = [dict(PROBLEMS[0], completions=["a", "b"]), PROBLEMS[2]]
+    batch = make_batch([[5], [6]], [[7, 2], [8, 8, 8]], "cpu")
+    batch.finished = torch.tensor([True, False])
+    rewards.score(dict(r=reward), rows, batch, tokenizer)
+    assert seen == dict(answer=["3", "3"], level=[4, None], finished=[True, False],
+                        completion_ids=[[7, 2], [8, 8, 8]])
+
+
+@pytest.mark.parametrize("spec, words", [
+    ("bad.py:few", ["few", "1 scores for 2 completions"]),
+    ("bad.py:nothing", ["nothing", "NoneType"]),
+    ("bad.py:nan", ["nan gave nan to the completion '1' of the prompt '1+2='"]),
+    ("bad.py:words", ["words gave good to the completion '1'"]),
+    ("bad.py:none", ["none gave None"]),
+    ("bad.py:asks", ["TypeError", "solution", "columns answer, level, finished"]),
+    ("bad.py:raises", ["KeyError: 'a'", "line 23 of bad.py"]),
+    ("bad.py:seven", ["no function seven", "few"]),
+    ("bad.py:eight", ["no function eight", "few"]),
+    ("torn.py:f", ["SyntaxError", "torn.py, line 2"]),
+    ("lost.py:f", ["ModuleNotFoundError", "no_such_module"]),
+    ("gone.py:f", ["no Python file gone.py"]), ("notes.txt:f", ["no Python file notes.txt"]),
+    ("last_numbers", ["no such reward", "last_number", "file.py:function"]),
+    ("", ["no such reward"]),
+    ("last_number,last_number", ["two are called last_number"])])
+def test_rewards_that_will_not_do(tmp_path, monkeypatch, capsys, spec, words):
+    monkeypatch.chdir(tmp_path)
+    texts = dict(bad=BAD, torn="x = 1\ndef f(:\n", lost="import no_such_module")
+    for name, text in texts.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    (tmp_path / "notes.txt").write_text("def f(): pass")
+    with pytest.raises(SystemExit) as stop:
+        load(spec)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("error: --reward") and error.count("\n") == 1
+    assert all(word in error for word in words), error
+
+
+@pytest.mark.parametrize("answer", ["blue", None, "12 apples", "1,23"])
+def test_last_number_wants_numbers_for_answers(capsys, answer):
+    load("last_number", [dict(PROBLEMS[0], answer=value) for value in ("1,234", 5, " -0.5 ")])
+    with pytest.raises(SystemExit):
+        load("last_number", PROBLEMS + [dict(PROBLEMS[0], answer=answer)])
+    error = capsys.readouterr().err
+    assert "1 of 4 answers" in error and repr(str(answer)) in error and "--data" in error
+
+
+@pytest.mark.parametrize("text, number", [
+    ("so 1,234", 1234), ("1,234,567.5", 1234567.5), ("$12,345.", 12345), ("-1,234", -1234),
+    ("12,34", 34), ("1,2345", 2345), ("1234,567", 567), ("17,17-5=12,12-8=4", 4), ("0,5", 5),
+    ("8+9=17,170", 17170), ("1, 234", 234)])
+def test_thousands_commas_only_in_their_form(text, number):
+    assert rewards.last_number(["?"], [text], answer=[number], finished=[True]) == [1.0]
+    assert rewards.last_number(["?"], [text], answer=[number + 1], finished=[True]) == [0.0]
