@@ -38,8 +38,7 @@ def load_problems(cfg, column=None):
     for split in ("validation", "test"):
         if len(splits[split]) > cfg.eval_prompts:
             splits[split] = random.Random(0).sample(splits[split], cfg.eval_prompts)
-    print(f"data {cfg.data}: " + ", ".join(
-        f"{len(splits[split]):,} {split}" for split in ("train", "validation", "test")))
+    print(f"data {cfg.data}: " + ", ".join(f"{len(rows):,} {key}" for key, rows in splits.items()))
     return splits["train"], splits["validation"], splits["test"]
 
 
@@ -89,9 +88,9 @@ def check_rows(rows, data, column=None):
         fail(f"--data {data}: it is empty; give it rows with a prompt each")
     found = dict.fromkeys(key for row in rows for key in row)
     problems = [to_problem(row) for row in rows]
-    for key, also in (("prompt", " (or question)"), (column, ""))[: 2 if column else 1]:
+    for key in ("prompt", column) if column else ("prompt",):
         if not any(key in problem for problem in problems):
-            fail(f"--data {data}: no column is called {key}{also}, but {', '.join(found)}; rename one")
+            fail(f"--data {data}: its columns are {', '.join(found)}; call one of them {key}")
         for number, problem in enumerate(problems, 1):
             if not is_text(problem.get(key)):
                 fail(f"--data {data}: the {key} of row {number} is {problem.get(key)!r:.100}; it "
@@ -111,7 +110,7 @@ def to_problem(row):
 
 
 def is_text(value):
-    """Text, or a non-empty list of messages {role, content}, both of them text?"""
+    """Text, or a list of messages {role, content} that are text?"""
     messages = value if isinstance(value, list) and value else [{}]
     return isinstance(value, str) or all(
         isinstance(message, dict) and isinstance(message.get("role"), str)
@@ -141,11 +140,11 @@ def drop_long(splits, cfg, context, tokenizer, column):
 def hold_out(splits, data):
     """Make the test and validation rows that the data lacks -> {split: rows}.
 
-    As in the toy, the prompt's checksum decides, so that no prompt lies in two splits: of 8, 0 is
-    test and 1 validation. Of a handful of prompts, one is test and none validation.
+    As in the toy, the prompt's checksum decides, so that no prompt lies in two splits: 0 of 8 is
+    test, 1 validation. Of a handful of prompts, one is test and none validation.
     """
-    if len(splits) == 1:
-        splits = {"train": next(iter(splits.values()))}
+    if len(splits) == 1:  # whatever it is called
+        splits = dict(train=sum(splits.values(), []))
     if "train" not in splits:
         fail(f"--data {data}: of its splits, {', '.join(splits)}, none is called train; rename one")
     rows, given = splits["train"], {key: splits[key] for key in splits if key != "train"}

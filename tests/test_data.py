@@ -228,8 +228,8 @@ def test_prompts_may_be_messages(tmp_path, tokenizer, capsys):
 
 @pytest.mark.parametrize("rows, column, words", [
     ([], None, ["empty"]),
-    ([dict(text="1")], None, ["prompt (or question)", "text"]),
-    ([dict(prompt="1", answer="1")], "completion", ["called completion", "prompt, answer"]),
+    ([dict(text="1")], None, ["columns are text", "prompt"]),
+    ([dict(prompt="1", answer="1")], "completion", ["prompt, answer; call", "completion"]),
     ([dict(prompt="1"), dict(prompt=3)], None, ["prompt of row 2 is 3"]),
     ([dict(prompt="1"), dict(answer="3")], None, ["prompt of row 2 is None"]),
     ([dict(prompt=[dict(role="user")])], None, ["prompt of row 1", "role and content"]),

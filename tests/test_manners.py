@@ -67,8 +67,8 @@ KINDS = {  # name: (flags, words of the sentence, more environment); {} is the f
     "empty data": ("--data {}/empty.jsonl", ["--data", "empty.jsonl", "rows"]),
     "not JSON": ("--data {}/torn.jsonl", ["--data", "torn.jsonl", "line 3", "not JSON"]),
     "not an object": ("--data {}/list.jsonl", ["--data", "line 1", "not a JSON object"]),
-    "other columns": ("--data {}/columns.jsonl", ["--data", "prompt (or question)", "text, target",
-                                                  "rename"]),
+    "other columns": ("--data {}/columns.jsonl", ["--data", "columns are text, target",
+                                                  "call one of them prompt"]),
     "prompt that is no text": ("--data {}/number.jsonl", ["--data", "prompt of row 2", "7",
                                                           "must be text"]),
     "no column for the reward": ("--data {}/bare.jsonl", ["--reward last_number", "answer"]),
@@ -189,7 +189,7 @@ def test_it_is_said_at_once(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("flags, words", [
     ("--lr -1", ["--lr -1.0"]), ("--minibatch_size 0", ["--minibatch_size 0"]),
-    ("--data {}/sums.jsonl", ["called completion", "prompt, answer"]),
+    ("--data {}/sums.jsonl", ["completion", "prompt, answer"]),
     ("--model {}/no_eos", ["EOS"]), ("--out_dir {}/taken", ["not empty"]),
     ("--clip_eps 1", ["no flag --clip_eps"]), ("--resume", ["no checkpoint"])])
 def test_sft_has_the_same_manners(tmp_path, monkeypatch, capsys, flags, words):
