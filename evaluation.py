@@ -1,6 +1,9 @@
 """
 Looking at a policy: what the log says of a step, and how it fares on held-out problems.
 """
+import resource
+import sys
+
 import torch
 
 import toy
@@ -137,4 +140,13 @@ def report(before, after, folder):
     for key, name in ((key, name) for key, name in names.items() if key in after):
         print(f"{name:24s}" + "     ".join("{:8.3f} [{:6.3f}, {:6.3f}]".format(*results[key])
                                            for results in (before, after)))
-    print(f"\nThe trained model is in {folder / 'model'}, the log in {folder / 'metrics.jsonl'}.")
+    print(f"\nPeak memory: {peak_memory() / 1e9:.2f} GB. The trained model is in "
+          f"{folder / 'model'}, the log in {folder / 'metrics.jsonl'}.")
+
+
+def peak_memory():
+    """The most bytes that tensors took on the GPU; without one, that this process took."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak  # Linux counts in kilobytes

@@ -2,6 +2,7 @@
 import dataclasses
 import importlib
 import inspect
+import json
 import re
 import subprocess
 import sys
@@ -11,6 +12,14 @@ import sft
 from conftest import ROOT, save_folder
 
 README = (ROOT / "README.md").read_text()
+
+
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
+
+
+def block(start):
+    (found,) = [text for text in BLOCKS if text.startswith(start)]
+    return found
 
 
 def test_functions_have_the_arguments_that_readme_gives():
@@ -24,19 +33,55 @@ def test_functions_have_the_arguments_that_readme_gives():
 def test_flags_and_files_exist():
     flags = {field.name for config in (reinforce_pp.Config, sft.Config)
              for field in dataclasses.fields(config)} | {"keys", "out", "help"}
-    for flag in re.findall(r"--([a-z_]+)", README):
+    ours = README[: README.index("## When one GPU is not enough")].replace(" `--normalize", "")
+    for flag in re.findall(r"--([a-z_]+)", ours):
         assert flag in flags, f"README speaks of --{flag}"
     for path in re.findall(r"\]\(([\w/.]+)\)", README):
         assert (ROOT / path).exists(), path
 
 
+def test_every_flag_is_in_the_table():
+    fields = [field.name for config in (reinforce_pp.Config, sft.Config)
+              for field in dataclasses.fields(config)]
+    for name in fields:
+        assert re.search(rf"^\| `--{name}`( \*)? \|", README, re.M), name
+
+
+def test_the_table_of_memory_is_the_formula():
+    rows = re.findall(r"^\| [\w.-]+ \| ([\d,.]+) M \| (.*) \|$", README, re.M)
+    assert len(rows) == 5
+    for parameters, rest in rows:
+        layers, width, key_value, words, *sums = (
+            float(cell.strip("* ").replace(",", "")) for cell in rest.split("|"))
+        static, tokens = 22 * float(parameters.replace(",", "")) * 1e6, 128 + 256
+        cache = 256 * tokens * layers * key_value * 2 * 2
+        logits = 8 * 256 * words * 4
+        kept, few = (8 * tokens * layers * width * size + logits for size in (56, 4))
+        expected = static, cache, kept, static + max(cache, kept), static + max(cache, few)
+        assert sums == [round(value / 1e9, 1) for value in expected]
+
+
 def test_the_snippet_that_loads_a_model_runs(tmp_path):
     save_folder(tmp_path / "runs" / "reinforce_pp" / "model")
-    (snippet,) = re.findall(r"```python\n(.*?)```", README, re.S)
-    assert snippet.count("\n") == 3
-    done = subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path, capture_output=True,
-                          text=True)
+    done = subprocess.run([sys.executable, "-c", block("from transformers")], cwd=tmp_path,
+                          capture_output=True, text=True)
     assert done.returncode == 0 and "8+9-5=" in done.stdout, done.stderr
+
+
+def test_own_data_and_own_reward_as_readme_shows_them(tmp_path, monkeypatch):
+    """The two files written out, and its command, with a tiny model for the real one."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_rewards.py").write_text(block("# my_rewards.py"))
+    subprocess.run([sys.executable, "-c", block("# times.py")], check=True)
+    (line,) = re.findall(r"^python reinforce_pp.py (.*my_rewards.*)$", README, re.M)
+    flags = dict(zip(*[iter(line.replace("--", "").split())] * 2))
+    flags["model"] = save_folder(tmp_path / "model")
+    reinforce_pp.train(reinforce_pp.Config(**flags, steps=1, prompts_per_step=4, max_new_tokens=8,
+                                           eval_prompts=4, device="cpu", out_dir="run"))
+    row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
+    assert row["score"] == row["score_last_number"] + row["score_brief"]
+    prompts = {json.loads(text)["prompt"] for text in open("times.jsonl")}
+    assert len(prompts) == 121 and "What is 12 times 12?" in prompts
 
 
 def test_every_log_key_is_explained():
