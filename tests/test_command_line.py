@@ -319,6 +319,29 @@ def test_every_knob_does_something(folders, tmp_path, monkeypatch, flag, value):
     assert not same_weights("base", "other")
 
 
+def test_memory_flags_change_memory_alone_even_on_resume(folders, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    seen, real = set(), reinforce_pp.token_logprobs
+
+    def spy(policy, *args):
+        seen.add(any(getattr(m, "gradient_checkpointing", False) for m in policy.modules()))
+        return real(policy, *args)
+
+    monkeypatch.setattr(reinforce_pp, "token_logprobs", spy)
+    flags = dict(group_size=2, steps=4)
+    reinforce_pp.train(quick(folders("llama"), **flags, out_dir="plain"))
+    reinforce_pp.train(quick(folders("llama"), **{**flags, "steps": 2}, out_dir="spare"))
+    assert seen == {False}
+    reinforce_pp.train(quick(folders("llama"), **flags, out_dir="again", micro_batch_size=5,
+                             gradient_checkpointing=True))
+    assert seen == {False, True}
+    reinforce_pp.train(quick(folders("llama"), **flags, out_dir="spare", micro_batch_size=3,
+                             gradient_checkpointing=True, resume=True))
+    for one, two in zip(weights("plain").values(), weights("again").values()):
+        torch.testing.assert_close(one, two, rtol=0, atol=1e-3)
+    assert [row["step"] for row in metrics("spare")] == [1, 2, 3, 4]
+
+
 def test_rows_of_defaults_follow_the_world(folders, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     worlds = ((dict(), 2e-4, "toy", 256), (dict(group_size=4), 2e-4, "toy", 64),

@@ -6,6 +6,7 @@ import torch
 
 import data
 import evaluation
+import rewards
 import toy
 from conftest import make_model
 from rollout import sample
@@ -61,3 +62,40 @@ def test_evaluate_counts_and_leaves_the_random_state_alone(tokenizer):
     for name in ("sampled", "greedy", "shows_work", "length"):
         value, low, high = results[name]
         assert low <= value <= high
+
+
+def test_what_is_evaluated_follows_the_data_and_the_rewards(tokenizer):
+    """Exact match where all answers are numbers, the rewards where they say more, else the nats."""
+    policy, exact = make_model("llama").eval(), dict(last_number=rewards.last_number)
+    problems = data.encode(toy.problems("toy", "test", 10), tokenizer)
+
+    def names(*args, **knobs):
+        return set(evaluation.evaluate(policy, tokenizer, problems, type("K", (Knobs,), knobs),
+                                       *args)) - {"n", "length"}
+
+    two = {**exact, "long": lambda prompts, completions, **columns: list(map(len, completions))}
+    both = {"sampled", "greedy", "shows_work"}
+    assert names(exact) == both == names() - {"nats"} and "nats" in names()
+    assert names(two) == both | {"score_sampled", "score_greedy"}
+    assert names(exact, data="file.jsonl") == {"sampled", "greedy"}
+    results = evaluation.evaluate(policy, tokenizer, problems, Knobs, two)
+    assert results["score_greedy"][0] > results["greedy"][0]
+    problems[3]["answer"] = "blue"
+    assert names(two, data="file.jsonl") == {"score_sampled", "score_greedy"}
+
+
+def test_nats_per_demonstration(tokenizer):
+    policy = make_model("llama").eval()
+    problems = data.encode(toy.problems("toy", "test", 7), tokenizer)
+    costs = []
+    for problem in problems:
+        ids = problem["ids"] + tokenizer(problem["completion"]).input_ids + [2]
+        with torch.no_grad():
+            logprobs = policy(torch.tensor([ids])).logits[0].log_softmax(-1)
+        start = len(problem["ids"])
+        costs.append(-sum(logprobs[t - 1, ids[t]].item() for t in range(start, len(ids))))
+    mean, low, high = evaluation.evaluate(policy, tokenizer, problems, Knobs)["nats"]
+    assert mean == pytest.approx(sum(costs) / 7, rel=1e-5)
+    spread = (sum((cost - mean) ** 2 for cost in costs) / 7) ** 0.5
+    assert high - mean == pytest.approx(mean - low)
+    assert high - mean == pytest.approx(1.96 * spread / 7**0.5, rel=1e-4)
