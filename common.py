@@ -137,7 +137,7 @@ class FlagHelp(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHe
 
 def fail(message, code=2):
     """Stop with one sentence, no traceback. Code 2: wrong input; 1: it happened on the way."""
-    print("error:", " ".join(str(message).splitlines()), file=sys.stderr)
+    print("stopped:" if code == 130 else "error:", *str(message).splitlines(), file=sys.stderr)
     raise SystemExit(code)
 
 
@@ -154,20 +154,20 @@ def main(config_class, train):
         train(cfg)
     except RuntimeError as error:
         if "non-finite" in str(error):  # of clip_grad_norm_
-            fail("a gradient is nan or infinite, though its loss was not; the last checkpoint is "
-                 "kept, and a smaller --lr or --max_grad_norm is the usual remedy", code=1)
+            fail("a gradient is nan or infinite, though its loss was not; the last checkpoint, if "
+                 "any, is kept; a smaller --lr or --max_grad_norm is the usual remedy", code=1)
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
         fail(f"out of memory: halve --micro_batch_size (it is {cfg.micro_batch_size}), which "
              "changes no result, then the prompts of a step; the last checkpoint is kept", code=1)
     except KeyboardInterrupt:
-        fail("interrupted; the last checkpoint, if there is one, is kept", code=130)
+        fail("the last checkpoint, if there is one, is kept", code=130)
 
 
-# A number must be above 0; except these, where 0 has a meaning, and these, where 1 is the end.
+# A number must be above 0, except where 0 has a meaning; and some have an upper end.
 ZERO_IS_FINE = {"lr", "warmup_steps", "weight_decay", "eval_every", "seed", "kl_coef",
                 "reward_clip", "gamma"}
-AT_MOST_1 = {"gamma"}
+AT_MOST = {"gamma": 1, "max_grad_norm": math.inf, "clip_eps": math.inf, "reward_clip": math.inf}
 
 
 def check_ranges(cfg):
@@ -177,8 +177,8 @@ def check_ranges(cfg):
             continue
         if not (value > 0 or value == 0 and key in ZERO_IS_FINE):  # `not`: nan is no number either
             fail(f"--{key} {value}: it must be {'at least' if key in ZERO_IS_FINE else 'above'} 0")
-        if key in AT_MOST_1 and value > 1:
-            fail(f"--{key} {value}: it must be at most 1")
+        if value > (highest := AT_MOST.get(key, 2**63 - 1)):
+            fail(f"--{key} {value}: it must be at most {highest}")
     batch = getattr(cfg, "prompts_per_step", cfg.minibatch_size) * getattr(cfg, "group_size", 1)
     if cfg.minibatch_size > batch:
         fail(f"--minibatch_size {cfg.minibatch_size}: a step has only {batch} completions "
@@ -240,7 +240,7 @@ def require_finite(number, what, step, texts, rows, per_row):
         size = per_row.detach().reshape(len(rows), -1).abs().sum(1)
         worst = int(rows[int(size.nan_to_num(nan=math.inf).argmax())])
         fail(f"the {what} is {number.item()} in step {step + 1}, with the sample {texts[worst]!r}; "
-             "the last checkpoint is kept; fix the reward or take a smaller --lr", code=1)
+             "the last checkpoint, if any, is kept; take a smaller --lr", code=1)
 
 
 class Means:

@@ -20,7 +20,7 @@ from model import ask_hub, load_tokenizer
 
 def load_problems(cfg, column=None):
     """--data -> training, validation and test problems; `column` is needed beside the prompt."""
-    tokenizer, context = load_tokenizer(cfg.model)
+    tokenizer, context, words = load_tokenizer(cfg.model)
     if cfg.data in toy.KINDS:
         sizes = dict(train=16384, validation=cfg.eval_prompts, test=cfg.eval_prompts)
         splits = {split: toy.problems(cfg.data, split, n) for split, n in sizes.items()}
@@ -29,10 +29,15 @@ def load_problems(cfg, column=None):
         splits = {split: check_rows(rows, cfg.data, column) for split, rows in splits.items()}
     for rows in splits.values():
         encode(rows, tokenizer, f"--data {cfg.data}")
-        if not cfg.model and any(tokenizer.unk_token_id in row["ids"] for row in rows):
-            fail(f"--data {cfg.data}: the toy model reads only digits, + - = and comma; name a "
+        if column == "completion":
+            encode_completions(rows, tokenizer)
+        used = set().union(*(row["ids"] + row.get("target", []) for row in rows))
+        if max(used) >= words:
+            fail(f"--model {cfg.model}: its tokenizer has tokens that the model lacks; replace it")
+        if not cfg.model and tokenizer.unk_token_id in used:
+            fail(f"--data {cfg.data}: the toy model knows only digits, + - = and comma; name a "
                  "--model that reads text")
-    splits = hold_out(drop_long(splits, cfg, context, tokenizer, column), cfg.data)
+    splits = hold_out(drop_long(splits, cfg, context), cfg.data)
     if cfg.eval_every and not splits["validation"]:
         fail("--eval_every: the data has too few prompts to hold some out for it; leave it at 0")
     for split in ("validation", "test"):
@@ -45,10 +50,8 @@ def load_problems(cfg, column=None):
 def read(data):
     """.jsonl file, folder that `datasets` can load, hub name[:configuration] -> {split: rows}."""
     path = Path(data)
-    if path.is_file():
+    if path.is_file() or path.suffix in (".jsonl", ".json") and not path.is_dir():
         return {"train": read_jsonl(path)}
-    if path.suffix in (".jsonl", ".json"):
-        fail(f"--data {data}: there is no such file")
     name, _, configuration = (data, "", "") if path.is_dir() else data.partition(":")
     if not Path(name).is_dir():
         ask_hub("--data", name, "dataset")
@@ -58,27 +61,25 @@ def read(data):
             found = datasets.load_from_disk(name)
         else:
             found = datasets.load_dataset(name, configuration or None)
+        found = found if isinstance(found, dict) else {"train": found}
+        wanted = ("train", "validation", "test") if "train" in found else found
+        return {split: list(rows) for split, rows in found.items() if split in wanted}
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         fail(f"--data {data}: {reason}; name toy, words, a .jsonl file, a folder that `datasets` "
              "can load, or a hub name[:configuration]")
-    found = found if isinstance(found, dict) else {"train": found}
-    wanted = ("train", "validation", "test") if "train" in found else found
-    return {split: list(rows) for split, rows in found.items() if split in wanted}
 
 
 def read_jsonl(path):
     """One JSON object per line -> rows; empty lines are skipped."""
+    if not path.is_file() or path.suffix not in (".jsonl", ".json"):
+        fail(f"--data {path}: there is no such .jsonl file (of csv or parquet, name the folder)")
     rows = []
     for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         try:
-            row = json.loads(line) if line.strip() else None
-        except ValueError as error:  # not JSON, or not UTF-8
-            fail(f"--data {path}: line {number} is not JSON ({error}); mend or delete it")
-        if row is not None:
-            if not isinstance(row, dict):
-                fail(f"--data {path}: line {number} is not a JSON object, {{...}}; make it one")
-            rows.append(row)
+            rows += [{**json.loads(line)}] if line.strip() else []
+        except (ValueError, TypeError, RecursionError) as error:  # not JSON; not UTF-8; no {...}
+            fail(f"--data {path}: line {number} is not a JSON object ({error}); mend or delete it")
     return rows
 
 
@@ -86,49 +87,46 @@ def check_rows(rows, data, column=None):
     """Rows as they were found -> problems with `prompt`, and `column` if one is asked for."""
     if not rows:
         fail(f"--data {data}: it is empty; give it rows with a prompt each")
-    found = dict.fromkeys(key for row in rows for key in row)
-    problems = [to_problem(row) for row in rows]
+    found, problems = {key for row in rows for key in row}, [to_problem(row) for row in rows]
     for key in ("prompt", column) if column else ("prompt",):
         if not any(key in problem for problem in problems):
-            fail(f"--data {data}: its columns are {', '.join(found)}; call one of them {key}")
+            fail(f"--data {data}: its columns are {', '.join(sorted(found))}; call one {key}")
         for number, problem in enumerate(problems, 1):
-            if not is_text(problem.get(key)):
+            if not is_text(problem.get(key), answer=key == "completion"):
                 fail(f"--data {data}: the {key} of row {number} is {problem.get(key)!r:.100}; it "
-                     "must be text, or a list of messages with role and content")
+                     "must be text, or messages {role, content} (of a completion: one, assistant)")
     return problems
 
 
 def to_problem(row):
     """A `question` is a prompt; and of GSM8K's answers, "reasoning #### 42", 42 is the answer."""
     problem = dict(row)
-    if "question" in row:
-        problem.setdefault("prompt", row["question"])
+    if problem.get("prompt") is None and "question" in row:
+        problem["prompt"] = row["question"]
     if result := re.search(r"####\s*(\S+)\s*$", str(row.get("answer"))):
         problem.setdefault("completion", row["answer"])  # it may serve as a demonstration
         problem["answer"] = result[1]
     return problem
 
 
-def is_text(value):
-    """Text, or a list of messages {role, content} that are text?"""
-    messages = value if isinstance(value, list) and value else [{}]
-    return isinstance(value, str) or all(
-        isinstance(message, dict) and isinstance(message.get("role"), str)
-        and isinstance(message.get("content"), str) for message in messages)
+def is_text(value, answer=False):
+    """Text, or a list of messages {role, content}? In an `answer`, one message of the assistant."""
+    if isinstance(value, str):
+        return value == value.encode("utf-8", "ignore").decode()  # JSON may hold half a letter
+    return isinstance(value, list) and value != [] and all(
+        isinstance(m, dict) and is_text(m.get("role")) and is_text(m.get("content")) for m in value
+    ) and (not answer or [message["role"] for message in value] == ["assistant"])
 
 
-def drop_long(splits, cfg, context, tokenizer, column):
+def drop_long(splits, cfg, context):
     """Rows that do not fit are left out and counted, never cut: half a question is another one."""
     room = context - cfg.max_new_tokens
-    why = f"prompts above {room} tokens (context {context} - max_new_tokens {cfg.max_new_tokens})"
-    why += f" or completions above {cfg.max_new_tokens}" if column == "completion" else ""
-
-    def fits(row):
-        return len(row["ids"]) <= room and (column != "completion" or len(
-            encode_completions([row], tokenizer)[0]) <= cfg.max_new_tokens)
-
-    kept = {split: [row for row in rows if fits(row)] for split, rows in splits.items()}
+    why = (f"prompts above {room} tokens (context {context} - max_new_tokens {cfg.max_new_tokens}) "
+           f"or completions above {cfg.max_new_tokens}")
+    kept = {}
     for split, rows in splits.items():
+        kept[split] = [row for row in rows if len(row["ids"]) <= room
+                       and len(row.get("target", [])) <= cfg.max_new_tokens]
         if not kept[split]:
             fail(f"--data {cfg.data}: all {len(rows)} rows of {split} have {why}; change "
                  "--max_new_tokens, or the data")
@@ -162,8 +160,9 @@ def hold_out(splits, data):
 
 
 def checksum(row):
-    prompt = row["prompt"] if isinstance(row["prompt"], str) else json.dumps(row["prompt"])
-    return zlib.crc32(prompt.encode("utf-8", "replace"))
+    prompt = row["prompt"]
+    text = prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True)
+    return zlib.crc32(text.encode())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -202,11 +201,12 @@ def render(prompt, tokenizer, data):
 
 
 def encode_completions(problems, tokenizer):
-    """The demonstrations of SFT as token ids, each with its EOS: to stop is a decision as well."""
+    """Add `target` for SFT: the completion's tokens and the EOS; to stop is a decision as well."""
     texts = [problem["completion"] for problem in problems]
-    texts = [text if isinstance(text, str) else text[-1]["content"] for text in texts]
-    ids = tokenizer(texts, add_special_tokens=False).input_ids
-    return [row + [tokenizer.eos_token_id] for row in ids]
+    texts = [text if isinstance(text, str) else text[0]["content"] for text in texts]
+    for problem, ids in zip(problems, tokenizer(texts, add_special_tokens=False).input_ids):
+        problem["target"] = ids + [tokenizer.eos_token_id]
+    return problems
 
 
 def draw_problems(problems, step, n, seed):

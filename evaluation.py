@@ -8,7 +8,6 @@ import torch
 
 import toy
 from common import kl_estimate, masked_mean, use_bf16
-from data import encode_completions
 from rewards import as_number, decode, last_number, score
 from rollout import all_logprobs, make_batch, sample, token_logprobs
 
@@ -66,7 +65,7 @@ def evaluate(policy, tokenizer, problems, cfg, rewards=None):
     Sampled at temperature 1, and greedy: the exact match (last_number) where all answers are
     numbers, and the rewards where they say something else. Without rewards (SFT): the nats that a
     demonstration costs. The random numbers come from a generator of their own, so that the run goes
-    on as if nobody had looked.
+    on as if nobody had looked (unless a reward draws some).
     """
     exact, judges = {"last_number": last_number}, {}
     if all(as_number(problem.get("answer")) is not None for problem in problems):
@@ -84,7 +83,7 @@ def evaluate(policy, tokenizer, problems, cfg, rewards=None):
             results["length"] = interval(found["lengths"])
     if rewards is None:
         batch = make_batch([problem["ids"] for problem in problems],
-                           encode_completions(problems, tokenizer), policy.device)
+                           [problem["target"] for problem in problems], policy.device)
         logprobs = all_logprobs(policy, batch, cfg.micro_batch_size, 1.0)
         results["nats"] = interval((-logprobs.sum(1)).tolist())
     return results

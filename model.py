@@ -54,20 +54,20 @@ def locate(name):
 
 def explain(name, error):
     """Whatever transformers says of a checkpoint that it cannot load, as our one sentence."""
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    reason = " ".join(str(error).split("\n")[:2]) or type(error).__name__
     if "connect" in reason and huggingface_hub.constants.HF_HUB_OFFLINE:
         reason = ("there is no such folder here, it is not in the cache, and the hub cannot be "
                   "reached; name a folder, or mend the network (HF_ENDPOINT sets a mirror)")
     if "custom code" in reason or "trust_remote_code" in reason:
         reason = "it needs code of its own, which is not run here; choose an architecture that " \
                  "transformers knows"
-    fail(f"--model {name}: {reason}")
+    fail(f"--model {name}: {reason} (it must be what AutoTokenizer and AutoModelForCausalLM load)")
 
 
 def load_tokenizer(name):
-    """-> (tokenizer, the context in tokens). Reads no weights; None means the toy's."""
+    """-> tokenizer, context in tokens, vocabulary size. Reads no weights; None: the toy's."""
     if name is None:
-        return toy.make_tokenizer(), toy.CONTEXT
+        return toy.make_tokenizer(), toy.CONTEXT, 18
     where = locate(name)
     try:
         config = AutoConfig.from_pretrained(where, trust_remote_code=False)
@@ -79,10 +79,11 @@ def load_tokenizer(name):
             or re.search("MaskedLM|Classification|QuestionAnswering", kind)):
         fail(f"--model {name}: {kind} is no causal language model, so it cannot continue a prompt; "
              "choose a ...ForCausalLM")
-    if tokenizer.eos_token_id is None:
-        fail(f"--model {name}: its tokenizer has no EOS, so that no completion could end; set "
-             "eos_token in its tokenizer_config.json")
-    return tokenizer, getattr(config.get_text_config(), "max_position_embeddings", math.inf)
+    config = config.get_text_config()
+    if tokenizer.eos_token_id is None or tokenizer.eos_token_id >= config.vocab_size:
+        fail(f"--model {name}: its tokenizer has no EOS that the model knows, and no completion "
+             "could end; set eos_token in its tokenizer_config.json")
+    return tokenizer, getattr(config, "max_position_embeddings", math.inf), config.vocab_size
 
 
 def load_model(name):
@@ -91,14 +92,17 @@ def load_model(name):
     fp32 even where the checkpoint is bf16: an RL step is often smaller than the gap between two
     neighbouring bf16 numbers, and would be rounded away.
     """
+    transformers.utils.logging.set_verbosity_error()  # what matters of its reports is said below
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            locate(name), dtype=torch.float32, trust_remote_code=False, output_loading_info=True)
+            locate(name), dtype=torch.float32, trust_remote_code=False, output_loading_info=True,
+            ignore_mismatched_sizes=True)
     except Exception as error:  # a torn file, a shape that does not fit, ...
         explain(name, error)
-    if info["missing_keys"]:
-        fail(f"--model {name}: the checkpoint lacks weights, {sorted(info['missing_keys'])[0]} for "
-             "one, which would stay random; choose one with a language-model head")
+    random = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+    if random:
+        fail(f"--model {name}: {len(random)} weights are missing or of the wrong shape and would stay "
+             f"random, {random[0]} for one; choose a complete ...ForCausalLM")
     for module in model.modules():  # else the ratio of train to eval mode would be random
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -148,7 +152,10 @@ def check_saving(model, tokenizer, folder):
 
 def save_policy(policy, tokenizer, folder):
     """Write folder/model, fp32, for from_pretrained; an old one goes when the new one is whole."""
+    if not all(parameter.isfinite().all() for parameter in policy.parameters()):
+        fail("the last update made weights nan or infinite; take a smaller --lr", code=1)
     temporary, final, old = (Path(folder, name) for name in ("model.tmp", "model", "model.old"))
+    shutil.rmtree(old, ignore_errors=True)
     policy.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
     if final.exists():

@@ -84,7 +84,7 @@ def train(cfg):
         fail("--group_size 1 leaves --group_baseline nothing to compare with: take 4, say")
     run = Run(cfg, "reinforce_pp")
     problems, validation, test = load_problems(cfg)
-    rewards = load_rewards(cfg, problems)
+    rewards = load_rewards(cfg, problems + validation + test)
     policy, tokenizer = load_policy(cfg.model or warm_start(cfg.seed, cfg.device), cfg.device)
     run.open(policy, tokenizer)
     ref_model = copy.deepcopy(policy).requires_grad_(False) if cfg.kl_coef else None

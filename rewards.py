@@ -9,10 +9,10 @@ of the data, and two more:
     completion_ids   its tokens, EOS included
 """
 import importlib.util
-import math
 import re
 import sys
 import traceback
+from decimal import Decimal
 from pathlib import Path
 
 import torch
@@ -22,10 +22,11 @@ from common import fail
 NUMBER = r"-?(?:(?<!\d)\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?"  # a comma only as in 1,234,567
 
 
-def as_number(text):
-    """"1,234.5" -> 1234.5; None for what is no number."""
-    text = str(text).strip()
-    return float(text.replace(",", "")) if re.fullmatch(NUMBER, text) else None
+def as_number(value):
+    """"1,234.50" or 1234.5 -> exactly that number; None for what is no number."""
+    text = str(value).strip()
+    if type(value) in (int, float) or re.fullmatch(NUMBER, text):
+        return Decimal(text.replace(",", ""))
 
 
 def last_number(prompts, completions, answer, finished, **columns):
@@ -58,8 +59,8 @@ def load_rewards(cfg, problems):
                 fail(f"--reward last_number: {len(wrong)} of {len(problems)} answers are no "
                      f"number, {str(wrong[0])[:100]!r} for one; mend the column answer of --data, "
                      "or write a reward of your own, file.py:function")
-        rows = problems[:2]  # a mistake in a reward should not show only after the warm-up
-        judge(name, function, rows, ["1"] * len(rows), [True] * len(rows), [[1]] * len(rows))
+        # Most mistakes in a reward show here already, and not after the warm-up.
+        judge(name, function, problems[:2], ["1", ""], [True, False], [[1], [1]])
     return rewards
 
 
@@ -74,7 +75,7 @@ def load_function(file, name):
         sys.modules[path] = importlib.util.module_from_spec(spec)
         try:
             spec.loader.exec_module(sys.modules[path])
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             fail(f"--reward {file}:{name}: {describe(error)}; mend the file")
     module = sys.modules[path]
     if not callable(getattr(module, name, None)):
@@ -98,18 +99,21 @@ def judge(name, reward, rows, texts, finished, completion_ids, when=""):
     keys = dict.fromkeys(key for row in rows for key in row)
     columns = {key: [row.get(key) for row in rows] for key in keys
                if key not in ("prompt", "ids", "prompts", "completions")}  # two are arguments
-    columns.update(finished=finished, completion_ids=completion_ids)
+    columns.update(finished=list(finished), completion_ids=[list(ids) for ids in completion_ids])
+    try:  # on copies: it may change what it is given
+        values = reward([row["prompt"] for row in rows], list(texts), **columns)
+    except (Exception, SystemExit) as error:
+        fail(f"--reward {name}{when} raised {describe(error)}; it is called with prompts, "
+             f"completions and, as **columns, {', '.join(columns)}")
     try:
-        values = reward([row["prompt"] for row in rows], texts, **columns)
         values = [value.item() if hasattr(value, "item") else value for value in values]
-    except Exception as error:
-        fail(f"--reward {name}{when} raised {describe(error)}; it was called with the columns "
-             f"{', '.join(columns)}")
+    except Exception:  # None, a float, a table, ...
+        fail(f"--reward {name}{when} returned {str(values)[:100]}; return a list of numbers")
     if len(values) != len(texts):
         fail(f"--reward {name}{when} returned {len(values)} scores for {len(texts)} completions; "
              "return a list with one number for each")
     for value, text, row in zip(values, texts, rows):
-        if not isinstance(value, (int, float)) or not math.isfinite(value):
+        if not isinstance(value, (int, float)) or not -3e38 < value < 3e38:  # fp32; nan
             fail(f"--reward {name}{when} gave {str(value)[:100]} to the completion {text[:300]!r} "
                  f"of the prompt {str(row['prompt'])[:300]!r}; return a finite number")
     return [float(value) for value in values]
@@ -122,14 +126,15 @@ def decode(tokenizer, batch):
     return tokenizer.batch_decode(rows, skip_special_tokens=True)
 
 
-def score(rewards, problems, batch, tokenizer, step=0):
+def score(rewards, problems, batch, tokenizer, step=None):
     """Judge a batch of completions, completion i as an answer to problems[i // K].
 
     -> texts (N strings), scores (N,) summed over the rewards, and of several each one's mean.
     """
     texts, rows = decode(tokenizer, batch), [problems[i] for i in batch.owner.tolist()]
     ids = [row[mask.bool()].tolist() for row, mask in zip(batch.completions, batch.mask)]
-    each = {name: torch.tensor(judge(name, reward, rows, texts, batch.finished.tolist(), ids,
-                                     f" in step {step + 1}")) for name, reward in rewards.items()}
-    means = {f"score_{name}": scores.mean() for name, scores in each.items()}
+    when = " in an evaluation" if step is None else f" in step {step + 1}"
+    each = {name: torch.tensor(judge(name, reward, rows, texts, batch.finished.tolist(), ids, when))
+            for name, reward in rewards.items()}
+    means = {f"reward_{name}": scores.mean() for name, scores in each.items()}
     return texts, sum(each.values()).to(batch.mask.device), means if len(each) > 1 else {}

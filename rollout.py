@@ -47,7 +47,7 @@ def make_batch(prompts, completions, device):
 
 def load_policy(name, device):
     """Hub name, model folder or run folder -> (policy, tokenizer), tried out, fp32, no dropout."""
-    (tokenizer, _), policy = load_tokenizer(name), load_model(name)
+    tokenizer, policy = load_tokenizer(name)[0], load_model(name)
     probe(policy, tokenizer, name)
     return policy.to(device), tokenizer
 

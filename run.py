@@ -79,9 +79,11 @@ class Run:
                 self.bar.close()
                 again = ["python", *sys.argv]
                 if Path(sys.argv[0]).stem == self.name and "--resume" not in again:
-                    again += ["--out_dir", str(self.folder), "--resume"]
-                fail(f"stopped after step {step + 1} of {self.cfg.steps}; to go on: "
-                     + shlex.join(again), code=130)
+                    if not {"--out_dir", "--out-dir"} & set(again):
+                        again += ["--out_dir", str(self.folder)]
+                    again += ["--resume"]
+                fail(f"after step {step + 1} of {self.cfg.steps}; to go on: {shlex.join(again)}",
+                     code=130)
         self.bar.close()
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -103,16 +105,19 @@ class Run:
         self.write("metrics.jsonl", step, **metrics)
         short = {k: f"{v:.3g}" for k, v in metrics.items() if "time" not in k and k not in QUIET}
         self.bar.set_postfix({k: short[k] for k in ("score", "kl", "length", "loss") if k in short})
-        if (step + 1) % self.cfg.log_every == 0:
+        if self.speaks(step):
             self.bar.write(f"step {step + 1}: " + ", ".join(f"{k} {v}" for k, v in short.items()))
+
+    def speaks(self, step):
+        return (step + 1) % self.cfg.log_every == 0 or step + 1 == self.cfg.steps
 
     def show(self, step, asked, texts, scores):
         """Every --log_every steps: some completions into samples.jsonl, the first on the screen."""
-        if (step + 1) % self.cfg.log_every == 0:
+        if self.speaks(step):
             for i in range(0, len(texts), max(1, len(texts) // 4)):
-                row = asked[i * len(asked) // len(texts)]
-                self.write("samples.jsonl", step, prompt=row["prompt"], completion=texts[i],
-                           answer=row.get("answer"), score=scores[i].item())
+                row = {k: v for k, v in asked[i * len(asked) // len(texts)].items() if k != "ids"}
+                row.update(completion=texts[i], score=scores[i].item())
+                self.write("samples.jsonl", step, **row)
             prompt, text = (t if len(t) < 300 else t[:300] + "..."
                             for t in (repr(asked[0]["prompt"]), repr(texts[0])))
             self.bar.write(f"    {prompt} -> {text} scores {scores[0].item():g}")
@@ -138,11 +143,13 @@ class Run:
         path = self.folder / "checkpoint.pt"
         try:
             state = torch.load(path, map_location="cpu", weights_only=False)
-        except Exception:  # of zip, of pickle, ...
-            fail(f"--resume: {path} cannot be read; start anew in another --out_dir")
-        for name, thing in objects.items():
-            thing.load_state_dict(state[name])
-        self.first = state["step"]
+            for name, thing in objects.items():
+                thing.load_state_dict(state[name])
+            self.first = state["step"]
+        except Exception:  # of zip, of pickle, of other shapes, ...
+            fail(f"--resume: {path} is torn, or not of this model; start anew in another --out_dir")
+        if self.first > self.cfg.steps:
+            fail(f"--steps {self.cfg.steps}: this run has made {self.first} already; ask for more")
         random.setstate(state["rng"][0])
         torch.set_rng_state(state["rng"][1])
         if torch.cuda.is_available() and state["rng"][2]:
@@ -160,7 +167,8 @@ def find_folder(cfg, name):
     while (folder := Path("runs", name if number == 1 else f"{name}-{number}")).exists():
         number, newest = number + 1, folder if (folder / "checkpoint.pt").exists() else newest
     folder = Path(cfg.out_dir or (cfg.resume and newest) or folder)
-    parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    parents = folder, *folder.absolute().parents
+    parent = next(path for path in parents if path.exists() or path.is_symlink())
     try:
         with tempfile.TemporaryFile(dir=parent):
             pass
@@ -168,8 +176,9 @@ def find_folder(cfg, name):
         fail(f"--out_dir {folder}: cannot write into {parent} ({error.strerror}); name another")
     if cfg.resume:
         check_same(cfg, folder)
-    elif folder.exists() and any(folder.iterdir()):
-        fail(f"--out_dir: {folder} is not empty; name another, or --resume the run in it")
+    elif folder.exists() and {path.name for path in folder.iterdir()} - {"config.json"}:
+        fail(f"--out_dir: {folder} is not empty; name another, or --resume the run in it, if it is "
+             "one that has saved a checkpoint")
     return folder
 
 
@@ -179,9 +188,12 @@ def check_same(cfg, folder):
         fail(f"--resume: there is no checkpoint in {folder}; name a run's folder with --out_dir")
     try:
         before = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):
-        fail(f"--resume: {folder / 'config.json'} cannot be read; start anew in another --out_dir")
-    for key in sorted(before.keys() - MAY_CHANGE):
-        if before[key] != getattr(cfg, key, None):
-            fail(f"--{key} is {getattr(cfg, key, None)}, but {before[key]} in {folder}, which "
-                 "you --resume: use that value, or start a new run in another --out_dir")
+        changed = sorted(before.keys() - MAY_CHANGE)
+    except (OSError, ValueError, AttributeError):
+        fail(f"--resume: {folder / 'config.json'} is torn; start anew in another --out_dir")
+    for key in changed:
+        if not hasattr(cfg, key):
+            fail(f"--resume: another script made {folder}, one that has a --{key}; use that")
+        if before[key] != getattr(cfg, key):
+            fail(f"--{key} is {getattr(cfg, key)}, but {before[key]} in {folder}, which "
+                 "you --resume: repeat its whole command, or start anew in another --out_dir")

@@ -16,6 +16,7 @@ the demonstrations show their work and half just name the result; so does the tr
 import inspect
 import json
 import os
+import shutil
 import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ import torch
 import toy
 from common import (HfArg, Means, RunConfig, fill, learning_rate, main, masked_mean, mini_batches,
                     require_finite)
-from data import draw_problems, encode_completions, load_problems
+from data import draw_problems, load_problems
 from evaluation import evaluate, report, validate
 from model import save_policy
 from rollout import load_policy, make_batch, micro_batches, token_logprobs
@@ -53,8 +54,11 @@ def warm_start(seed, device):
     if not folder.exists():
         print("warming up: supervised fine-tuning first, once for this seed")
         cfg.out_dir = f"{folder}.{os.getpid()}"  # renamed when whole: no half a model
-        train(cfg)
-        os.rename(cfg.out_dir, folder)
+        try:
+            train(cfg)
+            os.rename(cfg.out_dir, folder)
+        finally:
+            shutil.rmtree(cfg.out_dir, ignore_errors=True)
         print(f"kept as {folder}\n")
     return str(folder)
 
@@ -77,7 +81,7 @@ def train(cfg):
         # 1. Batch: demonstrations instead of samples, and nothing to score.
         asked = draw_problems(problems, step, cfg.minibatch_size, cfg.seed)
         batch = make_batch([problem["ids"] for problem in asked],
-                           encode_completions(asked, tokenizer), cfg.device)
+                           [problem["target"] for problem in asked], cfg.device)
         mask = batch.mask                                                          # (N, C)
         texts = [problem["completion"] for problem in asked]
 

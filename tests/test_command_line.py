@@ -187,7 +187,7 @@ def test_every_architecture_trains_saves_and_reloads(tmp_path, monkeypatch):
         moved = torch.cat([(old[key] != new[key]).flatten() for key in old])
         assert moved.float().mean() > 0.9, name
         row = metrics(name)[0]
-        assert row["score"] == pytest.approx(row["score_last_number"] + row["score_short"])
+        assert row["score"] == pytest.approx(row["reward_last_number"] + row["reward_short"])
     out = subprocess.run([sys.executable, "-c", RELOAD, *(f"{name}/model" for name in CONFIGS)],
                          capture_output=True, text=True, check=True).stdout.splitlines()
     for name, line in zip(CONFIGS, out):

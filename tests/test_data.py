@@ -92,7 +92,8 @@ def test_exactly_one_bos_or_none(tokenizer, template, prepends):
 
 
 def test_completions_end_with_the_eos(tokenizer):
-    assert data.encode_completions([{"completion": "12"}], tokenizer) == [[5, 6, 2]]
+    (row,) = data.encode_completions([{"completion": "12"}], tokenizer)
+    assert row["target"] == [5, 6, 2]
     batch = make_batch([[5]], [[5, 6, 2]], "cpu")
     assert batch.mask.tolist() == [[1, 1, 1]]  # the EOS is a target
 
@@ -184,10 +185,11 @@ def test_a_configuration_is_named_after_a_colon(tmp_path):
     (tmp_path / "set" / "README.md").write_text(
         "---\nconfigs:\n- config_name: one\n  data_files: one/train.jsonl\n"
         "- config_name: two\n  data_files: two/train.jsonl\n---\n")
-    train, _, test = load(tmp_path / "set:two", "completion")
+    train, _, test = load(tmp_path / "set:two")
     assert all(row["prompt"].startswith("1+") for row in train + test)
     # the form of GSM8K: the number after ####; all of it may serve as a demonstration
     assert {row["answer"] for row in train} == {"1,260"} and "#### 1,260" in train[0]["completion"]
+    assert data.check_rows(rows, "set", "completion")
 
 
 def test_an_answer_with_headings_is_left_alone(tmp_path):
@@ -216,7 +218,7 @@ def test_prompts_may_be_messages(tmp_path, tokenizer, capsys):
         [dict(prompt=turns), dict(prompt="7"), dict(prompt=turns[:2])], tokenizer)]
     assert texts == ["+1,-2,+3,-", "+7,-", "+1,-2"]  # an answer that has been begun goes on
     done = [dict(completion=[dict(role="assistant", content="12")]), dict(completion="12")]
-    assert data.encode_completions(done, tokenizer) == [[5, 6, 2]] * 2
+    assert [row["target"] for row in data.encode_completions(done, tokenizer)] == [[5, 6, 2]] * 2
     with pytest.raises(SystemExit):
         load(write_jsonl(tmp_path / "a.jsonl", [dict(prompt=turns)] * 3))
     assert "no chat template" in capsys.readouterr().err
@@ -229,13 +231,20 @@ def test_prompts_may_be_messages(tmp_path, tokenizer, capsys):
 @pytest.mark.parametrize("rows, column, words", [
     ([], None, ["empty"]),
     ([dict(text="1")], None, ["columns are text", "prompt"]),
-    ([dict(prompt="1", answer="1")], "completion", ["prompt, answer; call", "completion"]),
+    ([dict(prompt="1", answer="1")], "completion", ["answer, prompt; call", "completion"]),
     ([dict(prompt="1"), dict(prompt=3)], None, ["prompt of row 2 is 3"]),
     ([dict(prompt="1"), dict(answer="3")], None, ["prompt of row 2 is None"]),
-    ([dict(prompt=[dict(role="user")])], None, ["prompt of row 1", "role and content"]),
+    ([dict(prompt=[dict(role="user")])], None, ["prompt of row 1", "role, content"]),
     ([dict(prompt=[])], None, ["prompt of row 1 is []"]),
     ([dict(prompt="1", completion=None)], "completion", ["completion of row 1 is None"]),
     ([dict(prompt="")] * 2, None, ["no tokens"]),
+    ([dict(prompt="1=\ud800")] * 2, None, ["prompt of row 1"]),
+    ([dict(prompt="1=", completion="2"), dict(prompt="2=", completion="two")], "completion",
+     ["toy model", "--model"]),
+    ([dict(prompt="1", completion=[dict(role="user", content="1")])], "completion",
+     ["completion of row 1", "assistant"]),
+    ([dict(prompt="1", completion=[dict(role="assistant", content="1")] * 2)], "completion",
+     ["completion of row 1", "assistant"]),
     ([dict(prompt="1=")] * 9, None, ["only one prompt"]),
     ([dict(prompt="1+" * 60 + "1=")], None, ["all 1 rows", "128", "--max_new_tokens"]),
     ([dict(prompt="What is 1?"), dict(prompt="2=")], None, ["toy model", "--model"])])

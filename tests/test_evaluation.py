@@ -32,6 +32,9 @@ def test_batch_stats(tokenizer):
     assert evaluation.batch_stats(torch.tensor([1.0, 1, 0, 1]), kl, batch, 1)["frac_zero_std"] == 0
 
 
+EXACT = dict(last_number=rewards.last_number)
+
+
 class Knobs:
     temperature, micro_batch_size, max_new_tokens, minibatch_size, data = 1.0, 8, 6, 3, "toy"
 
@@ -56,9 +59,9 @@ def test_evaluate_counts_and_leaves_the_random_state_alone(tokenizer):
     policy = make_model("llama").eval()
     problems = data.encode(toy.problems("toy", "test", 10), tokenizer)
     state = torch.get_rng_state()
-    results = evaluation.evaluate(policy, tokenizer, problems, Knobs)
+    results = evaluation.evaluate(policy, tokenizer, problems, Knobs, EXACT)
     assert torch.equal(state, torch.get_rng_state()) and results["n"] == 10
-    assert results == evaluation.evaluate(policy, tokenizer, problems, Knobs)
+    assert results == evaluation.evaluate(policy, tokenizer, problems, Knobs, EXACT)
     for name in ("sampled", "greedy", "shows_work", "length"):
         value, low, high = results[name]
         assert low <= value <= high
@@ -66,8 +69,9 @@ def test_evaluate_counts_and_leaves_the_random_state_alone(tokenizer):
 
 def test_what_is_evaluated_follows_the_data_and_the_rewards(tokenizer):
     """Exact match where all answers are numbers, the rewards where they say more, else the nats."""
-    policy, exact = make_model("llama").eval(), dict(last_number=rewards.last_number)
+    policy, exact = make_model("llama").eval(), EXACT
     problems = data.encode(toy.problems("toy", "test", 10), tokenizer)
+    data.encode_completions(problems, tokenizer)
 
     def names(*args, **knobs):
         return set(evaluation.evaluate(policy, tokenizer, problems, type("K", (Knobs,), knobs),
@@ -87,6 +91,7 @@ def test_what_is_evaluated_follows_the_data_and_the_rewards(tokenizer):
 def test_nats_per_demonstration(tokenizer):
     policy = make_model("llama").eval()
     problems = data.encode(toy.problems("toy", "test", 7), tokenizer)
+    data.encode_completions(problems, tokenizer)
     costs = []
     for problem in problems:
         ids = problem["ids"] + tokenizer(problem["completion"]).input_ids + [2]

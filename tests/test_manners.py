@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 import common
 import model as model_py
@@ -58,17 +59,24 @@ KINDS = {  # name: (flags, words of the sentence, more environment); {} is the f
     "broken config.json": ("--model {}/broken", ["--model", "config.json", "not a valid JSON"]),
     "code of its own": ("--model {}/code", ["--model", "code of its own", "choose"]),
     "no EOS": ("--model {}/no_eos", ["--model", "EOS", "tokenizer_config.json"]),
+    "a tokenizer too large": ("--model {}/few_words", ["--model", "tokenizer", "lacks"]),
+    "weights that are missing": ("--model {}/headless", ["--model", "lm_head.weight"]),
+    "weights that are torn": ("--model {}/torn", ["--model", "deserializing"]),
+    "weights of another shape": ("--model {}/wide", ["--model", "of the wrong shape"]),
     "unfinished run as model": ("--model {}/taken", ["--model", "--resume"]),
-    "no data": ("--data {}/nope.jsonl", ["--data", "nope.jsonl", "no such file"]),
+    "huge seed": ("--seed 99999999999999999999", ["--seed", "at most"]),
+    "lr infinite": ("--lr inf", ["--lr inf", "at most"]),
+    "data as csv": ("--data {}/a.csv", ["--data", "a.csv", "folder"]),
+    "no data": ("--data {}/nope.jsonl", ["--data", "nope.jsonl", "no such"]),
     "no data on the hub": ("--data some/set:main", ["--data some/set", "on the hub"],
                            dict(ONLINE, HF_ENDPOINT="{hub}")),
     "no network for data": ("--data some/set:main", ["--data some/set:main", "reach", ".jsonl"],
                             dict(ONLINE, HF_ENDPOINT="http://127.0.0.1:9")),
     "empty data": ("--data {}/empty.jsonl", ["--data", "empty.jsonl", "rows"]),
-    "not JSON": ("--data {}/torn.jsonl", ["--data", "torn.jsonl", "line 3", "not JSON"]),
+    "not JSON": ("--data {}/torn.jsonl", ["--data", "torn.jsonl", "line 3", "JSON"]),
     "not an object": ("--data {}/list.jsonl", ["--data", "line 1", "not a JSON object"]),
-    "other columns": ("--data {}/columns.jsonl", ["--data", "columns are text, target",
-                                                  "call one of them prompt"]),
+    "other columns": ("--data {}/columns.jsonl", ["--data", "columns are target, text",
+                                                  "call one prompt"]),
     "prompt that is no text": ("--data {}/number.jsonl", ["--data", "prompt of row 2", "7",
                                                           "must be text"]),
     "no column for the reward": ("--data {}/bare.jsonl", ["--reward last_number", "answer"]),
@@ -81,25 +89,38 @@ KINDS = {  # name: (flags, words of the sentence, more environment); {} is the f
     "too few scores": ("--reward {}/rewards_.py:few", ["--reward few", "1 scores for 2"]),
     "score nan": ("--reward {}/rewards_.py:nan", ["--reward nan", "completion '1'", "finite"]),
     "score no number": ("--reward {}/rewards_.py:text", ["--reward text", "good", "number"]),
+    "reward that exits": ("--reward {}/exit_.py:f", ["--reward", "SystemExit"]),
     "taken": ("--out_dir {}/taken", ["--out_dir", "not empty", "--resume"]),
     "a file in the way": ("--out_dir {}/sums.jsonl/run", ["--out_dir", "cannot write"]),
     "a file as folder": ("--out_dir {}/sums.jsonl", ["--out_dir", "cannot write"]),
     "not writable": ("--out_dir /proc/run", ["--out_dir /proc/run", "cannot write"]),
     "nothing to resume": ("--resume", ["--resume", "no checkpoint", "--out_dir"]),
     "resume another": ("--out_dir {}/taken --resume --lr 1", ["--lr is 1.0", "0.5", "--resume"]),
+    "a link to nowhere": ("--out_dir {}/dangling/run", ["--out_dir", "cannot write"]),
+    "resume a torn one": ("--out_dir {}/torn_run --resume", ["--resume", "config.json is torn"]),
+    "resume another script": ("--out_dir {}/other_run --resume", ["--resume", "another script"]),
     "no GPU": ("--device cuda", ["--device cuda", "--device cpu"], dict(CUDA_VISIBLE_DEVICES="")),
     "no such device": ("--device tpu", ["--device tpu", "cpu or cuda"]),
 }
 
 
 def lay_out(folder):
-    """The props: models without weights, so that nobody can load them, bad data, bad rewards."""
-    for name in ("t5", "classifier", "broken", "code", "no_eos"):
-        save_folder(folder / name)
-        (folder / name / "model.safetensors").unlink()
+    """The props: models mostly without weights, so that nobody can load them, bad data, rewards."""
+    for name in ("t5", "classifier", "broken", "code", "no_eos", "few_words", "headless", "torn",
+                 "wide"):
+        weights = Path(save_folder(folder / name)) / "model.safetensors"
+        if name == "headless":
+            state = load_file(weights)
+            del state["lm_head.weight"]
+            save_file(state, weights, metadata=dict(format="pt"))
+        elif name == "torn":
+            weights.write_bytes(weights.read_bytes()[:1000])
+        elif name != "wide":
+            weights.unlink()
     transformers.T5Config(d_model=8, num_layers=1, num_heads=1).save_pretrained(folder / "t5")
     for name, change in dict(classifier=dict(architectures=["LlamaForSequenceClassification"]),
-                             code=dict(model_type="new", auto_map=dict(AutoConfig="a.B"))).items():
+                             code=dict(model_type="new", auto_map=dict(AutoConfig="a.B")),
+                             few_words=dict(vocab_size=10), wide=dict(hidden_size=64)).items():
         config = folder / name / "config.json"
         config.write_text(json.dumps({**json.loads(config.read_text()), **change}))
     (folder / "broken" / "config.json").write_text('{"model_type": "llama", ')
@@ -109,6 +130,12 @@ def lay_out(folder):
     (folder / "taken").mkdir()
     (folder / "taken" / "checkpoint.pt").write_text("precious")
     (folder / "taken" / "config.json").write_text(json.dumps({"lr": 0.5}))
+    for name, config in (("torn_run", "[1]"), ("other_run", '{"beta": 1}')):
+        (folder / name).mkdir()
+        (folder / name / "checkpoint.pt").touch()
+        (folder / name / "config.json").write_text(config)
+    (folder / "dangling").symlink_to(folder / "nowhere")
+    (folder / "a.csv").write_text("prompt,answer\n1+1=,2\n")
     (folder / "empty.jsonl").touch()
     good = [dict(prompt=f"{i}+1=", answer=str(i + 1)) for i in range(30)]
     write_jsonl(folder / "sums.jsonl", good)
@@ -118,6 +145,7 @@ def lay_out(folder):
     write_jsonl(folder / "number.jsonl", [good[0], dict(prompt=7, answer="8"), good[1]])
     write_jsonl(folder / "bare.jsonl", [dict(prompt=row["prompt"]) for row in good])
     (folder / "torn_.py").write_text("def f(:")
+    (folder / "exit_.py").write_text("import sys\nsys.exit(0)")
     (folder / "rewards_.py").write_text(
         "def few(prompts, completions, **columns): return [1.0]\n"
         "def nan(prompts, completions, **columns): return [float('nan')] * len(prompts)\n"
@@ -145,7 +173,7 @@ def outcomes(request, tmp_path_factory):
              if item.originalname == "test_wrong_input_is_one_sentence_and_loses_nothing"]
     props = tmp_path_factory.mktemp("props")
     lay_out(props)
-    before = {path: path.stat().st_mtime_ns for path in props.rglob("*")}
+    before = {path: path.lstat().st_mtime_ns for path in props.rglob("*")}
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Nothing)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     hub = f"http://127.0.0.1:{server.server_address[1]}"
@@ -161,7 +189,7 @@ def outcomes(request, tmp_path_factory):
     with ThreadPoolExecutor(2) as pool:
         yield dict(zip(kinds, pool.map(start, kinds)))
     server.shutdown()
-    assert before == {path: path.stat().st_mtime_ns for path in props.rglob("*")}
+    assert before == {path: path.lstat().st_mtime_ns for path in props.rglob("*")}
     shutil.rmtree(props)
 
 
@@ -191,7 +219,7 @@ def test_it_is_said_at_once(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("flags, words", [
     ("--lr -1", ["--lr -1.0"]), ("--minibatch_size 0", ["--minibatch_size 0"]),
-    ("--data {}/sums.jsonl", ["completion", "prompt, answer"]),
+    ("--data {}/sums.jsonl", ["completion", "answer, prompt"]),
     ("--model {}/no_eos", ["EOS"]), ("--out_dir {}/taken", ["not empty"]),
     ("--clip_eps 1", ["no flag --clip_eps"]), ("--resume", ["no checkpoint"])])
 def test_sft_has_the_same_manners(tmp_path, monkeypatch, capsys, flags, words):
@@ -206,24 +234,6 @@ def test_sft_has_the_same_manners(tmp_path, monkeypatch, capsys, flags, words):
     assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
     assert all(word in error for word in words), error
     assert not list(Path.cwd().rglob("*"))
-
-
-def test_weights_that_are_missing_or_torn(tmp_path, capsys):
-    """A backbone without its head would be trained from a random one; a torn file has to say so."""
-    whole = Path(save_folder(tmp_path / "whole"))
-    shutil.copytree(whole, tmp_path / "headless")
-    from safetensors.torch import load_file, save_file
-    state = load_file(whole / "model.safetensors")
-    del state["lm_head.weight"]
-    save_file(state, tmp_path / "headless" / "model.safetensors", metadata=dict(format="pt"))
-    shutil.copytree(whole, tmp_path / "torn")
-    content = (whole / "model.safetensors").read_bytes()
-    (tmp_path / "torn" / "model.safetensors").write_bytes(content[:1000])
-    for name, words in (("headless", "lm_head.weight"), ("torn", "--model")):
-        with pytest.raises(SystemExit) as stop:
-            model_py.load_model(str(tmp_path / name))
-        error = capsys.readouterr().err
-        assert stop.value.code == 2 and words in error and error.count("\n") == 1
 
 
 def test_a_second_gpu_that_is_not_there(monkeypatch, capsys):

@@ -79,7 +79,7 @@ def test_own_data_and_own_reward_as_readme_shows_them(tmp_path, monkeypatch):
     reinforce_pp.train(reinforce_pp.Config(**flags, steps=1, prompts_per_step=4, max_new_tokens=8,
                                            eval_prompts=4, device="cpu", out_dir="run"))
     row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
-    assert row["score"] == row["score_last_number"] + row["score_brief"]
+    assert row["score"] == row["reward_last_number"] + row["reward_brief"]
     prompts = {json.loads(text)["prompt"] for text in open("times.jsonl")}
     assert len(prompts) == 121 and "What is 12 times 12?" in prompts
 

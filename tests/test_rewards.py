@@ -123,7 +123,7 @@ def test_rewards_of_ones_own(tmp_path, monkeypatch, tokenizer):
     assert texts == ["3", "44"]
     assert scores.tolist() == [1 - 2 + 4 + 1, 0 - 4 + 5 + 1]
     assert {k: v.item() for k, v in each.items()} == dict(
-        score_last_number=0.5, score_short=-3.0, score_named=4.5, score_tensor=1.0)
+        reward_last_number=0.5, reward_short=-3.0, reward_named=4.5, reward_tensor=1.0)
 
 
 def test_what_a_reward_is_given(tokenizer):
@@ -144,11 +144,11 @@ def test_what_a_reward_is_given(tokenizer):
 
 @pytest.mark.parametrize("spec, words", [
     ("bad.py:few", ["few", "1 scores for 2 completions"]),
-    ("bad.py:nothing", ["nothing", "NoneType"]),
+    ("bad.py:nothing", ["nothing returned None", "list of numbers"]),
     ("bad.py:nan", ["nan gave nan to the completion '1' of the prompt '1+2='"]),
     ("bad.py:words", ["words gave good to the completion '1'"]),
     ("bad.py:none", ["none gave None"]),
-    ("bad.py:asks", ["TypeError", "solution", "columns answer, level, finished"]),
+    ("bad.py:asks", ["TypeError", "solution", "as **columns, answer, level, finished"]),
     ("bad.py:raises", ["KeyError: 'a'", "line 23 of bad.py"]),
     ("bad.py:seven", ["no function seven", "few"]),
     ("bad.py:eight", ["no function eight", "few"]),
