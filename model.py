@@ -101,8 +101,8 @@ def load_model(name):
         explain(name, error)
     random = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
     if random:
-        fail(f"--model {name}: {len(random)} weights are missing or of the wrong shape and would stay "
-             f"random, {random[0]} for one; choose a complete ...ForCausalLM")
+        fail(f"--model {name}: {len(random)} weights are missing or of the wrong shape, "
+             f"{random[0]} for one, and would stay random; choose a complete ...ForCausalLM")
     for module in model.modules():  # else the ratio of train to eval mode would be random
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0

@@ -9,7 +9,7 @@ import sys
 
 import reinforce_pp
 import sft
-from conftest import ROOT, save_folder
+from conftest import ROOT, TEMPLATE, save_folder
 
 README = (ROOT / "README.md").read_text()
 
@@ -43,8 +43,12 @@ def test_flags_and_files_exist():
 def test_every_flag_is_in_the_table():
     fields = [field.name for config in (reinforce_pp.Config, sft.Config)
               for field in dataclasses.fields(config)]
+    table = README[README.index("## Every flag") : README.index("## How much memory")]
     for name in fields:
-        assert re.search(rf"^\| `--{name}`( \*)? \|", README, re.M), name
+        (default,) = re.findall(rf"^\| `--{name}` \|[^|]*\| ([^|]*)\|", table, re.M)
+        world = [row.get(name) for row in (reinforce_pp.TOY, reinforce_pp.HUB, reinforce_pp.CPU)]
+        if None not in world:
+            assert [float(value) for value in default.split("/")] == world, name
 
 
 def test_the_table_of_memory_is_the_formula():
@@ -63,9 +67,13 @@ def test_the_table_of_memory_is_the_formula():
 
 def test_the_snippet_that_loads_a_model_runs(tmp_path):
     save_folder(tmp_path / "runs" / "reinforce_pp" / "model")
-    done = subprocess.run([sys.executable, "-c", block("from transformers")], cwd=tmp_path,
-                          capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", block("from transformers import AutoModel")],
+                          cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and "8+9-5=" in done.stdout, done.stderr
+    save_folder(tmp_path / "runs" / "reinforce_pp" / "model", template=TEMPLATE)
+    done = subprocess.run([sys.executable, "-c", block("from transformers import pipeline")],
+                          cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "'role': 'assistant'" in done.stdout, done.stderr
 
 
 def test_own_data_and_own_reward_as_readme_shows_them(tmp_path, monkeypatch):
