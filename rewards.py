@@ -19,7 +19,7 @@ import torch
 
 from common import fail
 
-NUMBER = r"-?(?:(?<!\d)\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?"  # a comma only as in 1,234,567
+NUMBER = r"-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?"  # a comma only as in 1,234,567
 
 
 def as_number(value):

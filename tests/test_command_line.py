@@ -154,7 +154,7 @@ def quick(model, **flags):
 def test_a_run_that_blows_up_names_step_and_sample(folders, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
-        reinforce_pp.train(quick(folders("llama"), lr=1e30, steps=5, max_grad_norm=1e9))
+        reinforce_pp.train(quick(folders("llama"), lr=1e18, steps=5, max_grad_norm=1e9))
     error = capsys.readouterr().err.splitlines()[-1]
     assert stop.value.code == 1 and "in step 2" in error and "sample '" in error
 
@@ -353,6 +353,9 @@ def test_rows_of_defaults_follow_the_world(folders, tmp_path, monkeypatch):
     cfg = reinforce_pp.Config(lr=3.0)
     common.fill(cfg, reinforce_pp.TOY, reinforce_pp.HUB, reinforce_pp.CPU, group_size=1)
     assert cfg.lr == 3.0
+    cfg = reinforce_pp.Config(prompts_per_step=4)  # a default never makes a smaller batch wrong
+    common.fill(cfg, reinforce_pp.TOY, reinforce_pp.HUB, reinforce_pp.CPU, group_size=1)
+    assert cfg.minibatch_size == 4
 
 
 def test_learning_rate():

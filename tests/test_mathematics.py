@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import common
+import evaluation
 import reinforce_pp
 
 T = lambda x: torch.tensor(x, dtype=torch.float64)  # noqa: E731
@@ -231,7 +232,7 @@ def test_whole_groups_can_be_permuted():
 
 def test_ratio_stats_and_means():
     mask, logprobs, old, _ = random_batch()
-    stats = common.ratio_stats(logprobs, old, mask)
+    stats = evaluation.ratio_stats(logprobs, old, mask)
     gaps = [(logprobs - old)[i, t].item() for i in range(6) for t in range(7) if mask[i, t]]
     assert stats["ratio_max"].item() == pytest.approx(math.exp(max(gaps)))
     expected = sum(math.exp(g) - 1 - g for g in gaps) / len(gaps)

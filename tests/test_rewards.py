@@ -126,6 +126,21 @@ def test_rewards_of_ones_own(tmp_path, monkeypatch, tokenizer):
         reward_last_number=0.5, reward_short=-3.0, reward_named=4.5, reward_tensor=1.0)
 
 
+def test_a_reward_that_spoils_its_arguments_spoils_them_for_itself_alone(tokenizer):
+    def spoil(prompts, completions, finished, completion_ids, **columns):
+        finished.clear(), completions.clear(), completion_ids[0].clear()
+        return [0] * len(prompts)
+
+    def count(prompts, completions, finished, completion_ids, **columns):
+        return [len(text) + 10 * done + 100 * len(ids)
+                for text, done, ids in zip(completions, finished, completion_ids)]
+
+    batch = make_batch([[5], [6]], [[7, 2], [8, 8]], "cpu")
+    batch.finished = torch.tensor([True, False])
+    judges = dict(spoil=spoil, count=count)
+    assert rewards.score(judges, PROBLEMS[:2], batch, tokenizer)[1].tolist() == [211, 202]
+
+
 def test_what_a_reward_is_given(tokenizer):
     """All columns of the data, None where a row lacks one, and never a second `completions`."""
     seen = {}

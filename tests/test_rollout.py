@@ -103,10 +103,13 @@ def test_gradient_checkpointing_keeps_less_and_changes_nothing(name, tokenizer):
     shared, before = gradient_and_bytes()
     checkpoint_activations(policy)
     with torch.no_grad():
-        same = gap(plain_logprobs(policy, batch, 1.0), token_logprobs(policy, batch,
-                                                                      torch.arange(6), 1.0))
+        alone, calls = plain_logprobs(policy, batch, 1.0), []
+        hook = policy.register_forward_hook(lambda *_: calls.append(policy.training))
+        assert gap(alone, token_logprobs(policy, batch, torch.arange(6), 1.0)) < 1e-5
+        hook.remove()
+    assert calls == [False, False]  # without gradient: prompts, then completions, as ever
     plain, after = gradient_and_bytes()
-    assert same < 1e-5 and not policy.training  # sampling, afterwards, keeps its cache
+    assert not policy.training  # sampling, afterwards, keeps its cache
     torch.testing.assert_close(plain, shared, rtol=1e-4, atol=1e-4 * shared.abs().max().item())
     assert after < 0.5 * before, (before, after)
 
