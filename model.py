@@ -4,6 +4,7 @@ Checkpoints: a folder or a name on the hub -> tokenizer and policy; and back int
 Wherever a model folder is expected, a run folder stands for the model/ in it. Nothing here runs a
 checkpoint's own code: trust_remote_code stays off.
 """
+import functools
 import math
 import os
 import re
@@ -20,6 +21,7 @@ import toy
 from common import fail
 
 
+@functools.cache  # a name is looked up for its tokenizer and for its weights
 def ask_hub(flag, name, kind):
     """One short question to the hub, because from_pretrained would retry for a minute.
 
@@ -67,7 +69,8 @@ def explain(name, error):
 def load_tokenizer(name):
     """-> tokenizer, context in tokens, vocabulary size. Reads no weights; None: the toy's."""
     if name is None:
-        return toy.make_tokenizer(), toy.CONTEXT, 18
+        tokenizer = toy.make_tokenizer()
+        return tokenizer, toy.CONTEXT, len(tokenizer)
     where = locate(name)
     try:
         config = AutoConfig.from_pretrained(where, trust_remote_code=False)
