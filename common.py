@@ -4,8 +4,7 @@ What every script shares: 1. the mathematics   2. flags, errors, small change.
 Letters: B prompts, K completions of each, N = B K completions, M of them in a mini-batch, R in a
 micro-batch; P prompt tokens, C completion tokens, V vocabulary.
 `mask` (N, C) is 1 on completion tokens, EOS included, and 0 on the padding to their right. Padding
-may hold garbage, even nan: it influences nothing, and per-token results are 0 there. Logarithms are
-natural: log-probabilities and KL are in nats.
+may hold garbage, even nan: it influences nothing, and per-token results are 0 there. Unit: nats.
 """
 import argparse
 import math
@@ -165,9 +164,10 @@ def main(config_class, train):
 
 
 # A number must be above 0, except where 0 has a meaning; and some have an upper end.
-ZERO_IS_FINE = {"lr", "warmup_steps", "weight_decay", "eval_every", "seed", "kl_coef",
-                "reward_clip", "gamma"}
-AT_MOST = {"gamma": 1, "max_grad_norm": math.inf, "clip_eps": math.inf, "reward_clip": math.inf}
+ZERO_IS_FINE = {"lr", "critic_lr", "warmup_steps", "critic_warmup", "weight_decay", "eval_every",
+                "seed", "kl_coef", "reward_clip", "gamma", "lam", "decay"}
+AT_MOST = dict(gamma=1, lam=1, decay=1, max_grad_norm=math.inf, clip_eps=math.inf,
+               value_clip=math.inf, reward_clip=math.inf)
 
 
 def check_ranges(cfg):
@@ -201,7 +201,7 @@ def fill(cfg, toy, hub, cpu, **more):
         completions, K = row.pop("completions"), cfg.group_size or row["group_size"]
         row["prompts_per_step"] = max(1, completions // max(1, K))
         batch = (cfg.prompts_per_step or row["prompts_per_step"]) * K
-        row["minibatch_size"] = max(1, min(row["minibatch_size"], batch))
+        row["minibatch_size"] = max(1, min(row.get("minibatch_size", batch), batch))
     for key, value in row.items():
         if getattr(cfg, key) is None:
             setattr(cfg, key, value)
@@ -220,11 +220,11 @@ def seed_everything(seed, device):
     torch.use_deterministic_algorithms(device.startswith("cpu"))
 
 
-def learning_rate(step, cfg):
-    """Linear rise to cfg.lr over cfg.warmup_steps, then linear decay to a tenth of it."""
+def learning_rate(step, cfg, peak):
+    """Linear rise to the peak over cfg.warmup_steps, then linear decay to a tenth of it."""
     if step < cfg.warmup_steps:
-        return cfg.lr * (step + 1) / (cfg.warmup_steps + 1)
-    return cfg.lr * (1 - 0.9 * (step - cfg.warmup_steps) / max(cfg.steps - 1 - cfg.warmup_steps, 1))
+        return peak * (step + 1) / (cfg.warmup_steps + 1)
+    return peak * (1 - 0.9 * (step - cfg.warmup_steps) / max(cfg.steps - 1 - cfg.warmup_steps, 1))
 
 
 def mini_batches(n, minibatch_size, group_size, epochs):

@@ -92,8 +92,9 @@ def evaluate(policy, tokenizer, problems, cfg, rewards=None):
 def look(policy, tokenizer, problems, cfg, judges, temperature, generator):
     """One completion of each problem -> lists of N: texts, lengths, and each judge's scores."""
     found = {name: [] for name in ("texts", "lengths", *judges)}
-    for i in range(0, len(problems), cfg.minibatch_size):
-        part = problems[i : i + cfg.minibatch_size]
+    size = min(64, getattr(cfg, "prompts_per_step", 64) * getattr(cfg, "group_size", 1))  # memory
+    for i in range(0, len(problems), size):
+        part = problems[i : i + size]
         batch = sample(policy, tokenizer, [problem["ids"] for problem in part], 1,
                        cfg.max_new_tokens, temperature, generator)
         found["texts"] += decode(tokenizer, batch)

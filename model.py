@@ -133,7 +133,7 @@ def checkpoint_activations(model):
              "out, and lower --micro_batch_size instead")
 
 
-def check_saving(model, tokenizer, folder):
+def check_saving(model, tokenizer, folder, networks=1):
     """Find out before the training if its result could not be saved after it."""
     config = model.generation_config
     with tempfile.TemporaryDirectory(dir=folder) as trial:
@@ -147,7 +147,8 @@ def check_saving(model, tokenizer, folder):
         except ValueError as error:
             fail("--model: its settings could not be saved again; mend or delete its "
                  f"generation_config.json ({' '.join(str(error).split())})")
-    need = 7 * 4 * sum(p.numel() for p in model.parameters())  # 2 x (weights, Adam), model; fp32
+    copies = 1 + 2 * 3 * networks  # model; and twice, while one replaces the other: weights, Adam
+    need = 4 * copies * sum(p.numel() for p in model.parameters())  # fp32
     if (free := shutil.disk_usage(folder).free) < need:
         fail(f"--out_dir {folder}: checkpoints and model need {need / 1e9:.1f} GB, but only "
              f"{free / 1e9:.1f} GB are free; choose a folder on a larger disk")

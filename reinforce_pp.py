@@ -1,19 +1,18 @@
 """
-REINFORCE++ (Jian Hu, arXiv 2501.03262): REINFORCE with the tricks of PPO, without its critic. The
-tokens of completions that scored better than usual become more likely, the others less:
+REINFORCE++ (Jian Hu, arXiv 2501.03262): REINFORCE with the tricks of PPO, without its critic.
+Against reinforce.py: each token has the KL from it on; the batch is its own baseline; and the clip
+allows several updates per batch:
 
     r_t  = [t is the last token] * score - kl_coef * kl_t     reward; kl_t = log(pi_old / pi_ref)
     G_t  = r_t + gamma * G_{t+1}                              return: all that comes from t on
     A_t  = (G_t - mean) / std                                 advantage, over the batch's tokens
     loss = -mean_t min(ratio_t A_t, clip(ratio_t, 1 - eps, 1 + eps) A_t)     ratio_t = pi / pi_old
 
-The KL in the reward keeps the policy near the model it started from, pi_ref. The z-score says what
-"usual" is, for which PPO trains a critic. The clip lets one batch, sampled from pi_old, serve
-several updates: a token that has moved past 1 +- eps the way A wants gets no more gradient.
-
-This is version 1 of the paper, as in the notes; it first z-scores and clips the scores. Later
-versions add "REINFORCE++ with baseline", here --group_baseline: several completions per prompt, A
-is the z-score of score - their mean, and the KL leaves the reward for the loss, as k2.
+The KL keeps the policy near pi_ref, where it started. The z-score says what "usual" is; PPO trains
+a critic for that. pi_old sampled the batch; the clip ends the gradient of a token that has moved
+past 1 +- eps the way A wants. The scores themselves are z-scored and clipped first. That is version
+1 of the paper, and of the notes. In later ones, --group_baseline, A is the z-score of score - mean
+of the prompt's K completions, and the KL is in the loss, as k2.
 
     python reinforce_pp.py                                      the toy, without network: 2 minutes
     python reinforce_pp.py --model Qwen/Qwen2.5-0.5B-Instruct   a real model, on one CUDA GPU
@@ -28,8 +27,8 @@ from typing import Optional
 import torch
 
 from common import (HfArg, Means, RunConfig, fail, fill, kl_estimate, learning_rate, main,
-                    masked_mean, mini_batches, normalize_rewards, ppo_clip_loss,
-                    require_finite, returns_to_go, token_rewards, whiten)
+                    masked_mean, mini_batches, normalize_rewards, ppo_clip_loss, require_finite,
+                    returns_to_go, token_rewards, whiten)
 from data import draw_problems, load_problems
 from evaluation import batch_stats, check_first_step, evaluate, ratio_stats, report, validate
 from model import save_policy
@@ -53,7 +52,7 @@ class Config(RunConfig):
     group_baseline: bool = HfArg(default=False, help="later variant, without reward_clip and gamma")
 
 
-# completions = prompts * group_size. HUB: the paper's, for mathematics; CPU: moves within minutes.
+# completions = prompts * group_size. HUB: usual for mathematics; CPU: moves within minutes.
 TOY = dict(steps=60, lr=2e-4, completions=256, minibatch_size=64, micro_batch_size=64,
            max_new_tokens=32, kl_coef=0.01, eval_prompts=512)
 HUB = dict(steps=200, lr=1e-6, completions=256, minibatch_size=128, micro_batch_size=8,
@@ -109,7 +108,7 @@ def train(cfg):
         check_first_step(step, policy, batch, scores, kl, cfg)
         run.lap("score")
 
-        # 3. Advantages: how much better than usual was each token? Constants from here on.
+        # 3. Advantages: how much better than usual was it? Constants from here on.
         if cfg.group_baseline:
             advantages = reinforce_pp_baseline_advantages(scores, mask, cfg.group_size)
         else:
@@ -118,25 +117,26 @@ def train(cfg):
 
         # 4. Update, once per mini-batch. share: the fraction of its tokens in a micro-batch.
         stats = Means()
-        optimizer.param_groups[0]["lr"] = learning_rate(step, cfg)
+        optimizer.param_groups[0]["lr"] = learning_rate(step, cfg, cfg.lr)
         for minibatch in mini_batches(len(scores), cfg.minibatch_size, cfg.group_size, cfg.epochs):
             optimizer.zero_grad()
             for rows, share in micro_batches(batch, minibatch, cfg.micro_batch_size):
-                old, A, m = old_logprobs[rows], advantages[rows], mask[rows]     # (R, C)
+                old, A, m = old_logprobs[rows], advantages[rows], mask[rows]     # R rows of each
                 logprobs = token_logprobs(policy, batch, rows, cfg.temperature)  # (R, C)
                 loss, clip_frac = ppo_clip_loss(logprobs, old, A, m, cfg.clip_eps)
+                stats.add(share, **ratio_stats(logprobs, old, m), clip_frac=clip_frac)
                 if cfg.group_baseline:
                     k2 = kl_estimate(logprobs, ref_logprobs[rows], "k2")
                     loss = loss + cfg.kl_coef * masked_mean(k2, m)
                 require_finite(loss, "loss", step, texts, rows, logprobs)
                 (loss * share).backward()
-                stats.add(share, **ratio_stats(logprobs, old, m), clip_frac=clip_frac, loss=loss)
+                stats.add(share, loss=loss)
             grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm,
                                                        error_if_nonfinite=True)
             optimizer.step()
             stats.add(1, grad_norm=grad_norm, lr=optimizer.param_groups[0]["lr"])
 
-        # 5. Log. A has mean 0 over the batch, so the loss is near 0 and says little.
+        # 5. Log. The loss is no measure of quality: what matters is its gradient.
         run.log(step, **batch_stats(scores, kl, batch, cfg.group_size), **each, **stats())
         run.show(step, asked, texts, scores)
         validate(run, step, policy, tokenizer, validation, cfg, rewards)

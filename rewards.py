@@ -8,7 +8,10 @@ of the data, and two more:
     finished         True where the completion ended by itself, False where it was cut off
     completion_ids   its tokens, EOS included
 """
+import bisect
+import functools
 import importlib.util
+import itertools
 import re
 import sys
 import traceback
@@ -17,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+import toy
 from common import fail
 
 NUMBER = r"-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?"  # a comma only as in 1,234,567
@@ -138,3 +142,22 @@ def score(rewards, problems, batch, tokenizer, step=None):
             for name, reward in rewards.items()}
     means = {f"reward_{name}": scores.mean() for name, scores in each.items()}
     return texts, sum(each.values()).to(batch.mask.device), means if len(each) > 1 else {}
+
+
+def score_steps(problems, batch, scores, tokenizer):
+    """Process supervision of the toy -> rewards of each completion's steps, and where they end.
+
+    Two lists of N lists; an end is the 0-based index of the step's last token. The last step's
+    reward is the outcome, scores (N,), and it ends with the completion, EOS included: to stop is an
+    action too.
+    """
+    length = functools.cache(lambda i: len(tokenizer.decode([i], skip_special_tokens=True)))
+    step_rewards, step_ends = [], []
+    for text, owner, ids, last, outcome in zip(
+            decode(tokenizer, batch), batch.owner.tolist(), batch.completions.tolist(),
+            batch.mask.sum(1).long().sub(1).tolist(), scores.tolist()):
+        steps = toy.check_steps(problems[owner]["prompt"], text)[:-1]
+        reach = list(itertools.accumulate(map(length, ids)))  # characters up to and with token t
+        step_rewards.append([right for _, right in steps] + [outcome])
+        step_ends.append([bisect.bisect_right(reach, end) for end, _ in steps] + [last])
+    return step_rewards, step_ends

@@ -152,45 +152,64 @@ def recomputes(policy):
         getattr(module, "gradient_checkpointing", False) for module in policy.modules())
 
 
-def token_logprobs(policy, batch, rows, temperature):
-    """log pi(y_t | x, y_<t) for completions `rows` (R,) -> (R, C), fp32, 0 on padding, with grad.
+def per_token(model, batch, rows, read):
+    """read(outputs, tokens) for the tokens of completions `rows` (R,) -> (R, C), 0 on padding.
 
-    A prompt that several rows share is forwarded once, and its keys and values copied to them: by
-    index_select, whose backward adds in a fixed order. That of plain indexing does not.
+    The outputs of a column are about the token after it: the only shift by one in this suite. And
+    so the last completion token is not forwarded. A prompt that several rows share is forwarded
+    once, and its keys and values copied to them: by index_select, whose backward adds in a fixed
+    order. That of plain indexing does not.
     """
-    policy.train(recomputes(policy))  # transformers recomputes in train mode only; no dropout here
+    model.train(recomputes(model))  # transformers recomputes in train mode only; no dropout here
     width = int(batch.mask[rows].sum(1).max())
     mask = batch.mask[rows, :width].bool()
     ids = torch.where(mask, batch.completions[rows, :width], 0)
     prompts, owner = batch.owner[rows].unique(return_inverse=True)
     prompt_ids, valid = pad_left([batch.prompts[i] for i in prompts.tolist()], ids.device)
-    # The logits of a column score the token after it: the last completion token is not forwarded.
+    everything = torch.cat([valid[owner], mask[:, :-1]], 1)
     with precision(ids.device):
-        if policy.training or len(prompts) == len(rows):  # prompt and completion in one forward
+        if model.training or len(prompts) == len(rows):  # prompt and completion in one forward
             ids_in = torch.cat([prompt_ids[owner], ids[:, :-1]], 1)
-            valid = torch.cat([valid[owner], mask[:, :-1]], 1)
-            logprobs = pick_in_chunks(forward(policy, ids_in, valid, keep=width), ids, temperature)
+            result = read(forward(model, ids_in, everything, keep=width), ids)
         else:
             cache = DynamicCache()
-            first = forward(policy, prompt_ids, valid, cache, keep=1).index_select(0, owner)
-            logprobs = pick(first, ids[:, :1], temperature)
+            first = forward(model, prompt_ids, valid, cache, keep=1).index_select(0, owner)
+            result = read(first, ids[:, :1])
             if width > 1:
                 cache.reorder_cache(owner)  # an index_select of all keys and values
-                valid = torch.cat([valid[owner], mask[:, :-1]], 1)
-                rest = forward(policy, ids[:, :-1], valid, cache)
-                rest = pick_in_chunks(rest, ids[:, 1:], temperature)
-                logprobs = torch.cat([logprobs, rest], 1)
-    policy.eval()
-    return F.pad(torch.where(mask, logprobs, 0), (0, batch.mask.shape[1] - width))
+                rest = forward(model, ids[:, :-1], everything, cache)
+                result = torch.cat([result, read(rest, ids[:, 1:])], 1)
+    model.eval()
+    return F.pad(torch.where(mask, result, 0), (0, batch.mask.shape[1] - width))
+
+
+def token_logprobs(policy, batch, rows, temperature):
+    """log pi(y_t | x, y_<t) for completions `rows` (R,) -> (R, C); fp32, with gradient."""
+    def read(logits, tokens):
+        return pick_in_chunks(logits, tokens, temperature)
+    return per_token(policy, batch, rows, read)
+
+
+def token_values(critic, batch, rows):
+    """V(x, y_<t), the value of where y_t was chosen, from a model with one output -> (R, C)."""
+    return per_token(critic, batch, rows, lambda outputs, tokens: outputs.float().squeeze(-1))
 
 
 @torch.no_grad()
+def for_all(per_rows, model, batch, micro_batch_size, *more):
+    """token_logprobs or token_values of the whole batch, without gradient -> (N, C)."""
+    result = torch.zeros_like(batch.mask)
+    for rows, _ in micro_batches(batch, torch.arange(len(result)), micro_batch_size):
+        result[rows] = per_rows(model, batch, rows, *more)
+    return result
+
+
 def all_logprobs(policy, batch, micro_batch_size, temperature):
-    """token_logprobs of the whole batch, without gradient -> (N, C)."""
-    logprobs = torch.zeros_like(batch.mask)
-    for rows, _ in micro_batches(batch, torch.arange(len(logprobs)), micro_batch_size):
-        logprobs[rows] = token_logprobs(policy, batch, rows, temperature)
-    return logprobs
+    return for_all(token_logprobs, policy, batch, micro_batch_size, temperature)
+
+
+def all_values(critic, batch, micro_batch_size):
+    return for_all(token_values, critic, batch, micro_batch_size)
 
 
 # --------------------------------------------------------------------------------------------------

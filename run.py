@@ -44,12 +44,12 @@ class Run:
         self.first, self.saved, self.stopping, self.times = 0, 0, False, {}
         print(f"{name}: " + " ".join(f"{k}={v}" for k, v in asdict(cfg).items()), flush=True)
 
-    def open(self, policy, tokenizer):
-        """Make the folder, and say what will be trained in it."""
+    def open(self, policy, tokenizer, networks=1):
+        """Make the folder, and say what will be trained in it; networks: how many of its size."""
         self.folder = find_folder(self.cfg, self.name)  # again: the warm-up takes a minute
         self.folder.mkdir(parents=True, exist_ok=True)
         self.cfg.out_dir = str(self.folder)
-        check_saving(policy, tokenizer, self.folder)
+        check_saving(policy, tokenizer, self.folder, networks)
         if self.cfg.gradient_checkpointing:
             checkpoint_activations(policy)
         text = json.dumps(asdict(self.cfg), indent=1)

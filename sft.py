@@ -87,7 +87,7 @@ def train(cfg):
 
         # 2. Update.
         stats = Means()
-        optimizer.param_groups[0]["lr"] = learning_rate(step, cfg)
+        optimizer.param_groups[0]["lr"] = learning_rate(step, cfg, cfg.lr)
         for minibatch in mini_batches(len(mask), cfg.minibatch_size, group_size=1, epochs=1):
             optimizer.zero_grad()
             for rows, share in micro_batches(batch, minibatch, cfg.micro_batch_size):

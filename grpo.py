@@ -1,0 +1,200 @@
+"""
+GRPO (DeepSeekMath, arXiv 2402.03300): the K answers to a prompt are judged relative to each other.
+Against rloo.py: the advantage is divided by the std of the group, the KL leaves the reward for the
+loss, as k3, and each answer counts the same in the loss, however long:
+
+    A_i  = (score_i - mean) / std                             over the K answers to its prompt
+    loss = mean_i mean_t [-min(ratio_t A_i, clip(ratio_t, 1 - eps, 1 + eps) A_i) + kl_coef * k3_t]
+           ratio_t = pi / pi_old,   k3_t = r - 1 - log r,   r = pi_ref / pi
+
+k3 estimates KL(pi || pi_ref), but as a loss descends KL(pi_ref || pi). Std and length make it the
+gradient of something else than the score; Dr. GRPO (arXiv 2503.20783) divides by neither:
+--aggregation dr_grpo. --aggregation token is the mean over tokens of DAPO, TRL and verl.
+--process is process supervision: each step has a reward, standardised over all steps of the group;
+A_t is the sum from t's step on. The last reward is the outcome, or it would pay to stop early.
+
+    python grpo.py                                      the toy, without network: 2 minutes
+    python grpo.py --model Qwen/Qwen2.5-0.5B-Instruct   a real model, on one CUDA GPU
+
+What to expect of the toy: it starts with 0.6 of the held-out problems right and half of all answers
+showing their work, and ends at 0.95 and nearly all. Watch the score, not the loss.
+"""
+import copy
+from dataclasses import dataclass
+from typing import Literal, Optional
+
+import torch
+
+from common import (HfArg, Means, RunConfig, fail, fill, kl_estimate, learning_rate, main,
+                    masked_mean, mini_batches, require_finite)
+from data import draw_problems, load_problems
+from evaluation import batch_stats, check_first_step, evaluate, ratio_stats, report, validate
+from model import save_policy
+from rewards import load_rewards, score, score_steps
+from rollout import all_logprobs, load_policy, micro_batches, sample, token_logprobs
+from run import Run
+from sft import warm_start
+
+
+@dataclass
+class Config(RunConfig):
+    reward: str = HfArg(default="last_number", help="name or file.py:function; a,b: their sum")
+    prompts_per_step: Optional[int] = HfArg(default=None, help="prompts per rollout batch")
+    group_size: Optional[int] = HfArg(default=None, help="completions per prompt, K")
+    temperature: float = HfArg(default=1.0, help="of the sampling, and of all log-probs with it")
+    epochs: int = HfArg(default=1, help="passes over each rollout batch")
+    kl_coef: Optional[float] = HfArg(default=None, help="weight of the KL, beta in the paper")
+    clip_eps: float = HfArg(default=0.2, help="clip range of the ratio")
+    process: bool = HfArg(default=False, help="process supervision: a reward per step (toy only)")
+    aggregation: Literal["response", "token", "dr_grpo"] = HfArg(
+        default="response", help="mean of the loss: per response, per token, or of Dr. GRPO")
+
+
+# completions = prompts * group_size. HUB: usual for mathematics; CPU: moves within minutes.
+TOY = dict(steps=60, lr=2e-4, completions=256, minibatch_size=64, micro_batch_size=64,
+           max_new_tokens=32, kl_coef=0.01, eval_prompts=512)
+HUB = dict(steps=200, lr=1e-6, completions=256, minibatch_size=128, micro_batch_size=8,
+           max_new_tokens=256, kl_coef=0.04, eval_prompts=256)
+CPU = dict(HUB, steps=15, lr=1e-5, completions=32, minibatch_size=16, max_new_tokens=48,
+           eval_prompts=64)
+
+
+def group_advantages(scores, group_size):
+    """(score - mean) / (std + 1e-4), both of its group: (N,) -> (N,). DeepSeekMath, section 4.1.2.
+
+    The sample's std, as in TRL. Exactly 0 where all scores are equal, and not rounding error / std.
+    """
+    groups = scores.view(-1, group_size)
+    mean, std = groups.mean(dim=1, keepdim=True), groups.std(dim=1, keepdim=True)
+    constant = groups.amax(dim=1, keepdim=True) == groups.amin(dim=1, keepdim=True)
+    return torch.where(constant, 0, (groups - mean) / (std + 1e-4)).flatten()
+
+
+def dr_grpo_advantages(scores, group_size):
+    """score - mean of its group: (N,) -> (N,). A std would favour groups with one odd answer."""
+    groups = scores.view(-1, group_size)
+    return (groups - groups.mean(dim=1, keepdim=True)).flatten()
+
+
+def process_advantages(step_rewards, step_ends, mask, group_size):
+    """A_t = sum of the standardised rewards of all steps that end at or after t -> (N, C).
+
+    step_rewards, step_ends: N lists, of each step its reward and its last token's 0-based index.
+    Mean and std are those of all steps of the group. DeepSeekMath, section 4.1.3 (the notes sum
+    over j >= t, but j counts steps, and t tokens).
+    """
+    advantages = torch.zeros_like(mask)
+    for first in range(0, len(mask), group_size):
+        group = range(first, first + group_size)
+        pool = torch.tensor([r for i in group for r in step_rewards[i]], dtype=mask.dtype)
+        pool = iter(group_advantages(pool, len(pool)).tolist() if len(pool) else [])
+        for i in group:
+            for end in step_ends[i]:
+                advantages[i, : end + 1] += next(pool)
+    return torch.where(mask.bool(), advantages, 0)
+
+
+def response_mean(values, mask):
+    """Mean over each response's tokens, then over responses: (N, C) -> scalar. DeepSeekMath, eq. 3.
+
+    All responses count the same, so that a token of a long wrong answer is punished less.
+    """
+    values = torch.where(mask.bool(), values, 0)
+    return (values.sum(dim=1) / mask.sum(dim=1).clamp(min=1)).mean()
+
+
+def constant_mean(values, mask, length):
+    """Sum / (N * length), the same `length` always: (N, C) -> scalar. Dr. GRPO: no length bias."""
+    return torch.where(mask.bool(), values, 0).sum() / (len(mask) * length)
+
+
+def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, clip_eps, kl_coef,
+              aggregate=response_mean):
+    """The clipped loss + kl_coef * k3, all (N, C), advantages also (N,) -> (loss, clip_frac)."""
+    A = advantages if advantages.dim() == 2 else advantages[:, None]
+    ratio = torch.where(mask.bool(), logprobs - old_logprobs, 0).exp()
+    unclipped, clipped = -A * ratio, -A * ratio.clamp(1 - clip_eps, 1 + clip_eps)
+    log_r = torch.where(mask.bool(), ref_logprobs - logprobs, 0)
+    k3 = torch.expm1(log_r) - log_r
+    loss = aggregate(torch.maximum(unclipped, clipped) + kl_coef * k3, mask)
+    return loss, masked_mean((clipped > unclipped).to(loss.dtype), mask)
+
+
+def train(cfg):
+    fill(cfg, TOY, HUB, CPU, group_size=4)
+    if cfg.group_size < 2:
+        fail("--group_size 1 leaves GRPO nothing to compare with: take 4, say")
+    if cfg.process and cfg.data != "toy":
+        fail("--process: only the toy has a checker of steps; leave it out, or use --data toy")
+    if cfg.process and cfg.aggregation == "dr_grpo":
+        fail("--process divides by a std, which --aggregation dr_grpo forbids: leave one out")
+    aggregate = dict(response=response_mean, token=masked_mean, dr_grpo=lambda values, mask:
+                     constant_mean(values, mask, cfg.max_new_tokens))[cfg.aggregation]
+    run = Run(cfg, "grpo")
+    problems, validation, test = load_problems(cfg)
+    rewards = load_rewards(cfg, problems + validation + test)
+    policy, tokenizer = load_policy(cfg.model or warm_start(cfg.seed, cfg.device), cfg.device)
+    run.open(policy, tokenizer)
+    ref_model = copy.deepcopy(policy).requires_grad_(False) if cfg.kl_coef else None
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.99),
+                                  weight_decay=cfg.weight_decay, fused=True)
+    state = run.load(policy=policy, optimizer=optimizer)  # {}, or the checkpoint with --resume
+    before = state.get("before") or evaluate(policy, tokenizer, test, cfg, rewards)
+
+    for step in run.steps():
+        # 1. Sample: K completions of each prompt of this step, from softmax(logits / temperature).
+        asked = draw_problems(problems, step, cfg.prompts_per_step, cfg.seed)
+        batch = sample(policy, tokenizer, [problem["ids"] for problem in asked], cfg.group_size,
+                       cfg.max_new_tokens, cfg.temperature)
+        old_logprobs, mask = batch.logprobs, batch.mask       # (N, C): completions, their tokens
+        run.lap("sample")
+
+        # 2. Score: what each completion earned, and how far from the reference each token is.
+        texts, scores, each = score(rewards, asked, batch, tokenizer, step)      # scores: (N,)
+        ref_logprobs = old_logprobs if ref_model is None else all_logprobs(      # (N, C)
+            ref_model, batch, cfg.micro_batch_size, cfg.temperature)
+        kl = kl_estimate(old_logprobs, ref_logprobs, "k1")                       # (N, C)
+        check_first_step(step, policy, batch, scores, kl, cfg)
+        run.lap("score")
+
+        # 3. Advantages: how much better than usual was it? Constants from here on.
+        if cfg.process:
+            advantages = process_advantages(*score_steps(asked, batch, scores, tokenizer), mask,
+                                            cfg.group_size)
+        elif cfg.aggregation == "dr_grpo":
+            advantages = dr_grpo_advantages(scores, cfg.group_size)
+        else:
+            advantages = group_advantages(scores, cfg.group_size)
+
+        # 4. Update, once per mini-batch. share: the fraction of its tokens in a micro-batch.
+        stats = Means()
+        optimizer.param_groups[0]["lr"] = learning_rate(step, cfg, cfg.lr)
+        for minibatch in mini_batches(len(scores), cfg.minibatch_size, cfg.group_size, cfg.epochs):
+            optimizer.zero_grad()
+            for rows, share in micro_batches(batch, minibatch, cfg.micro_batch_size):
+                old, A, m = old_logprobs[rows], advantages[rows], mask[rows]     # R rows of each
+                logprobs = token_logprobs(policy, batch, rows, cfg.temperature)  # (R, C)
+                loss, clip_frac = grpo_loss(logprobs, old, ref_logprobs[rows], A, m, cfg.clip_eps,
+                                            cfg.kl_coef, aggregate)
+                stats.add(share, **ratio_stats(logprobs, old, m), clip_frac=clip_frac)
+                share = share if cfg.aggregation == "token" else len(rows) / len(minibatch)
+                require_finite(loss, "loss", step, texts, rows, logprobs)
+                (loss * share).backward()
+                stats.add(share, loss=loss)
+            grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm,
+                                                       error_if_nonfinite=True)
+            optimizer.step()
+            stats.add(1, grad_norm=grad_norm, lr=optimizer.param_groups[0]["lr"])
+
+        # 5. Log. The loss is no measure of quality: what matters is its gradient.
+        run.log(step, **batch_stats(scores, kl, batch, cfg.group_size), **each, **stats())
+        run.show(step, asked, texts, scores)
+        validate(run, step, policy, tokenizer, validation, cfg, rewards)
+        run.save(step, policy=policy, optimizer=optimizer, before=before)
+
+    save_policy(policy, tokenizer, run.folder)
+    report(before, evaluate(policy, tokenizer, test, cfg, rewards), run.folder)
+
+
+if __name__ == "__main__":
+    main(Config, train)

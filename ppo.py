@@ -1,0 +1,191 @@
+"""
+PPO (Schulman et al., arXiv 1707.06347) as it is used on language models: REINFORCE++ with a critic.
+Against reinforce_pp.py: a second network V learns what is still to come after each token, and says
+what "usual" is; A looks only as far ahead as lam lets it; the scores stay as they are:
+
+    r_t  = [t is the last token] * score - kl_coef * kl_t     reward; kl_t = log(pi_old / pi_ref)
+    A_t  = delta_t + gamma * lam * A_{t+1}                    advantage (GAE), then whitened
+           delta_t = r_t + gamma * V_{t+1} - V_t              what came minus what V expected
+    R_t  = A_t + V_t                                          return: what V should have said
+    loss = -mean_t min(ratio_t A_t, clip(ratio_t, 1 - eps, 1 + eps) A_t)     ratio_t = pi / pi_old
+    critic_loss = mean_t max((V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2) / 2
+
+lam = 1 believes what came, lam = 0 what V expected: less noise, but all of the critic's errors. The
+critic is the policy's checkpoint with a head of one number, at first 0, and has a learning rate of
+its own. It costs as much memory and time as the policy (on the toy, not all of that shows).
+
+    python ppo.py                                      the toy, without network: 3 minutes
+    python ppo.py --model Qwen/Qwen2.5-0.5B-Instruct   a real model, on one CUDA GPU
+
+What to expect of the toy: it starts with 0.6 of the held-out problems right and half of all answers
+showing their work, and ends at 0.95 and nearly all. Watch the score, not the loss.
+"""
+import copy
+from dataclasses import dataclass
+from typing import Optional
+
+import torch
+
+from common import (HfArg, Means, RunConfig, fill, kl_estimate, learning_rate, main, masked_mean,
+                    mini_batches, ppo_clip_loss, require_finite, token_rewards, whiten)
+from data import draw_problems, load_problems
+from evaluation import batch_stats, check_first_step, evaluate, ratio_stats, report, validate
+from model import save_policy
+from rewards import load_rewards, score
+from rollout import (all_logprobs, all_values, load_policy, micro_batches, sample, token_logprobs,
+                     token_values)
+from run import Run
+from sft import warm_start
+
+
+@dataclass
+class Config(RunConfig):
+    reward: str = HfArg(default="last_number", help="name or file.py:function; a,b: their sum")
+    prompts_per_step: Optional[int] = HfArg(default=None, help="prompts per rollout batch")
+    group_size: Optional[int] = HfArg(default=None, help="completions per prompt, K")
+    temperature: float = HfArg(default=1.0, help="of the sampling, and of all log-probs with it")
+    epochs: int = HfArg(default=1, help="passes over each rollout batch")
+    kl_coef: Optional[float] = HfArg(default=None, help="weight of the KL, beta in the paper")
+    clip_eps: float = HfArg(default=0.2, help="clip range of the ratio")
+    gamma: float = HfArg(default=1.0, help="discount per token")
+    lam: float = HfArg(default=0.95, help="lambda of GAE")
+    value_clip: float = HfArg(default=0.2, help="clip range of the values")
+    critic_lr: Optional[float] = HfArg(default=None, help="AdamW learning rate of the critic")
+    critic_warmup: int = HfArg(default=0, help="steps at first in which only the critic learns")
+
+
+# completions = prompts * group_size. HUB: usual for mathematics; CPU: moves within minutes.
+TOY = dict(steps=60, lr=2e-4, completions=256, minibatch_size=64, micro_batch_size=64,
+           max_new_tokens=32, kl_coef=0.01, eval_prompts=512, critic_lr=2e-3)
+HUB = dict(steps=200, lr=1e-6, completions=256, minibatch_size=128, micro_batch_size=8,
+           max_new_tokens=256, kl_coef=0.001, eval_prompts=256, critic_lr=1e-5)
+CPU = dict(HUB, steps=15, lr=1e-5, completions=32, minibatch_size=16, max_new_tokens=48,
+           eval_prompts=64, critic_lr=1e-4)
+
+
+def make_critic(policy):
+    """V(x, y_<t): a copy of the policy whose head gives one number, at first 0, not V logits."""
+    critic, width = copy.deepcopy(policy), policy.get_output_embeddings().weight.shape[1]
+    head = torch.nn.Linear(width, 1, device=policy.device)
+    torch.nn.init.zeros_(head.weight)
+    torch.nn.init.zeros_(head.bias)
+    critic.set_output_embeddings(head)
+    return critic
+
+
+def gae(rewards, values, mask, gamma, lam):
+    """A_t = delta_t + gamma * lam * A_{t+1}, all (N, C) -> (advantages, returns), (N, C) each.
+
+    delta_t = r_t + gamma * V_{t+1} - V_t, with V = 0 after the last token, also of a completion
+    that was cut short; returns = A + V. GAE, arXiv 1506.02438, eq. 16 (in the notes, one of the two
+    formulas lacks lam). lam = 1: A = returns to go - V; lam = 0: A = delta.
+    """
+    rewards, values = (torch.where(mask.bool(), x, 0) for x in (rewards, values))
+    advantages, future, next_value = torch.zeros_like(rewards), 0, 0
+    for t in reversed(range(rewards.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        advantages[:, t] = future = delta + gamma * lam * future
+        next_value = values[:, t]
+    return advantages, advantages + values
+
+
+def value_loss(values, old_values, returns, mask, value_clip):
+    """Half the squared error of V, all (N, C) -> (loss, clip_frac), scalars; means over tokens.
+
+    Of the errors of V and of V clipped to old V +- value_clip, the larger counts: like the ratio's
+    clip, it ends the gradient where V has moved far enough. (The notes' critic loss lacks the
+    square and is the one-step error.)
+    """
+    clipped = old_values + (values - old_values).clamp(-value_clip, value_clip)
+    unclipped, clipped = (values - returns) ** 2, (clipped - returns) ** 2
+    loss = 0.5 * masked_mean(torch.maximum(unclipped, clipped), mask)
+    return loss, masked_mean((clipped > unclipped).to(loss.dtype), mask)
+
+
+def explained_variance(values, returns, mask):
+    """1 - Var(returns - V) / Var(returns), over valid tokens: (N, C) -> scalar.
+
+    1: the critic knows what will come; 0: no better than a constant; negative: worse.
+    """
+    def variance(x):
+        return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
+    return 1 - variance(returns - values) / variance(returns).clamp(min=1e-8)
+
+
+def train(cfg):
+    fill(cfg, TOY, HUB, CPU, group_size=1)
+    run = Run(cfg, "ppo")
+    problems, validation, test = load_problems(cfg)
+    rewards = load_rewards(cfg, problems + validation + test)
+    policy, tokenizer = load_policy(cfg.model or warm_start(cfg.seed, cfg.device), cfg.device)
+    run.open(policy, tokenizer, networks=2)
+    ref_model = copy.deepcopy(policy).requires_grad_(False) if cfg.kl_coef else None
+    critic = make_critic(policy)
+    groups = [dict(params=policy.parameters()), dict(params=critic.parameters())]
+    optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.99),
+                                  weight_decay=cfg.weight_decay, fused=True)
+    state = run.load(policy=policy, optimizer=optimizer, critic=critic)  # {}, or the checkpoint
+    before = state.get("before") or evaluate(policy, tokenizer, test, cfg, rewards)
+
+    for step in run.steps():
+        # 1. Sample: K completions of each prompt of this step, from softmax(logits / temperature).
+        asked = draw_problems(problems, step, cfg.prompts_per_step, cfg.seed)
+        batch = sample(policy, tokenizer, [problem["ids"] for problem in asked], cfg.group_size,
+                       cfg.max_new_tokens, cfg.temperature)
+        old_logprobs, mask = batch.logprobs, batch.mask       # (N, C): completions, their tokens
+        run.lap("sample")
+
+        # 2. Score: what each completion earned, and how far from the reference each token is.
+        texts, scores, each = score(rewards, asked, batch, tokenizer, step)      # scores: (N,)
+        ref_logprobs = old_logprobs if ref_model is None else all_logprobs(      # (N, C)
+            ref_model, batch, cfg.micro_batch_size, cfg.temperature)
+        kl = kl_estimate(old_logprobs, ref_logprobs, "k1")                       # (N, C)
+        old_values = all_values(critic, batch, cfg.micro_batch_size)             # (N, C)
+        check_first_step(step, policy, batch, scores, kl, cfg)
+        run.lap("score")
+
+        # 3. Advantages: how much better than usual was it? Constants from here on.
+        advantages, returns = gae(token_rewards(scores, kl, mask, cfg.kl_coef), old_values, mask,
+                                  cfg.gamma, cfg.lam)
+        advantages = whiten(advantages, mask)  # after the returns, which the critic must learn raw
+
+        # 4. Update, once per mini-batch. share: the fraction of its tokens in a micro-batch.
+        stats = Means()
+        warm = step >= cfg.critic_warmup  # until then, only the critic learns
+        optimizer.param_groups[0]["lr"] = learning_rate(step, cfg, cfg.lr) if warm else 0.0
+        optimizer.param_groups[1]["lr"] = learning_rate(step, cfg, cfg.critic_lr)
+        for minibatch in mini_batches(len(scores), cfg.minibatch_size, cfg.group_size, cfg.epochs):
+            optimizer.zero_grad()
+            for rows, share in micro_batches(batch, minibatch, cfg.micro_batch_size):
+                old, A, m = old_logprobs[rows], advantages[rows], mask[rows]     # R rows of each
+                logprobs = token_logprobs(policy, batch, rows, cfg.temperature)  # (R, C)
+                loss, clip_frac = ppo_clip_loss(logprobs, old, A, m, cfg.clip_eps)
+                stats.add(share, **ratio_stats(logprobs, old, m), clip_frac=clip_frac)
+                require_finite(loss, "loss", step, texts, rows, logprobs)
+                (loss * share).backward()
+                stats.add(share, loss=loss)
+                V = token_values(critic, batch, rows)                            # (R, C)
+                error, _ = value_loss(V, old_values[rows], returns[rows], m, cfg.value_clip)
+                require_finite(error, "value loss", step, texts, rows, V)
+                (error * share).backward()  # after the policy's, whose activations are gone now
+                stats.add(share, value_loss=error)
+            grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm,
+                                                       error_if_nonfinite=True)
+            torch.nn.utils.clip_grad_norm_(critic.parameters(), cfg.max_grad_norm,
+                                           error_if_nonfinite=True)
+            optimizer.step()
+            stats.add(1, grad_norm=grad_norm, lr=optimizer.param_groups[0]["lr"])
+
+        # 5. Log. The loss is no measure of quality: what matters is its gradient.
+        run.log(step, **batch_stats(scores, kl, batch, cfg.group_size), **each, **stats(),
+                explained_var=explained_variance(old_values, returns, mask))
+        run.show(step, asked, texts, scores)
+        validate(run, step, policy, tokenizer, validation, cfg, rewards)
+        run.save(step, policy=policy, optimizer=optimizer, before=before, critic=critic)
+
+    save_policy(policy, tokenizer, run.folder)
+    report(before, evaluate(policy, tokenizer, test, cfg, rewards), run.folder)
+
+
+if __name__ == "__main__":
+    main(Config, train)

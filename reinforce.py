@@ -1,0 +1,150 @@
+"""
+REINFORCE (Williams, 1992) for language models: tokens of completions that scored better than those
+of the past become more likely, the others less. The ancestor of all that follows:
+
+    A_i  = score_i - kl_coef * sum_t kl_t - b                 kl_t = log(pi / pi_ref)
+    loss = -mean_i A_i * sum_t log pi(y_t | x, y_<t)
+
+Minus its gradient is, on average, the gradient of the mean score minus kl_coef times the KL to the
+model that it started from, pi_ref. That holds for any constant b; a good one, the baseline, makes
+it less noisy. Two are in use (the notes mix them up), both from before the batch, at first 0:
+
+    ema             b <- decay * b + (1 - decay) * mean score of the batch
+    running_mean    b <- mean of all scores so far
+
+No ratio, and one update per batch: the batch comes from the very policy that is differentiated. A
+second update would need a correction, which is what reinforce_pp.py and ppo.py add. With so few
+updates, the learning rate is larger than theirs.
+
+    python reinforce.py                                      the toy, without network: 2 minutes
+    python reinforce.py --model Qwen/Qwen2.5-0.5B-Instruct   a real model, on one CUDA GPU
+
+What to expect of the toy: it starts with 0.6 of the held-out problems right and half of all answers
+showing their work, and ends at 0.93 and most of them. Watch the score, not the loss.
+"""
+import copy
+from dataclasses import dataclass
+from typing import Literal, Optional
+
+import torch
+
+from common import (HfArg, Means, RunConfig, fail, fill, kl_estimate, learning_rate, main,
+                    mini_batches, require_finite)
+from data import draw_problems, load_problems
+from evaluation import batch_stats, check_first_step, evaluate, ratio_stats, report, validate
+from model import save_policy
+from rewards import load_rewards, score
+from rollout import all_logprobs, load_policy, micro_batches, sample, token_logprobs
+from run import Run
+from sft import warm_start
+
+
+@dataclass
+class Config(RunConfig):
+    reward: str = HfArg(default="last_number", help="name or file.py:function; a,b: their sum")
+    prompts_per_step: Optional[int] = HfArg(default=None, help="prompts per rollout batch")
+    group_size: Optional[int] = HfArg(default=None, help="completions per prompt, K")
+    temperature: float = HfArg(default=1.0, help="of the sampling, and of all log-probs with it")
+    kl_coef: Optional[float] = HfArg(default=None, help="weight of the KL, beta in the paper")
+    baseline: Literal["ema", "running_mean"] = HfArg(default="ema", help="mean of past scores")
+    decay: float = HfArg(default=0.9, help="of the exponential moving average, ema")
+
+
+# completions = prompts * group_size. HUB: usual for mathematics; CPU: moves within minutes.
+TOY = dict(steps=60, lr=5e-4, completions=256, micro_batch_size=64,
+           max_new_tokens=32, kl_coef=0.01, eval_prompts=512)
+HUB = dict(steps=200, lr=1e-6, completions=256, micro_batch_size=8,
+           max_new_tokens=256, kl_coef=0.001, eval_prompts=256)
+CPU = dict(HUB, steps=15, lr=1e-5, completions=32, max_new_tokens=48,
+           eval_prompts=64)
+
+
+def ema_baseline(baseline, scores, decay):
+    """decay * baseline + (1 - decay) * mean: scalar or None (nothing seen yet), (N,) -> scalar."""
+    return scores.mean() if baseline is None else decay * baseline + (1 - decay) * scores.mean()
+
+
+def running_mean_baseline(mean, count, scores):
+    """Mean of all scores ever seen: their mean and count until now, (N,) -> (mean, count)."""
+    total = mean * count + scores.sum()
+    return total / (count + len(scores)), count + len(scores)
+
+
+def reinforce_loss(logprobs, advantages, mask):
+    """-mean_i A_i * sum_t log pi(y_t): (N, C), (N,), (N, C) -> scalar. Williams, 1992."""
+    logps = torch.where(mask.bool(), logprobs, 0).sum(dim=1)      # (N,)
+    return -(advantages * logps).mean()
+
+
+def train(cfg):
+    fill(cfg, TOY, HUB, CPU, group_size=1)
+    if cfg.minibatch_size < cfg.prompts_per_step * cfg.group_size:
+        fail(f"--minibatch_size {cfg.minibatch_size}: after a first update the batch would be off "
+             "policy, which REINFORCE, without a ratio, cannot correct; leave the flag out")
+    run = Run(cfg, "reinforce")
+    problems, validation, test = load_problems(cfg)
+    rewards = load_rewards(cfg, problems + validation + test)
+    policy, tokenizer = load_policy(cfg.model or warm_start(cfg.seed, cfg.device), cfg.device)
+    run.open(policy, tokenizer)
+    ref_model = copy.deepcopy(policy).requires_grad_(False) if cfg.kl_coef else None
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.99),
+                                  weight_decay=cfg.weight_decay, fused=True)
+    state = run.load(policy=policy, optimizer=optimizer)  # {}, or the checkpoint with --resume
+    baseline, count = state.get("baseline"), state.get("count", 0)
+    before = state.get("before") or evaluate(policy, tokenizer, test, cfg, rewards)
+
+    for step in run.steps():
+        # 1. Sample: K completions of each prompt of this step, from softmax(logits / temperature).
+        asked = draw_problems(problems, step, cfg.prompts_per_step, cfg.seed)
+        batch = sample(policy, tokenizer, [problem["ids"] for problem in asked], cfg.group_size,
+                       cfg.max_new_tokens, cfg.temperature)
+        old_logprobs, mask = batch.logprobs, batch.mask       # (N, C): completions, their tokens
+        run.lap("sample")
+
+        # 2. Score: what each completion earned, and how far from the reference each token is.
+        texts, scores, each = score(rewards, asked, batch, tokenizer, step)      # scores: (N,)
+        ref_logprobs = old_logprobs if ref_model is None else all_logprobs(      # (N, C)
+            ref_model, batch, cfg.micro_batch_size, cfg.temperature)
+        kl = kl_estimate(old_logprobs, ref_logprobs, "k1")                       # (N, C)
+        check_first_step(step, policy, batch, scores, kl, cfg)
+        run.lap("score")
+
+        # 3. Advantages: how much better than usual was it? Constants from here on.
+        advantages = scores - cfg.kl_coef * kl.sum(dim=1) - (baseline or 0)      # (N,)
+        if cfg.baseline == "ema":
+            baseline = ema_baseline(baseline, scores, cfg.decay)
+        else:
+            baseline, count = running_mean_baseline(baseline or 0, count, scores)
+
+        # 4. Update, once per mini-batch. share: the fraction of its tokens in a micro-batch.
+        stats = Means()
+        optimizer.param_groups[0]["lr"] = learning_rate(step, cfg, cfg.lr)
+        for minibatch in mini_batches(len(scores), cfg.minibatch_size, cfg.group_size, epochs=1):
+            optimizer.zero_grad()
+            for rows, share in micro_batches(batch, minibatch, cfg.micro_batch_size):
+                old, A, m = old_logprobs[rows], advantages[rows], mask[rows]     # R rows of each
+                logprobs = token_logprobs(policy, batch, rows, cfg.temperature)  # (R, C)
+                loss = reinforce_loss(logprobs, A, m)
+                stats.add(share, **ratio_stats(logprobs, old, m), clip_frac=0.0)  # nothing to clip
+                share = len(rows) / len(minibatch)  # of a mean over completions, not tokens
+                require_finite(loss, "loss", step, texts, rows, logprobs)
+                (loss * share).backward()
+                stats.add(share, loss=loss)
+            grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm,
+                                                       error_if_nonfinite=True)
+            optimizer.step()
+            stats.add(1, grad_norm=grad_norm, lr=optimizer.param_groups[0]["lr"])
+
+        # 5. Log. The loss is no measure of quality: what matters is its gradient.
+        run.log(step, **batch_stats(scores, kl, batch, cfg.group_size), **each, **stats())
+        run.show(step, asked, texts, scores)
+        validate(run, step, policy, tokenizer, validation, cfg, rewards)
+        run.save(step, policy=policy, optimizer=optimizer, before=before,
+                 baseline=baseline, count=count)
+
+    save_policy(policy, tokenizer, run.folder)
+    report(before, evaluate(policy, tokenizer, test, cfg, rewards), run.folder)
+
+
+if __name__ == "__main__":
+    main(Config, train)

@@ -1,0 +1,132 @@
+"""
+ReMax (Li et al., arXiv 2310.10505): REINFORCE, with the score of the greedy answer as the baseline.
+Against rloo.py: instead of K completions that serve each other as baseline, one is sampled, and one
+more decoded greedily. The KL stays with the token that caused it and those before:
+
+    r_t  = [t is the last token] * score - kl_coef * kl_t     reward; kl_t = log(pi_old / pi_ref)
+    G_t  = r_t + G_{t+1}                                      return: all that comes from t on
+    A_t  = G_t - score(greedy answer)                         one number per prompt, for all t
+    loss = -mean_t min(ratio_t A_t, clip(ratio_t, 1 - eps, 1 + eps) A_t)     ratio_t = pi / pi_old
+
+The greedy answer does not depend on the sample, so the gradient stays unbiased; it is never trained
+on, and half of the decoding goes into it. (The notes subtract r_greedy token by token, but the two
+answers are different texts of different lengths: only the whole scores can be compared.)
+
+This is verl's reading. The authors' code has the KL of token t alone in A_t, discounts by .95 per
+token, clips score - greedy score to +-5, and takes one update without a ratio.
+
+    python remax.py                                      the toy, without network: 2 minutes
+    python remax.py --model Qwen/Qwen2.5-0.5B-Instruct   a real model, on one CUDA GPU
+
+What to expect of the toy: it starts with 0.6 of the held-out problems right and half of all answers
+showing their work, and ends at 0.94 and most of them. Watch the score, not the loss.
+"""
+import copy
+from dataclasses import dataclass
+from typing import Optional
+
+import torch
+
+from common import (HfArg, Means, RunConfig, fill, kl_estimate, learning_rate, main, mini_batches,
+                    ppo_clip_loss, require_finite, returns_to_go, token_rewards)
+from data import draw_problems, load_problems
+from evaluation import batch_stats, check_first_step, evaluate, ratio_stats, report, validate
+from model import save_policy
+from rewards import load_rewards, score
+from rollout import all_logprobs, load_policy, micro_batches, sample, token_logprobs
+from run import Run
+from sft import warm_start
+
+
+@dataclass
+class Config(RunConfig):
+    reward: str = HfArg(default="last_number", help="name or file.py:function; a,b: their sum")
+    prompts_per_step: Optional[int] = HfArg(default=None, help="prompts per rollout batch")
+    group_size: Optional[int] = HfArg(default=None, help="completions per prompt, K")
+    temperature: float = HfArg(default=1.0, help="of the sampling, and of all log-probs with it")
+    epochs: int = HfArg(default=1, help="passes over each rollout batch")
+    kl_coef: Optional[float] = HfArg(default=None, help="weight of the KL, beta in the paper")
+    clip_eps: float = HfArg(default=0.2, help="clip range of the ratio")
+
+
+# completions = prompts * group_size. HUB: usual for mathematics; CPU: moves within minutes.
+TOY = dict(steps=60, lr=2e-4, completions=128, minibatch_size=32, micro_batch_size=64,
+           max_new_tokens=32, kl_coef=0.01, eval_prompts=512)
+HUB = dict(steps=200, lr=1e-6, completions=128, minibatch_size=64, micro_batch_size=8,
+           max_new_tokens=256, kl_coef=0.001, eval_prompts=256)
+CPU = dict(HUB, steps=15, lr=1e-5, completions=16, minibatch_size=8, max_new_tokens=48,
+           eval_prompts=64)
+
+
+def remax_advantages(scores, greedy_scores, kl, mask, kl_coef):
+    """G_t of the KL-shaped rewards - the greedy score: (N,), (N,), (N, C), (N, C) -> (N, C)."""
+    returns = returns_to_go(token_rewards(scores, kl, mask, kl_coef), mask)
+    return torch.where(mask.bool(), returns - greedy_scores[:, None], 0)
+
+
+def train(cfg):
+    fill(cfg, TOY, HUB, CPU, group_size=1)
+    run = Run(cfg, "remax")
+    problems, validation, test = load_problems(cfg)
+    rewards = load_rewards(cfg, problems + validation + test)
+    policy, tokenizer = load_policy(cfg.model or warm_start(cfg.seed, cfg.device), cfg.device)
+    run.open(policy, tokenizer)
+    ref_model = copy.deepcopy(policy).requires_grad_(False) if cfg.kl_coef else None
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.99),
+                                  weight_decay=cfg.weight_decay, fused=True)
+    state = run.load(policy=policy, optimizer=optimizer)  # {}, or the checkpoint with --resume
+    before = state.get("before") or evaluate(policy, tokenizer, test, cfg, rewards)
+
+    for step in run.steps():
+        # 1. Sample: K completions of each prompt of this step, from softmax(logits / temperature).
+        asked = draw_problems(problems, step, cfg.prompts_per_step, cfg.seed)
+        batch = sample(policy, tokenizer, [problem["ids"] for problem in asked], cfg.group_size,
+                       cfg.max_new_tokens, cfg.temperature)
+        old_logprobs, mask = batch.logprobs, batch.mask       # (N, C): completions, their tokens
+        greedy = sample(policy, tokenizer, [problem["ids"] for problem in asked], 1,
+                        cfg.max_new_tokens, temperature=0)    # one per prompt: only to be scored
+        run.lap("sample")
+
+        # 2. Score: what each completion earned, and how far from the reference each token is.
+        texts, scores, each = score(rewards, asked, batch, tokenizer, step)      # scores: (N,)
+        _, greedy_scores, _ = score(rewards, asked, greedy, tokenizer, step)     # (N / K,)
+        ref_logprobs = old_logprobs if ref_model is None else all_logprobs(      # (N, C)
+            ref_model, batch, cfg.micro_batch_size, cfg.temperature)
+        kl = kl_estimate(old_logprobs, ref_logprobs, "k1")                       # (N, C)
+        check_first_step(step, policy, batch, scores, kl, cfg)
+        run.lap("score")
+
+        # 3. Advantages: how much better than usual was it? Constants from here on.
+        baseline = greedy_scores.repeat_interleave(cfg.group_size)               # (N,)
+        advantages = remax_advantages(scores, baseline, kl, mask, cfg.kl_coef)   # (N, C)
+
+        # 4. Update, once per mini-batch. share: the fraction of its tokens in a micro-batch.
+        stats = Means()
+        optimizer.param_groups[0]["lr"] = learning_rate(step, cfg, cfg.lr)
+        for minibatch in mini_batches(len(scores), cfg.minibatch_size, cfg.group_size, cfg.epochs):
+            optimizer.zero_grad()
+            for rows, share in micro_batches(batch, minibatch, cfg.micro_batch_size):
+                old, A, m = old_logprobs[rows], advantages[rows], mask[rows]     # R rows of each
+                logprobs = token_logprobs(policy, batch, rows, cfg.temperature)  # (R, C)
+                loss, clip_frac = ppo_clip_loss(logprobs, old, A, m, cfg.clip_eps)
+                stats.add(share, **ratio_stats(logprobs, old, m), clip_frac=clip_frac)
+                require_finite(loss, "loss", step, texts, rows, logprobs)
+                (loss * share).backward()
+                stats.add(share, loss=loss)
+            grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm,
+                                                       error_if_nonfinite=True)
+            optimizer.step()
+            stats.add(1, grad_norm=grad_norm, lr=optimizer.param_groups[0]["lr"])
+
+        # 5. Log. The loss is no measure of quality: what matters is its gradient.
+        run.log(step, **batch_stats(scores, kl, batch, cfg.group_size), **each, **stats())
+        run.show(step, asked, texts, scores)
+        validate(run, step, policy, tokenizer, validation, cfg, rewards)
+        run.save(step, policy=policy, optimizer=optimizer, before=before)
+
+    save_policy(policy, tokenizer, run.folder)
+    report(before, evaluate(policy, tokenizer, test, cfg, rewards), run.folder)
+
+
+if __name__ == "__main__":
+    main(Config, train)
