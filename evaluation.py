@@ -1,8 +1,10 @@
 """
 Looking at a policy: what the log says of a step, and how it fares on held-out problems.
 """
+import json
 import resource
 import sys
+from pathlib import Path
 
 import torch
 
@@ -130,7 +132,7 @@ def validate(run, step, policy, tokenizer, problems, cfg, rewards=None):
 
 
 def report(before, after, folder):
-    """The end of a run: the test problems before and after, and where everything is."""
+    """The end of a run: the test problems before and after, also as test.json; and where all is."""
     names = dict(sampled="exact match, sampled", greedy="exact match, greedy",
                  score_sampled="score, sampled", score_greedy="score, greedy",
                  shows_work="shows its work", length="mean length (tokens)",
@@ -140,6 +142,8 @@ def report(before, after, folder):
     for key, name in ((key, name) for key, name in names.items() if key in after):
         print(f"{name:24s}" + "     ".join("{:8.3f} [{:6.3f}, {:6.3f}]".format(*results[key])
                                            for results in (before, after)))
+    results = dict(before=before, after=after, peak_memory=peak_memory())
+    Path(folder, "test.json").write_text(json.dumps(results, indent=1))
     print(f"\nPeak memory: {peak_memory() / 1e9:.2f} GB. The trained model is in "
           f"{folder / 'model'}, the log in {folder / 'metrics.jsonl'}.")
 

@@ -83,10 +83,10 @@ def process_advantages(step_rewards, step_ends, mask, group_size):
     Mean and std are those of all steps of the group. DeepSeekMath, section 4.1.3 (the notes sum
     over j >= t, but j counts steps, and t tokens).
     """
-    advantages = torch.zeros_like(mask)
+    advantages = 0.0 * mask                                       # (N, C)
     for first in range(0, len(mask), group_size):
         group = range(first, first + group_size)
-        pool = torch.tensor([r for i in group for r in step_rewards[i]], dtype=mask.dtype)
+        pool = torch.tensor([r for i in group for r in step_rewards[i]], dtype=advantages.dtype)
         pool = iter(group_advantages(pool, len(pool)).tolist() if len(pool) else [])
         for i in group:
             for end in step_ends[i]:

@@ -96,6 +96,8 @@ def value_loss(values, old_values, returns, mask, value_clip):
     clip, it ends the gradient where V has moved far enough. (The notes' critic loss lacks the
     square and is the one-step error.)
     """
+    values, old_values, returns = (torch.where(mask.bool(), x, 0)
+                                   for x in (values, old_values, returns))
     clipped = old_values + (values - old_values).clamp(-value_clip, value_clip)
     unclipped, clipped = (values - returns) ** 2, (clipped - returns) ** 2
     loss = 0.5 * masked_mean(torch.maximum(unclipped, clipped), mask)

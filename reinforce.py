@@ -53,9 +53,9 @@ class Config(RunConfig):
 # completions = prompts * group_size. HUB: usual for mathematics; CPU: moves within minutes.
 TOY = dict(steps=60, lr=5e-4, completions=256, micro_batch_size=64,
            max_new_tokens=32, kl_coef=0.01, eval_prompts=512)
-HUB = dict(steps=200, lr=1e-6, completions=256, micro_batch_size=8,
+HUB = dict(steps=200, lr=2e-6, completions=256, micro_batch_size=8,
            max_new_tokens=256, kl_coef=0.001, eval_prompts=256)
-CPU = dict(HUB, steps=15, lr=1e-5, completions=32, max_new_tokens=48,
+CPU = dict(HUB, steps=15, lr=2e-5, completions=32, max_new_tokens=48,
            eval_prompts=64)
 
 

@@ -7,9 +7,9 @@ over the completion into its reward, so that all its tokens have one advantage:
     A_i  = R_i - mean of the R_j, j != i, of its prompt       advantage: leave one out
     loss = -mean_t min(ratio_t A_i, clip(ratio_t, 1 - eps, 1 + eps) A_i)     ratio_t = pi / pi_old
 
-The other answers do not depend on this one, which leaves the gradient unbiased; a mean that
-included R_i would shrink it to (K - 1) / K. (The notes call R_i minus that mean the baseline, but
-it is the advantage; and they average A over the group, which always gives 0.)
+The other answers do not depend on this one, which leaves the gradient unbiased (but for the token
+mean: its denominator is random); a mean with R_i in it would shrink it to (K - 1) / K. The notes
+call R_i minus that mean the baseline, but it is A; and they average A over the group, which is 0.
 
 The paper's single update per batch needs no ratio. For several, each token has one of its own, as
 in verl and OpenRLHF; with --sequence_ratio each completion has one, as in TRL.

@@ -10,7 +10,7 @@ import common
 import evaluation
 import reinforce_pp
 
-T = lambda x: torch.tensor(x, dtype=torch.float64)  # noqa: E731
+T = lambda x: torch.as_tensor(x, dtype=torch.float64)  # noqa: E731
 
 
 def cases(name):

@@ -1,0 +1,73 @@
+"""
+All online scripts from one starting policy, on the same budget of completions: the table of README.
+
+    python compare.py --seeds 1 2 3          the toy: about 20 minutes on 2 cores
+    python compare.py --seeds 1 --steps 10   other flags go to every script
+
+Each run is a process of its own, one after the other, in runs/compare; those already there are not
+repeated. The starting policy is the warm-up of seed 1; a seed is the order of the prompts and all
+sampling. ReMax spends half of its completions on greedy decoding.
+"""
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from sft import warm_start
+
+SCRIPTS = "reinforce", "reinforce_pp", "ppo", "remax", "rloo", "grpo"
+
+
+def run(script, seed, flags):
+    """Train, unless that was done before -> what the run's folder says."""
+    folder = Path("runs", "compare", f"{script}-seed{seed}")
+    if not (folder / "test.json").exists():
+        print(f"{script}, seed {seed}", file=sys.stderr)
+        command = [sys.executable, Path(__file__).with_name(f"{script}.py"), *flags]
+        command += ["--seed", str(seed), "--out_dir", folder]
+        if (folder / "checkpoint.pt").exists():
+            command.append("--resume")
+        if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
+            sys.exit(f"error: {script}.py failed; what it printed is above")
+    test = json.loads((folder / "test.json").read_text())
+    log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    (before, *_), after = test["before"]["sampled"], test["after"]["sampled"]
+    seconds = [sum(row[key] for row in log) for key in ("time_sample", "time_score", "time_update")]
+    return dict(before=before, after=after[0], low=after[1], high=after[2],
+                greedy=test["after"]["greedy"][0], length=test["after"]["length"][0],
+                kl=sum(row["kl"] for row in log[-5:]) / len(log[-5:]), seconds=seconds,
+                memory=test["peak_memory"] / 1e6)
+
+
+def line(script, runs):
+    """One row: means over the seeds, and what each seed gave."""
+    def mean(key):
+        return sum(r[key] for r in runs) / len(runs)
+    each = ", ".join(f"{r['after']:.3f}" for r in runs)
+    sample, score, update = (sum(r["seconds"][i] for r in runs) / len(runs) for i in range(3))
+    return (f"| {script}.py | {mean('before'):.3f} | **{mean('after'):.3f}** ({each}) "
+            f"| {mean('low'):.3f}-{mean('high'):.3f} | {mean('greedy'):.3f} | {mean('kl'):.2f} "
+            f"| {mean('length'):.1f} | {sample:.0f} | {score:.0f} | {update:.0f} "
+            f"| {mean('memory'):.0f} |")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="one run each")
+    args, flags = parser.parse_known_args()
+    if "--model" not in flags:
+        flags += ["--model", warm_start(1, "cpu"), "--data", "toy"]
+    found = {script: [] for script in SCRIPTS}
+    for seed in args.seeds:  # the scripts take turns: a busy hour of the machine hits all of them
+        for script in SCRIPTS:
+            found[script].append(run(script, seed, flags))
+    print("| script | before | after: mean (each seed) | its 95 % interval | greedy | KL | length "
+          "| s sampling | s scoring | s updating | peak MB |\n" + "|---" * 11 + "|")
+    for script, runs in found.items():
+        print(line(script, runs))
+
+
+if __name__ == "__main__":
+    main()
