@@ -1,4 +1,5 @@
 """Tiny models and helpers of all tests. No network, no warm-up, CPU only."""
+import functools
 import json
 import os
 import sys
@@ -93,3 +94,13 @@ def policy(request):
 @pytest.fixture
 def tokenizer():
     return toy.make_tokenizer()
+
+
+@pytest.fixture
+def few_problems(monkeypatch):
+    """The toy with 300 training problems: making and encoding 16,384 takes longer than a test."""
+    monkeypatch.setattr(toy, "problems", lambda kind, split, n: [
+        dict(row) for row in toy_problems(kind, split, min(n, 300))])
+
+
+toy_problems = functools.cache(toy.problems)
