@@ -18,7 +18,7 @@ import reinforce_pp
 import rewards
 import sft
 import toy
-from conftest import CONFIGS, HOSTILE, ROOT, TEMPLATE, make_model, save_folder, write_jsonl
+from conftest import CONFIGS, HOSTILE, ROOT, TEMPLATE, save_folder, write_jsonl
 from model import load_model
 from rollout import load_policy
 

@@ -49,7 +49,8 @@ def test_value_loss(x, y):
 @pytest.mark.parametrize("x, y", cases("remax"))
 def test_remax_advantages(x, y):
     kl = common.kl_estimate(T(x["logprobs"]), T(x["ref_logprobs"]))
-    ours = remax.remax_advantages(T(x["scores"]), T(x["greedy_scores"]), kl, T(x["mask"]), x["beta"])
+    ours = remax.remax_advantages(T(x["scores"]), T(x["greedy_scores"]), kl, T(x["mask"]),
+                                  x["beta"])
     same(ours, y["advantages_gamma1"], x["mask"])
 
 

@@ -202,3 +202,43 @@ def test_last_number_wants_numbers_for_answers(capsys, answer):
 def test_thousands_commas_only_in_their_form(text, number):
     assert rewards.last_number(["?"], [text], answer=[number], finished=[True]) == [1.0]
     assert rewards.last_number(["?"], [text], answer=[number + 1], finished=[True]) == [0.0]
+
+
+# ------------------------------------------------------------------------------ process supervision
+
+STEPS = [  # a completion's tokens (characters, or specials), finished; the rewards of its steps, where
+    # they end: the last step has the outcome, 9, and ends with the completion
+    (["8", "+", "9", "=", "1", "7", ",", "1", "7", "-", "5", "=", "1", "2"], True, [1, 9], [6, 14]),
+    (["8", "+", "9", "=", "1", "6", ",", "1", "6", "-", "5", "=", "1", "1"], True, [0, 9], [6, 14]),
+    (["1", "2"], True, [9], [2]),                                          # answers directly
+    ([], True, [9], [0]),                                                  # the EOS at once
+    ([","], True, [9], [1]),
+    (["8", "+", "9", "=", "1", "7", ",", "1"], False, [1, 9], [6, 7]),     # cut short
+    (["<bos>", "8", "+", "9", "=", "<bos>", "1", "7", ",", "1", "2"], True, [1, 9], [8, 11]),
+    (["8", "+", "9", "=", "1", "7", ",", "8", "+", "9", "=", "1", "7", ",", "3"], True, [1, 0, 9],
+     [6, 13, 15])]                                                         # a step said twice
+
+
+def test_steps_of_the_toy_and_where_they_end(tokenizer):
+    eos = tokenizer.eos_token_id
+    ids = [tokenizer.convert_tokens_to_ids(tokens) + [eos] * done for tokens, done, *_ in STEPS]
+    batch = make_batch([[5]] * len(ids), ids, "cpu")
+    batch.finished = torch.tensor([done for _, done, *_ in STEPS])
+    problems, outcomes = [dict(prompt="8+9-5=")] * len(ids), torch.full((len(ids),), 9.0)
+    step_rewards, step_ends = rewards.score_steps(problems, batch, outcomes, tokenizer)
+    assert step_rewards == [row for _, _, row, _ in STEPS]
+    assert step_ends == [row for *_, row in STEPS]
+
+
+def test_steps_in_tokens_of_several_characters(tokenizer):
+    """As a pretrained model has them: a step ends with the token that holds its last character."""
+    from tokenizers import Tokenizer, decoders, models
+    words = ["<eos>", "8+", "9=1", "7,17", "-5", "=", "12"]
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "<eos>"))
+    inner.decoder = decoders.Fuse()
+    from transformers import PreTrainedTokenizerFast
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>")
+    batch = make_batch([[5]], [[1, 2, 3, 4, 5, 6, 0]], "cpu")
+    batch.finished = torch.ones(1, dtype=torch.bool)
+    found = rewards.score_steps([dict(prompt="8+9-5=")], batch, torch.ones(1), tokenizer)
+    assert found == ([[1.0, 1.0]], [[2, 6]])

@@ -9,8 +9,9 @@ import rollout
 from common import mini_batches
 from conftest import CONFIGS, HOSTILE, make_model, save_folder
 from model import checkpoint_activations, eos_ids, load_model
-from rollout import (Batch, all_logprobs, draw, load_policy, make_batch, micro_batches,
-                     plain_logprobs, sample, token_logprobs)
+from ppo import make_critic
+from rollout import (Batch, all_logprobs, all_values, draw, load_policy, make_batch, micro_batches,
+                     plain_logprobs, sample, token_logprobs, token_values)
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12], [5, 6], [13, 4, 4, 5, 0]]  # ragged; one contains the pad id
 
@@ -40,6 +41,30 @@ def test_sampler_shared_and_plain_pass_agree(folders, name):
         assert gap(plain, all_logprobs(policy, batch, 5, 0.7)) < 1e-5
     assert batch.mask.sum(1).unique().numel() > 1 or name != "gpt2"  # some rows did end early
     assert policy.generation_config.top_k == HOSTILE["top_k"]        # kept, and not obeyed
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_values_are_those_of_the_state_before_the_token(folders, name):
+    """Against a plain forward of each row: the head's output one column before its token."""
+    policy, tokenizer = load_policy(folders(name), "cpu")
+    critic = make_critic(policy)
+    batch = sample(policy, tokenizer, PROMPTS, 4, 12, 0.7, seeded())
+    everything, one_each = torch.arange(12), torch.tensor([1, 4, 8])
+    with torch.no_grad():
+        assert all_values(critic, batch, 5).abs().max() == 0  # a fresh critic expects nothing
+        critic.get_output_embeddings().weight.normal_(generator=seeded(1))
+        critic.get_output_embeddings().bias.fill_(0.5)
+        plain = []
+        for owner, ids, mask in zip(batch.owner, batch.completions, batch.mask.bool()):
+            row = torch.cat([torch.tensor(PROMPTS[owner]), ids[mask]])
+            plain.append(critic(row[None]).logits[0, -mask.sum() - 1 : -1, 0])
+        values = token_values(critic, batch, everything)
+        unshared = token_values(critic, batch, one_each)
+        assert gap(plain, values) < 1e-5 and gap(plain, all_values(critic, batch, 5)) < 1e-5
+        assert gap([plain[i] for i in one_each], unshared) < 1e-5
+    assert (values[batch.mask == 0] == 0).all() and values.std() > 0.1
+    assert torch.equal(policy.get_input_embeddings().weight, critic.get_input_embeddings().weight)
+    assert policy.get_output_embeddings().weight.shape[0] == 18  # untouched
 
 
 def test_plain_pass_is_a_loop_over_tokens(policy, tokenizer):

@@ -1,4 +1,4 @@
-"""All online scripts, one body for each behaviour: in process, on a tiny model, in a fresh folder."""
+"""All online scripts, one body per behaviour: in process, on a tiny model, in a fresh folder."""
 import ast
 import difflib
 import json
@@ -20,7 +20,7 @@ import rloo
 import toy
 from conftest import CONFIGS, HOSTILE, ROOT, TEMPLATE, make_model, save_folder, write_jsonl
 from evaluation import evaluate
-from rollout import all_logprobs, load_policy, sample
+from rollout import load_policy
 from test_command_line import metrics, same_weights, weights
 
 SCRIPTS = dict(reinforce=reinforce, reinforce_pp=reinforce_pp, ppo=ppo, remax=remax, rloo=rloo,
@@ -76,9 +76,9 @@ def test_it_runs_and_leaves_what_the_others_leave(folders, here, capsys, name, v
         "config.json", "metrics.jsonl", "samples.jsonl", "validation.jsonl", "checkpoint.pt",
         "model", "test.json"}
     row = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
-    expected = ("step score score_std kl entropy length truncated frac_zero_std approx_kl ratio_max "
-                "clip_frac grad_norm lr loss time_sample time_score time_update time_step "
-                "steps_per_s").split() + ["value_loss", "explained_var"] * (name == "ppo")
+    expected = ("step score score_std kl entropy length truncated frac_zero_std approx_kl "
+                "ratio_max clip_frac grad_norm lr loss time_sample time_score time_update "
+                "time_step steps_per_s").split() + ["value_loss", "explained_var"] * (name == "ppo")
     assert sorted(row) == sorted(expected)
     test = json.loads((folder / "test.json").read_text())
     assert f"{test['after']['sampled'][0]:.3f}" in screen and test["peak_memory"] > 1e8
@@ -379,7 +379,7 @@ def test_process_supervision_prefers_the_answer_with_right_steps(folders, here):
     assert (A[0, :6] > A[1, :6]).all() and torch.equal(A[0, 6:], A[1, 6:])
 
 
-# ------------------------------------------------------------------------------ the diff is the lesson
+# ------------------------------------------------------------------------- the diff is the lesson
 
 CAPS = {  # changed code lines, docstring aside: removed, added; README's reading order
     ("reinforce", "reinforce_pp"): (36, 38), ("reinforce_pp", "ppo"): (38, 80),

@@ -1,0 +1,52 @@
+"""compare.py: what it runs, what it does not repeat, and the table that it makes of it."""
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import compare
+
+
+def leave(folder, after, kl):
+    folder.mkdir(parents=True)
+    interval = [after, after - 0.02, after + 0.02]
+    test = dict(before=dict(sampled=[0.6, 0.5, 0.7]), after=dict(
+        sampled=interval, greedy=[0.98, 0, 1], length=[19.5, 0, 0]), peak_memory=500e6)
+    (folder / "test.json").write_text(json.dumps(test))
+    rows = [dict(kl=kl, time_sample=1, time_score=2, time_update=3)] * 6
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_every_script_on_every_seed_from_one_start(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    calls = []
+
+    def train(command, **kwargs):
+        calls.append(list(map(str, command)))
+        leave(Path(calls[-1][-1]), 0.9 + 0.01 * int(calls[-1][-3]), 0.5)
+        return SimpleNamespace(returncode=0)
+
+    leave(Path("runs/compare/rloo-seed2"), 0.5, 9.0)  # this one is there already
+    monkeypatch.setattr(compare.subprocess, "run", train)
+    monkeypatch.setattr(compare, "warm_start", lambda seed, device: f"start of {seed}")
+    monkeypatch.setattr(sys, "argv", ["compare.py", "--seeds", "1", "2", "--steps", "7"])
+    compare.main()
+    assert len(calls) == 2 * len(compare.SCRIPTS) - 1
+    for call in calls:
+        assert call[2:8] == ["--steps", "7", "--model", "start of 1", "--data", "toy"]
+    assert [Path(call[1]).stem for call in calls[:6]] == list(compare.SCRIPTS)
+    table = capsys.readouterr().out.splitlines()
+    assert len(table) == 2 + 6 and len({row.count("|") for row in table}) == 1
+    assert "| ppo.py | 0.600 | **0.915** (0.910, 0.920) | 0.895-0.935 | 0.980 | 0.50 | 19.5 | 6 |" \
+        in table[4]
+    assert "rloo.py | 0.600 | **0.705** (0.910, 0.500)" in table[6] and "| 4.75 |" in table[6]
+
+
+def test_a_run_that_fails_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(compare.subprocess, "run", lambda *a, **k: SimpleNamespace(returncode=2))
+    with pytest.raises(SystemExit) as stop:
+        compare.run("rloo", 1, [])
+    assert "rloo.py failed" in str(stop.value)
