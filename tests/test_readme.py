@@ -7,13 +7,17 @@ import re
 import subprocess
 import sys
 
+import ppo
 import reinforce_pp
 import sft
 from conftest import ROOT, TEMPLATE, save_folder
+from test_scripts import CAPS, SCRIPTS
 
 README = (ROOT / "README.md").read_text()
 
 
+FIELDS = {field.name for script in (sft, *SCRIPTS.values())
+          for field in dataclasses.fields(script.Config)}
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
@@ -23,16 +27,15 @@ def block(start):
 
 
 def test_functions_have_the_arguments_that_readme_gives():
-    table = re.findall(r"`(common|reinforce_pp|rollout)\.(\w+)\(([^)]*)\)`", README)
-    assert len(table) >= 10
+    table = re.findall(r"`(common|rollout|%s)\.(\w+)\(([^)]*)\)`" % "|".join(SCRIPTS), README)
+    assert len(table) >= 22
     for module, name, arguments in table:
         signature = inspect.signature(getattr(importlib.import_module(module), name))
         assert list(signature.parameters) == arguments.split(", "), name
 
 
 def test_flags_and_files_exist():
-    flags = {field.name for config in (reinforce_pp.Config, sft.Config)
-             for field in dataclasses.fields(config)} | {"keys", "out", "help"}
+    flags = FIELDS | {"keys", "out", "help", "seeds"}
     ours = README[: README.index("## When one GPU is not enough")].replace(" `--normalize", "")
     for flag in re.findall(r"--([a-z_]+)", ours):
         assert flag in flags, f"README speaks of --{flag}"
@@ -41,12 +44,11 @@ def test_flags_and_files_exist():
 
 
 def test_every_flag_is_in_the_table():
-    fields = [field.name for config in (reinforce_pp.Config, sft.Config)
-              for field in dataclasses.fields(config)]
     table = README[README.index("## Every flag") : README.index("## How much memory")]
-    for name in fields:
+    for name in FIELDS:
         (default,) = re.findall(rf"^\| `--{name}` \|[^|]*\| ([^|]*)\|", table, re.M)
-        world = [row.get(name) for row in (reinforce_pp.TOY, reinforce_pp.HUB, reinforce_pp.CPU)]
+        script = ppo if name == "critic_lr" else reinforce_pp
+        world = [row.get(name) for row in (script.TOY, script.HUB, script.CPU)]
         if None not in world:
             assert [float(value) for value in default.split("/")] == world, name
 
@@ -94,5 +96,16 @@ def test_own_data_and_own_reward_as_readme_shows_them(tmp_path, monkeypatch):
 
 def test_every_log_key_is_explained():
     for key in ("score score_std kl entropy length truncated frac_zero_std approx_kl clip_frac "
-                "ratio_max grad_norm lr loss steps_per_s").split():
+                "ratio_max grad_norm lr loss steps_per_s value_loss explained_var").split():
         assert f"`{key}`" in README, key
+
+
+def test_the_reading_order_is_that_of_the_tested_diffs():
+    order = re.findall(r"^diff (\w+).py (\w+).py", README, re.M)
+    assert len(order) == 5 and set(order) <= set(CAPS)
+    assert {two for _, two in order} | {"reinforce"} == set(SCRIPTS)
+
+
+def test_every_script_is_in_the_table_of_algorithms():
+    for name in SCRIPTS:
+        assert re.search(rf"^\| \[{name}.py\]\({name}.py\) ", README, re.M), name

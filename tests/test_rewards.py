@@ -206,8 +206,8 @@ def test_thousands_commas_only_in_their_form(text, number):
 
 # ------------------------------------------------------------------------------ process supervision
 
-STEPS = [  # a completion's tokens (characters, or specials), finished; the rewards of its steps, where
-    # they end: the last step has the outcome, 9, and ends with the completion
+STEPS = [  # a completion's tokens (characters, or specials), finished; rewards of its steps, and
+    # where they end: the last step has the outcome, 9, and ends with the completion
     (["8", "+", "9", "=", "1", "7", ",", "1", "7", "-", "5", "=", "1", "2"], True, [1, 9], [6, 14]),
     (["8", "+", "9", "=", "1", "6", ",", "1", "6", "-", "5", "=", "1", "1"], True, [0, 9], [6, 14]),
     (["1", "2"], True, [9], [2]),                                          # answers directly
