@@ -1,23 +1,23 @@
 """
 GRPO (DeepSeekMath, arXiv 2402.03300): the K answers to a prompt are judged relative to each other.
-Against rloo.py: the advantage is divided by the std of the group, the KL leaves the reward for the
-loss, as k3, and each answer counts the same in the loss, however long:
+Against rloo.py: the mean is over all K, the advantage is divided by their std, the KL moves from
+the reward to the loss, as k3, and each answer counts the same in the loss, however long:
 
     A_i  = (score_i - mean) / std                             over the K answers to its prompt
     loss = mean_i mean_t [-min(ratio_t A_i, clip(ratio_t, 1 - eps, 1 + eps) A_i) + kl_coef * k3_t]
            ratio_t = pi / pi_old,   k3_t = r - 1 - log r,   r = pi_ref / pi
 
-k3 estimates KL(pi || pi_ref), but as a loss descends KL(pi_ref || pi). Std and length make it the
-gradient of something else than the score; Dr. GRPO (arXiv 2503.20783) divides by neither:
---aggregation dr_grpo. --aggregation token is the mean over tokens of DAPO, TRL and verl.
---process is process supervision: each step has a reward, standardised over all steps of the group;
-A_t is the sum from t's step on. The last reward is the outcome, or it would pay to stop early.
+k3 estimates KL(pi || pi_ref), but as a loss it descends KL(pi_ref || pi). Because of the divisions
+by std and by length, the gradient is not that of the mean score; Dr. GRPO (arXiv 2503.20783) has
+neither: --aggregation dr_grpo. --aggregation token: the mean over all tokens, as in DAPO and TRL.
+--process: each reasoning step has a reward, z-scored over all steps of the group; A_t is their sum
+from t's step on. The last step's reward is the score; otherwise, stopping early would pay.
 
-    python grpo.py                                      the toy, without network: 2 minutes
+    python grpo.py                                      the toy, offline: 2 minutes
     python grpo.py --model Qwen/Qwen2.5-0.5B-Instruct   a real model, on one CUDA GPU
 
-What to expect of the toy: it starts with 0.6 of the held-out problems right and half of all answers
-showing their work, and ends at 0.95 and nearly all. Watch the score, not the loss.
+What to expect of the toy: asked 8+9-5=, it answers 12, or shows its work, 8+9=17,17-5=12. At first,
+0.6 of the held-out answers are right and half show the work; at the end, 0.95 and nearly all.
 """
 import copy
 from dataclasses import dataclass
@@ -25,8 +25,8 @@ from typing import Literal, Optional
 
 import torch
 
-from common import (HfArg, Means, RunConfig, fail, fill, kl_estimate, learning_rate, main,
-                    masked_mean, mini_batches, require_finite)
+from common import HfArg, Means, RunConfig, fill, learning_rate, main, mini_batches, require_finite
+from common import fail, kl_estimate, masked_mean
 from data import draw_problems, load_problems
 from evaluation import batch_stats, check_first_step, evaluate, ratio_stats, report, validate
 from model import save_policy
@@ -37,20 +37,20 @@ from sft import warm_start
 
 
 @dataclass
-class Config(RunConfig):
-    reward: str = HfArg(default="last_number", help="name or file.py:function; a,b: their sum")
+class Config(RunConfig):  # the rest is in common.py: --steps, --lr, --minibatch_size, ...
+    reward: str = HfArg(default="last_number", help="name or file.py:function; a,b adds two up")
     prompts_per_step: Optional[int] = HfArg(default=None, help="prompts per rollout batch")
     group_size: Optional[int] = HfArg(default=None, help="completions per prompt, K")
     temperature: float = HfArg(default=1.0, help="of the sampling, and of all log-probs with it")
     epochs: int = HfArg(default=1, help="passes over each rollout batch")
-    kl_coef: Optional[float] = HfArg(default=None, help="weight of the KL, beta in the paper")
+    kl_coef: Optional[float] = HfArg(default=None, help="weight of the KL (beta in most papers)")
     clip_eps: float = HfArg(default=0.2, help="clip range of the ratio")
     process: bool = HfArg(default=False, help="process supervision: a reward per step (toy only)")
     aggregation: Literal["response", "token", "dr_grpo"] = HfArg(
-        default="response", help="mean of the loss: per response, per token, or of Dr. GRPO")
+        default="response", help="loss averaged by response, over all tokens, or as in Dr. GRPO")
 
 
-# completions = prompts * group_size. HUB: usual for mathematics; CPU: moves within minutes.
+# Defaults: TOY; HUB: --model on a GPU; CPU: --model without. completions = prompts * group_size.
 TOY = dict(steps=60, lr=2e-4, completions=256, minibatch_size=64, micro_batch_size=64,
            max_new_tokens=32, kl_coef=0.01, eval_prompts=512)
 HUB = dict(steps=200, lr=1e-6, completions=256, minibatch_size=128, micro_batch_size=8,
@@ -62,7 +62,7 @@ CPU = dict(HUB, steps=15, lr=1e-5, completions=32, minibatch_size=16, max_new_to
 def group_advantages(scores, group_size):
     """(score - mean) / (std + 1e-4), both of its group: (N,) -> (N,). DeepSeekMath, section 4.1.2.
 
-    The sample's std, as in TRL. Exactly 0 where all scores are equal, and not rounding error / std.
+    std divides by K - 1, as in TRL. If all scores are equal, A is exactly 0, not a rounding error.
     """
     groups = scores.view(-1, group_size)
     mean, std = groups.mean(dim=1, keepdim=True), groups.std(dim=1, keepdim=True)
@@ -90,7 +90,7 @@ def process_advantages(step_rewards, step_ends, mask, group_size):
         pool = iter(group_advantages(pool, len(pool)).tolist() if len(pool) else [])
         for i in group:
             for end in step_ends[i]:
-                advantages[i, : end + 1] += next(pool)
+                advantages[i, : end + 1] += next(pool)  # same order as in `pool` above
     return torch.where(mask.bool(), advantages, 0)
 
 
@@ -123,13 +123,13 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, clip_eps, 
 def train(cfg):
     fill(cfg, TOY, HUB, CPU, group_size=4)
     if cfg.group_size < 2:
-        fail("--group_size 1 leaves GRPO nothing to compare with: take 4, say")
+        fail("--group_size 1: completions of a prompt are compared with each other; take 4, say")
     if cfg.process and cfg.data != "toy":
         fail("--process: only the toy has a checker of steps; leave it out, or use --data toy")
     if cfg.process and cfg.aggregation == "dr_grpo":
         fail("--process divides by a std, which --aggregation dr_grpo forbids: leave one out")
-    aggregate = dict(response=response_mean, token=masked_mean, dr_grpo=lambda values, mask:
-                     constant_mean(values, mask, cfg.max_new_tokens))[cfg.aggregation]
+    aggregate = dict(response=response_mean, token=masked_mean,
+                     dr_grpo=lambda v, m: constant_mean(v, m, cfg.max_new_tokens))[cfg.aggregation]
     run = Run(cfg, "grpo")
     problems, validation, test = load_problems(cfg)
     rewards = load_rewards(cfg, problems + validation + test)
@@ -146,18 +146,18 @@ def train(cfg):
         asked = draw_problems(problems, step, cfg.prompts_per_step, cfg.seed)
         batch = sample(policy, tokenizer, [problem["ids"] for problem in asked], cfg.group_size,
                        cfg.max_new_tokens, cfg.temperature)
-        old_logprobs, mask = batch.logprobs, batch.mask       # (N, C): completions, their tokens
+        old_logprobs, mask = batch.logprobs, batch.mask  # N completions, C tokens; mask 0: padding
         run.lap("sample")
 
         # 2. Score: what each completion earned, and how far from the reference each token is.
         texts, scores, each = score(rewards, asked, batch, tokenizer, step)      # scores: (N,)
         ref_logprobs = old_logprobs if ref_model is None else all_logprobs(      # (N, C)
             ref_model, batch, cfg.micro_batch_size, cfg.temperature)
-        kl = kl_estimate(old_logprobs, ref_logprobs, "k1")                       # (N, C)
-        check_first_step(step, policy, batch, scores, kl, cfg)
+        kl = kl_estimate(old_logprobs, ref_logprobs, "k1")                       # only for the log
+        check_first_step(step, policy, batch, scores, kl, cfg)  # warns if the setup looks wrong
         run.lap("score")
 
-        # 3. Advantages: how much better than usual was it? Constants from here on.
+        # 3. Advantages: how much better than usual did it go? No gradient flows through them.
         if cfg.process:
             advantages = process_advantages(*score_steps(asked, batch, scores, tokenizer), mask,
                                             cfg.group_size)
@@ -166,7 +166,7 @@ def train(cfg):
         else:
             advantages = group_advantages(scores, cfg.group_size)
 
-        # 4. Update, once per mini-batch. share: the fraction of its tokens in a micro-batch.
+        # 4. Update, once per mini-batch. share: a micro-batch's part of the mini-batch's tokens.
         stats = Means()
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg, cfg.lr)
         for minibatch in mini_batches(len(scores), cfg.minibatch_size, cfg.group_size, cfg.epochs):
@@ -177,7 +177,7 @@ def train(cfg):
                 loss, clip_frac = grpo_loss(logprobs, old, ref_logprobs[rows], A, m, cfg.clip_eps,
                                             cfg.kl_coef, aggregate)
                 stats.add(share, **ratio_stats(logprobs, old, m), clip_frac=clip_frac)
-                share = share if cfg.aggregation == "token" else len(rows) / len(minibatch)
+                share = len(rows) / len(minibatch) if cfg.aggregation != "token" else share
                 require_finite(loss, "loss", step, texts, rows, logprobs)
                 (loss * share).backward()
                 stats.add(share, loss=loss)

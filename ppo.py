@@ -1,24 +1,24 @@
 """
 PPO (Schulman et al., arXiv 1707.06347) as it is used on language models: REINFORCE++ with a critic.
-Against reinforce_pp.py: a second network V learns what is still to come after each token, and says
-what "usual" is; A looks only as far ahead as lam lets it; the scores stay as they are:
+Against reinforce_pp.py: a second network, the critic V, predicts before each token what is still to
+come, and is the baseline; lam sets how far ahead A looks; the scores are not z-scored:
 
-    r_t  = [t is the last token] * score - kl_coef * kl_t     reward; kl_t = log(pi_old / pi_ref)
-    A_t  = delta_t + gamma * lam * A_{t+1}                    advantage (GAE), then whitened
+    r_t  = score (last token only) - kl_coef * kl_t           reward; kl_t = log(pi_old / pi_ref)
+    A_t  = delta_t + gamma * lam * A_{t+1}                    advantage (GAE); z-scored for the loss
            delta_t = r_t + gamma * V_{t+1} - V_t              what came minus what V expected
-    R_t  = A_t + V_t                                          return: what V should have said
+    R_t  = A_t + V_t                                          return, A not z-scored: V's target
     loss = -mean_t min(ratio_t A_t, clip(ratio_t, 1 - eps, 1 + eps) A_t)     ratio_t = pi / pi_old
-    critic_loss = mean_t max((V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2) / 2
+    value_loss = mean_t max((V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2) / 2    c: value_clip
 
-lam = 1 believes what came, lam = 0 what V expected: less noise, but all of the critic's errors. The
-critic is the policy's checkpoint with a head of one number, at first 0, and has a learning rate of
-its own. It costs as much memory and time as the policy (on the toy, not all of that shows).
+With lam = 1, A trusts only what came; with lam = 0, V: less noise, but all of the critic's errors.
+The critic starts as a copy of the policy whose new head gives one number, at first 0. It has its
+own learning rate, and costs as much memory and time as the policy (less so on the toy).
 
-    python ppo.py                                      the toy, without network: 3 minutes
+    python ppo.py                                      the toy, offline: 3 minutes
     python ppo.py --model Qwen/Qwen2.5-0.5B-Instruct   a real model, on one CUDA GPU
 
-What to expect of the toy: it starts with 0.6 of the held-out problems right and half of all answers
-showing their work, and ends at 0.95 and nearly all. Watch the score, not the loss.
+What to expect of the toy: asked 8+9-5=, it answers 12, or shows its work, 8+9=17,17-5=12. At first,
+0.6 of the held-out answers are right and half show the work; at the end, 0.95 and nearly all.
 """
 import copy
 from dataclasses import dataclass
@@ -26,8 +26,8 @@ from typing import Optional
 
 import torch
 
-from common import (HfArg, Means, RunConfig, fill, kl_estimate, learning_rate, main, masked_mean,
-                    mini_batches, ppo_clip_loss, require_finite, token_rewards, whiten)
+from common import HfArg, Means, RunConfig, fill, learning_rate, main, mini_batches, require_finite
+from common import kl_estimate, masked_mean, ppo_clip_loss, token_rewards, whiten
 from data import draw_problems, load_problems
 from evaluation import batch_stats, check_first_step, evaluate, ratio_stats, report, validate
 from model import save_policy
@@ -39,22 +39,22 @@ from sft import warm_start
 
 
 @dataclass
-class Config(RunConfig):
-    reward: str = HfArg(default="last_number", help="name or file.py:function; a,b: their sum")
+class Config(RunConfig):  # the rest is in common.py: --steps, --lr, --minibatch_size, ...
+    reward: str = HfArg(default="last_number", help="name or file.py:function; a,b adds two up")
     prompts_per_step: Optional[int] = HfArg(default=None, help="prompts per rollout batch")
     group_size: Optional[int] = HfArg(default=None, help="completions per prompt, K")
     temperature: float = HfArg(default=1.0, help="of the sampling, and of all log-probs with it")
     epochs: int = HfArg(default=1, help="passes over each rollout batch")
-    kl_coef: Optional[float] = HfArg(default=None, help="weight of the KL, beta in the paper")
+    kl_coef: Optional[float] = HfArg(default=None, help="weight of the KL (beta in most papers)")
     clip_eps: float = HfArg(default=0.2, help="clip range of the ratio")
     gamma: float = HfArg(default=1.0, help="discount per token")
     lam: float = HfArg(default=0.95, help="lambda of GAE")
     value_clip: float = HfArg(default=0.2, help="clip range of the values")
     critic_lr: Optional[float] = HfArg(default=None, help="AdamW learning rate of the critic")
-    critic_warmup: int = HfArg(default=0, help="steps at first in which only the critic learns")
+    critic_warmup: int = HfArg(default=0, help="first steps, in which only the critic learns")
 
 
-# completions = prompts * group_size. HUB: usual for mathematics; CPU: moves within minutes.
+# Defaults: TOY; HUB: --model on a GPU; CPU: --model without. completions = prompts * group_size.
 TOY = dict(steps=60, lr=2e-4, completions=256, minibatch_size=64, micro_batch_size=64,
            max_new_tokens=32, kl_coef=0.01, eval_prompts=512, critic_lr=2e-3)
 HUB = dict(steps=200, lr=1e-6, completions=256, minibatch_size=128, micro_batch_size=8,
@@ -64,7 +64,7 @@ CPU = dict(HUB, steps=15, lr=1e-5, completions=32, minibatch_size=16, max_new_to
 
 
 def make_critic(policy):
-    """V(x, y_<t): a copy of the policy whose head gives one number, at first 0, not V logits."""
+    """V(x, y_<t): a copy of the policy whose head gives one number, at first 0, not the logits."""
     critic, width = copy.deepcopy(policy), policy.get_output_embeddings().weight.shape[1]
     head = torch.nn.Linear(width, 1, device=policy.device)
     torch.nn.init.zeros_(head.weight)
@@ -76,9 +76,9 @@ def make_critic(policy):
 def gae(rewards, values, mask, gamma, lam):
     """A_t = delta_t + gamma * lam * A_{t+1}, all (N, C) -> (advantages, returns), (N, C) each.
 
-    delta_t = r_t + gamma * V_{t+1} - V_t, with V = 0 after the last token, also of a completion
-    that was cut short; returns = A + V. GAE, arXiv 1506.02438, eq. 16 (in the notes, one of the two
-    formulas lacks lam). lam = 1: A = returns to go - V; lam = 0: A = delta.
+    delta_t = r_t + gamma * V_{t+1} - V_t, with V = 0 after the last token, even if the completion
+    was cut short there; returns = A + V. GAE, arXiv 1506.02438, eq. 16 (the notes once omit lam).
+    lam = 1: A = (sum of the rewards from t on, discounted) - V; lam = 0: A = delta.
     """
     rewards, values = (torch.where(mask.bool(), x, 0) for x in (rewards, values))
     advantages, future, next_value = torch.zeros_like(rewards), 0, 0
@@ -92,16 +92,16 @@ def gae(rewards, values, mask, gamma, lam):
 def value_loss(values, old_values, returns, mask, value_clip):
     """Half the squared error of V, all (N, C) -> (loss, clip_frac), scalars; means over tokens.
 
-    Of the errors of V and of V clipped to old V +- value_clip, the larger counts: like the ratio's
-    clip, it ends the gradient where V has moved far enough. (The notes' critic loss lacks the
-    square and is the one-step error.)
+    Of the errors of V and of V clipped to old V +- value_clip, the larger counts: as with the
+    ratio, there is no gradient once V has moved by value_clip towards its target. (The notes have
+    the one-step error delta for a loss, without the square.)
     """
     values, old_values, returns = (torch.where(mask.bool(), x, 0)
                                    for x in (values, old_values, returns))
     clipped = old_values + (values - old_values).clamp(-value_clip, value_clip)
-    unclipped, clipped = (values - returns) ** 2, (clipped - returns) ** 2
-    loss = 0.5 * masked_mean(torch.maximum(unclipped, clipped), mask)
-    return loss, masked_mean((clipped > unclipped).to(loss.dtype), mask)
+    error, clipped_error = (values - returns) ** 2, (clipped - returns) ** 2
+    loss = 0.5 * masked_mean(torch.maximum(error, clipped_error), mask)
+    return loss, masked_mean((clipped_error > error).to(loss.dtype), mask)
 
 
 def explained_variance(values, returns, mask):
@@ -120,12 +120,12 @@ def train(cfg):
     problems, validation, test = load_problems(cfg)
     rewards = load_rewards(cfg, problems + validation + test)
     policy, tokenizer = load_policy(cfg.model or warm_start(cfg.seed, cfg.device), cfg.device)
-    run.open(policy, tokenizer, networks=2)
+    run.open(policy, tokenizer, networks=2)  # two to save: is there room on the disk?
     ref_model = copy.deepcopy(policy).requires_grad_(False) if cfg.kl_coef else None
-    critic = make_critic(policy)
-    groups = [dict(params=policy.parameters()), dict(params=critic.parameters())]
-    optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.99),
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.99),
                                   weight_decay=cfg.weight_decay, fused=True)
+    critic = make_critic(policy)
+    optimizer.add_param_group(dict(params=critic.parameters()))  # its group 1
     state = run.load(policy=policy, optimizer=optimizer, critic=critic)  # {}, or the checkpoint
     before = state.get("before") or evaluate(policy, tokenizer, test, cfg, rewards)
 
@@ -134,27 +134,28 @@ def train(cfg):
         asked = draw_problems(problems, step, cfg.prompts_per_step, cfg.seed)
         batch = sample(policy, tokenizer, [problem["ids"] for problem in asked], cfg.group_size,
                        cfg.max_new_tokens, cfg.temperature)
-        old_logprobs, mask = batch.logprobs, batch.mask       # (N, C): completions, their tokens
+        old_logprobs, mask = batch.logprobs, batch.mask  # N completions, C tokens; mask 0: padding
         run.lap("sample")
 
         # 2. Score: what each completion earned, and how far from the reference each token is.
         texts, scores, each = score(rewards, asked, batch, tokenizer, step)      # scores: (N,)
         ref_logprobs = old_logprobs if ref_model is None else all_logprobs(      # (N, C)
             ref_model, batch, cfg.micro_batch_size, cfg.temperature)
-        kl = kl_estimate(old_logprobs, ref_logprobs, "k1")                       # (N, C)
+        kl = kl_estimate(old_logprobs, ref_logprobs, "k1")                       # (N, C) old - ref
         old_values = all_values(critic, batch, cfg.micro_batch_size)             # (N, C)
-        check_first_step(step, policy, batch, scores, kl, cfg)
+        check_first_step(step, policy, batch, scores, kl, cfg)  # warns if the setup looks wrong
         run.lap("score")
 
-        # 3. Advantages: how much better than usual was it? Constants from here on.
+        # 3. Advantages: how much better than usual did it go? No gradient flows through them.
         advantages, returns = gae(token_rewards(scores, kl, mask, cfg.kl_coef), old_values, mask,
                                   cfg.gamma, cfg.lam)
-        advantages = whiten(advantages, mask)  # after the returns, which the critic must learn raw
+        advantages = whiten(advantages, mask)  # only now: V learns the raw returns
 
-        # 4. Update, once per mini-batch. share: the fraction of its tokens in a micro-batch.
+        # 4. Update, once per mini-batch. share: a micro-batch's part of the mini-batch's tokens.
         stats = Means()
-        warm = step >= cfg.critic_warmup  # until then, only the critic learns
-        optimizer.param_groups[0]["lr"] = learning_rate(step, cfg, cfg.lr) if warm else 0.0
+        optimizer.param_groups[0]["lr"] = learning_rate(step, cfg, cfg.lr)
+        if step < cfg.critic_warmup:
+            optimizer.param_groups[0]["lr"] = 0.0  # as yet only the critic learns
         optimizer.param_groups[1]["lr"] = learning_rate(step, cfg, cfg.critic_lr)
         for minibatch in mini_batches(len(scores), cfg.minibatch_size, cfg.group_size, cfg.epochs):
             optimizer.zero_grad()
@@ -169,7 +170,7 @@ def train(cfg):
                 V = token_values(critic, batch, rows)                            # (R, C)
                 error, _ = value_loss(V, old_values[rows], returns[rows], m, cfg.value_clip)
                 require_finite(error, "value loss", step, texts, rows, V)
-                (error * share).backward()  # after the policy's, whose activations are gone now
+                (error * share).backward()  # second, when the policy's activations are free
                 stats.add(share, value_loss=error)
             grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm,
                                                        error_if_nonfinite=True)
@@ -179,8 +180,8 @@ def train(cfg):
             stats.add(1, grad_norm=grad_norm, lr=optimizer.param_groups[0]["lr"])
 
         # 5. Log. The loss is no measure of quality: what matters is its gradient.
-        run.log(step, **batch_stats(scores, kl, batch, cfg.group_size), **each, **stats(),
-                explained_var=explained_variance(old_values, returns, mask))
+        stats.add(1, explained_var=explained_variance(old_values, returns, mask))
+        run.log(step, **batch_stats(scores, kl, batch, cfg.group_size), **each, **stats())
         run.show(step, asked, texts, scores)
         validate(run, step, policy, tokenizer, validation, cfg, rewards)
         run.save(step, policy=policy, optimizer=optimizer, before=before, critic=critic)

@@ -1,26 +1,26 @@
 """
-REINFORCE (Williams, 1992) for language models: tokens of completions that scored better than those
-of the past become more likely, the others less. The ancestor of all that follows:
+REINFORCE (Williams, 1992): a policy pi samples completions y of prompts x. The tokens of those that
+scored better than past ones become more likely, the others less. All other scripts build on it:
 
     A_i  = score_i - kl_coef * sum_t kl_t - b                 kl_t = log(pi / pi_ref)
     loss = -mean_i A_i * sum_t log pi(y_t | x, y_<t)
 
-Minus its gradient is, on average, the gradient of the mean score minus kl_coef times the KL to the
-model that it started from, pi_ref. That holds for any constant b; a good one, the baseline, makes
-it less noisy. Two are in use (the notes mix them up), both from before the batch, at first 0:
+On average, -loss has the gradient of mean score - kl_coef * KL(pi || pi_ref), where pi_ref is the
+policy before training. So it is for every b that ignores the batch; a good b, the baseline, makes
+the gradient less noisy. b is 0 for the first batch, and after each batch one of these:
 
-    ema             b <- decay * b + (1 - decay) * mean score of the batch
+    ema             b <- decay * b + (1 - decay) * mean score of the batch; the first: its mean
     running_mean    b <- mean of all scores so far
 
-No ratio, and one update per batch: the batch comes from the very policy that is differentiated. A
-second update would need a correction, which is what reinforce_pp.py and ppo.py add. With so few
+One update per batch: the loss needs completions of the very policy that is differentiated. After
+an update they would need a correction, the ratio in reinforce_pp.py and ppo.py. With so few
 updates, the learning rate is larger than theirs.
 
-    python reinforce.py                                      the toy, without network: 2 minutes
+    python reinforce.py                                      the toy, offline: 2 minutes
     python reinforce.py --model Qwen/Qwen2.5-0.5B-Instruct   a real model, on one CUDA GPU
 
-What to expect of the toy: it starts with 0.6 of the held-out problems right and half of all answers
-showing their work, and ends at 0.93 and most of them. Watch the score, not the loss.
+What to expect of the toy: asked 8+9-5=, it answers 12, or shows its work, 8+9=17,17-5=12. At first,
+0.6 of the held-out answers are right and half show the work; at the end, 0.93 and most of them.
 """
 import copy
 from dataclasses import dataclass
@@ -28,8 +28,8 @@ from typing import Literal, Optional
 
 import torch
 
-from common import (HfArg, Means, RunConfig, fail, fill, kl_estimate, learning_rate, main,
-                    mini_batches, require_finite)
+from common import HfArg, Means, RunConfig, fill, learning_rate, main, mini_batches, require_finite
+from common import fail, kl_estimate
 from data import draw_problems, load_problems
 from evaluation import batch_stats, check_first_step, evaluate, ratio_stats, report, validate
 from model import save_policy
@@ -40,17 +40,17 @@ from sft import warm_start
 
 
 @dataclass
-class Config(RunConfig):
-    reward: str = HfArg(default="last_number", help="name or file.py:function; a,b: their sum")
+class Config(RunConfig):  # the rest is in common.py: --steps, --lr, --minibatch_size, ...
+    reward: str = HfArg(default="last_number", help="name or file.py:function; a,b adds two up")
     prompts_per_step: Optional[int] = HfArg(default=None, help="prompts per rollout batch")
     group_size: Optional[int] = HfArg(default=None, help="completions per prompt, K")
     temperature: float = HfArg(default=1.0, help="of the sampling, and of all log-probs with it")
-    kl_coef: Optional[float] = HfArg(default=None, help="weight of the KL, beta in the paper")
+    kl_coef: Optional[float] = HfArg(default=None, help="weight of the KL (beta in most papers)")
     baseline: Literal["ema", "running_mean"] = HfArg(default="ema", help="mean of past scores")
     decay: float = HfArg(default=0.9, help="of the exponential moving average, ema")
 
 
-# completions = prompts * group_size. HUB: usual for mathematics; CPU: moves within minutes.
+# Defaults: TOY; HUB: --model on a GPU; CPU: --model without. completions = prompts * group_size.
 TOY = dict(steps=60, lr=5e-4, completions=256, micro_batch_size=64,
            max_new_tokens=32, kl_coef=0.01, eval_prompts=512)
 HUB = dict(steps=200, lr=2e-6, completions=256, micro_batch_size=8,
@@ -65,7 +65,7 @@ def ema_baseline(baseline, scores, decay):
 
 
 def running_mean_baseline(mean, count, scores):
-    """Mean of all scores ever seen: their mean and count until now, (N,) -> (mean, count)."""
+    """Mean of all scores so far (the notes call it an EMA too): old ones, (N,) -> (mean, count)."""
     total = mean * count + scores.sum()
     return total / (count + len(scores)), count + len(scores)
 
@@ -98,25 +98,25 @@ def train(cfg):
         asked = draw_problems(problems, step, cfg.prompts_per_step, cfg.seed)
         batch = sample(policy, tokenizer, [problem["ids"] for problem in asked], cfg.group_size,
                        cfg.max_new_tokens, cfg.temperature)
-        old_logprobs, mask = batch.logprobs, batch.mask       # (N, C): completions, their tokens
+        old_logprobs, mask = batch.logprobs, batch.mask  # N completions, C tokens; mask 0: padding
         run.lap("sample")
 
         # 2. Score: what each completion earned, and how far from the reference each token is.
         texts, scores, each = score(rewards, asked, batch, tokenizer, step)      # scores: (N,)
         ref_logprobs = old_logprobs if ref_model is None else all_logprobs(      # (N, C)
             ref_model, batch, cfg.micro_batch_size, cfg.temperature)
-        kl = kl_estimate(old_logprobs, ref_logprobs, "k1")                       # (N, C)
-        check_first_step(step, policy, batch, scores, kl, cfg)
+        kl = kl_estimate(old_logprobs, ref_logprobs, "k1")                       # (N, C) old - ref
+        check_first_step(step, policy, batch, scores, kl, cfg)  # warns if the setup looks wrong
         run.lap("score")
 
-        # 3. Advantages: how much better than usual was it? Constants from here on.
+        # 3. Advantages: how much better than usual did it go? No gradient flows through them.
         advantages = scores - cfg.kl_coef * kl.sum(dim=1) - (baseline or 0)      # (N,)
         if cfg.baseline == "ema":
             baseline = ema_baseline(baseline, scores, cfg.decay)
         else:
             baseline, count = running_mean_baseline(baseline or 0, count, scores)
 
-        # 4. Update, once per mini-batch. share: the fraction of its tokens in a micro-batch.
+        # 4. Update, once per mini-batch. share: a micro-batch's part of the mini-batch's tokens.
         stats = Means()
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg, cfg.lr)
         for minibatch in mini_batches(len(scores), cfg.minibatch_size, cfg.group_size, epochs=1):
@@ -126,7 +126,7 @@ def train(cfg):
                 logprobs = token_logprobs(policy, batch, rows, cfg.temperature)  # (R, C)
                 loss = reinforce_loss(logprobs, A, m)
                 stats.add(share, **ratio_stats(logprobs, old, m), clip_frac=0.0)  # nothing to clip
-                share = len(rows) / len(minibatch)  # of a mean over completions, not tokens
+                share = len(rows) / len(minibatch)  # now of completions: the loss is their mean
                 require_finite(loss, "loss", step, texts, rows, logprobs)
                 (loss * share).backward()
                 stats.add(share, loss=loss)

@@ -1,24 +1,24 @@
 """
-REINFORCE++ (Jian Hu, arXiv 2501.03262): REINFORCE with the tricks of PPO, without its critic.
-Against reinforce.py: each token has the KL from it on; the batch is its own baseline; and the clip
-allows several updates per batch:
+REINFORCE++ (Jian Hu, arXiv 2501.03262): REINFORCE with PPO's ratio and clip, without its critic.
+Against reinforce.py: a token answers for the KL from itself on only; the baseline is the mean of
+this batch; ratio and clip allow several updates per batch; the loss is a mean over tokens:
 
-    r_t  = [t is the last token] * score - kl_coef * kl_t     reward; kl_t = log(pi_old / pi_ref)
+    r_t  = score (last token only) - kl_coef * kl_t           reward; kl_t = log(pi_old / pi_ref)
     G_t  = r_t + gamma * G_{t+1}                              return: all that comes from t on
     A_t  = (G_t - mean) / std                                 advantage, over the batch's tokens
     loss = -mean_t min(ratio_t A_t, clip(ratio_t, 1 - eps, 1 + eps) A_t)     ratio_t = pi / pi_old
 
-The KL keeps the policy near pi_ref, where it started. The z-score says what "usual" is; PPO trains
-a critic for that. pi_old sampled the batch; the clip ends the gradient of a token that has moved
-past 1 +- eps the way A wants. The scores themselves are z-scored and clipped first. That is version
-1 of the paper, and of the notes. In later ones, --group_baseline, A is the z-score of score - mean
-of the prompt's K completions, and the KL is in the loss, as k2.
+pi_old is the policy that sampled the batch; the ratio corrects for the updates since then. When it
+has passed 1 + eps (A_t > 0) or 1 - eps (A_t < 0), the clip ends that token's gradient. The scores
+are first z-scored and clipped to +- reward_clip. That is version 1 of the paper. In later ones,
+--group_baseline, A is the z-score of (score - mean score of the K completions of its prompt), and
+the KL is in the loss, as k2 = log(pi / pi_ref)^2 / 2.
 
-    python reinforce_pp.py                                      the toy, without network: 2 minutes
+    python reinforce_pp.py                                      the toy, offline: 2 minutes
     python reinforce_pp.py --model Qwen/Qwen2.5-0.5B-Instruct   a real model, on one CUDA GPU
 
-What to expect of the toy: it starts with 0.6 of the held-out problems right and half of all answers
-showing their work, and ends at 0.95 and nearly all. Watch the score, not the loss.
+What to expect of the toy: asked 8+9-5=, it answers 12, or shows its work, 8+9=17,17-5=12. At first,
+0.6 of the held-out answers are right and half show the work; at the end, 0.95 and nearly all.
 """
 import copy
 from dataclasses import dataclass
@@ -26,9 +26,9 @@ from typing import Optional
 
 import torch
 
-from common import (HfArg, Means, RunConfig, fail, fill, kl_estimate, learning_rate, main,
-                    masked_mean, mini_batches, normalize_rewards, ppo_clip_loss, require_finite,
-                    returns_to_go, token_rewards, whiten)
+from common import HfArg, Means, RunConfig, fill, learning_rate, main, mini_batches, require_finite
+from common import (fail, kl_estimate, masked_mean, normalize_rewards, ppo_clip_loss, returns_to_go,
+                    token_rewards, whiten)
 from data import draw_problems, load_problems
 from evaluation import batch_stats, check_first_step, evaluate, ratio_stats, report, validate
 from model import save_policy
@@ -39,20 +39,20 @@ from sft import warm_start
 
 
 @dataclass
-class Config(RunConfig):
-    reward: str = HfArg(default="last_number", help="name or file.py:function; a,b: their sum")
+class Config(RunConfig):  # the rest is in common.py: --steps, --lr, --minibatch_size, ...
+    reward: str = HfArg(default="last_number", help="name or file.py:function; a,b adds two up")
     prompts_per_step: Optional[int] = HfArg(default=None, help="prompts per rollout batch")
     group_size: Optional[int] = HfArg(default=None, help="completions per prompt, K")
     temperature: float = HfArg(default=1.0, help="of the sampling, and of all log-probs with it")
     epochs: int = HfArg(default=1, help="passes over each rollout batch")
-    kl_coef: Optional[float] = HfArg(default=None, help="weight of the KL, beta in the paper")
+    kl_coef: Optional[float] = HfArg(default=None, help="weight of the KL (beta in most papers)")
     clip_eps: float = HfArg(default=0.2, help="clip range of the ratio")
     reward_clip: float = HfArg(default=5.0, help="clip z-scored scores to this; 0: raw scores")
     gamma: float = HfArg(default=1.0, help="discount per token")
-    group_baseline: bool = HfArg(default=False, help="later variant, without reward_clip and gamma")
+    group_baseline: bool = HfArg(default=False, help="later variant: no reward_clip, no gamma")
 
 
-# completions = prompts * group_size. HUB: usual for mathematics; CPU: moves within minutes.
+# Defaults: TOY; HUB: --model on a GPU; CPU: --model without. completions = prompts * group_size.
 TOY = dict(steps=60, lr=2e-4, completions=256, minibatch_size=64, micro_batch_size=64,
            max_new_tokens=32, kl_coef=0.01, eval_prompts=512)
 HUB = dict(steps=200, lr=1e-6, completions=256, minibatch_size=128, micro_batch_size=8,
@@ -62,7 +62,7 @@ CPU = dict(HUB, steps=15, lr=1e-5, completions=32, minibatch_size=16, max_new_to
 
 
 def reinforce_pp_advantages(scores, kl, mask, kl_coef, gamma=1.0):
-    """z-score of the returns of KL-shaped rewards: (N,), (N, C), (N, C) -> (N, C). Notes, 2.5."""
+    """A_t = z-score of G_t over the batch's tokens: (N,), (N, C), (N, C) -> (N, C)."""
     rewards = token_rewards(scores, kl, mask, kl_coef)
     return whiten(returns_to_go(rewards, mask, gamma), mask)
 
@@ -80,7 +80,7 @@ def reinforce_pp_baseline_advantages(scores, mask, group_size):
 def train(cfg):
     fill(cfg, TOY, HUB, CPU, group_size=4 if cfg.group_baseline else 1)
     if cfg.group_baseline and cfg.group_size < 2:
-        fail("--group_size 1 leaves --group_baseline nothing to compare with: take 4, say")
+        fail("--group_size 1: completions of a prompt are compared with each other; take 4, say")
     run = Run(cfg, "reinforce_pp")
     problems, validation, test = load_problems(cfg)
     rewards = load_rewards(cfg, problems + validation + test)
@@ -97,25 +97,25 @@ def train(cfg):
         asked = draw_problems(problems, step, cfg.prompts_per_step, cfg.seed)
         batch = sample(policy, tokenizer, [problem["ids"] for problem in asked], cfg.group_size,
                        cfg.max_new_tokens, cfg.temperature)
-        old_logprobs, mask = batch.logprobs, batch.mask       # (N, C): completions, their tokens
+        old_logprobs, mask = batch.logprobs, batch.mask  # N completions, C tokens; mask 0: padding
         run.lap("sample")
 
         # 2. Score: what each completion earned, and how far from the reference each token is.
         texts, scores, each = score(rewards, asked, batch, tokenizer, step)      # scores: (N,)
         ref_logprobs = old_logprobs if ref_model is None else all_logprobs(      # (N, C)
             ref_model, batch, cfg.micro_batch_size, cfg.temperature)
-        kl = kl_estimate(old_logprobs, ref_logprobs, "k1")                       # (N, C)
-        check_first_step(step, policy, batch, scores, kl, cfg)
+        kl = kl_estimate(old_logprobs, ref_logprobs, "k1")                       # (N, C) old - ref
+        check_first_step(step, policy, batch, scores, kl, cfg)  # warns if the setup looks wrong
         run.lap("score")
 
-        # 3. Advantages: how much better than usual was it? Constants from here on.
+        # 3. Advantages: how much better than usual did it go? No gradient flows through them.
         if cfg.group_baseline:
             advantages = reinforce_pp_baseline_advantages(scores, mask, cfg.group_size)
         else:
-            shaped = normalize_rewards(scores, cfg.reward_clip) if cfg.reward_clip else scores
-            advantages = reinforce_pp_advantages(shaped, kl, mask, cfg.kl_coef, cfg.gamma)
+            clipped = normalize_rewards(scores, cfg.reward_clip) if cfg.reward_clip else scores
+            advantages = reinforce_pp_advantages(clipped, kl, mask, cfg.kl_coef, cfg.gamma)
 
-        # 4. Update, once per mini-batch. share: the fraction of its tokens in a micro-batch.
+        # 4. Update, once per mini-batch. share: a micro-batch's part of the mini-batch's tokens.
         stats = Means()
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg, cfg.lr)
         for minibatch in mini_batches(len(scores), cfg.minibatch_size, cfg.group_size, cfg.epochs):

@@ -1,25 +1,25 @@
 """
 ReMax (Li et al., arXiv 2310.10505): REINFORCE, with the score of the greedy answer as the baseline.
-Against rloo.py: instead of K completions that serve each other as baseline, one is sampled, and one
-more decoded greedily. The KL stays with the token that caused it and those before:
+Against rloo.py: instead of K completions that are each other's baseline, one is sampled and one is
+decoded greedily, to compare with. A token answers for the KL from itself on only:
 
-    r_t  = [t is the last token] * score - kl_coef * kl_t     reward; kl_t = log(pi_old / pi_ref)
+    r_t  = score (last token only) - kl_coef * kl_t           reward; kl_t = log(pi_old / pi_ref)
     G_t  = r_t + G_{t+1}                                      return: all that comes from t on
-    A_t  = G_t - score(greedy answer)                         one number per prompt, for all t
+    A_t  = G_t - score(greedy answer)                         the same baseline for all t
     loss = -mean_t min(ratio_t A_t, clip(ratio_t, 1 - eps, 1 + eps) A_t)     ratio_t = pi / pi_old
 
-The greedy answer does not depend on the sample, so the gradient stays unbiased; it is never trained
-on, and half of the decoding goes into it. (The notes subtract r_greedy token by token, but the two
-answers are different texts of different lengths: only the whole scores can be compared.)
+The greedy answer does not depend on the sample, so the gradient stays unbiased. It only serves as
+the baseline, at the price of half of the decoding, so the defaults have half as many completions.
 
-This is verl's reading. The authors' code has the KL of token t alone in A_t, discounts by .95 per
-token, clips score - greedy score to +-5, and takes one update without a ratio.
+The formulas are those of the library verl. The authors' code has only the KL of token t itself in
+A_t, discounts by 0.95 per token, clips score - greedy score to +-5, and makes one update, without a
+ratio.
 
-    python remax.py                                      the toy, without network: 2 minutes
+    python remax.py                                      the toy, offline: 2 minutes
     python remax.py --model Qwen/Qwen2.5-0.5B-Instruct   a real model, on one CUDA GPU
 
-What to expect of the toy: it starts with 0.6 of the held-out problems right and half of all answers
-showing their work, and ends at 0.94 and most of them. Watch the score, not the loss.
+What to expect of the toy: asked 8+9-5=, it answers 12, or shows its work, 8+9=17,17-5=12. At first,
+0.6 of the held-out answers are right and half show the work; at the end, 0.94 and most of them.
 """
 import copy
 from dataclasses import dataclass
@@ -27,8 +27,8 @@ from typing import Optional
 
 import torch
 
-from common import (HfArg, Means, RunConfig, fill, kl_estimate, learning_rate, main, mini_batches,
-                    ppo_clip_loss, require_finite, returns_to_go, token_rewards)
+from common import HfArg, Means, RunConfig, fill, learning_rate, main, mini_batches, require_finite
+from common import kl_estimate, ppo_clip_loss, returns_to_go, token_rewards
 from data import draw_problems, load_problems
 from evaluation import batch_stats, check_first_step, evaluate, ratio_stats, report, validate
 from model import save_policy
@@ -39,17 +39,17 @@ from sft import warm_start
 
 
 @dataclass
-class Config(RunConfig):
-    reward: str = HfArg(default="last_number", help="name or file.py:function; a,b: their sum")
+class Config(RunConfig):  # the rest is in common.py: --steps, --lr, --minibatch_size, ...
+    reward: str = HfArg(default="last_number", help="name or file.py:function; a,b adds two up")
     prompts_per_step: Optional[int] = HfArg(default=None, help="prompts per rollout batch")
     group_size: Optional[int] = HfArg(default=None, help="completions per prompt, K")
     temperature: float = HfArg(default=1.0, help="of the sampling, and of all log-probs with it")
     epochs: int = HfArg(default=1, help="passes over each rollout batch")
-    kl_coef: Optional[float] = HfArg(default=None, help="weight of the KL, beta in the paper")
+    kl_coef: Optional[float] = HfArg(default=None, help="weight of the KL (beta in most papers)")
     clip_eps: float = HfArg(default=0.2, help="clip range of the ratio")
 
 
-# completions = prompts * group_size. HUB: usual for mathematics; CPU: moves within minutes.
+# Defaults: TOY; HUB: --model on a GPU; CPU: --model without. completions = prompts * group_size.
 TOY = dict(steps=60, lr=2e-4, completions=128, minibatch_size=32, micro_batch_size=64,
            max_new_tokens=32, kl_coef=0.01, eval_prompts=512)
 HUB = dict(steps=200, lr=1e-6, completions=128, minibatch_size=64, micro_batch_size=8,
@@ -60,6 +60,7 @@ CPU = dict(HUB, steps=15, lr=1e-5, completions=16, minibatch_size=8, max_new_tok
 
 def remax_advantages(scores, greedy_scores, kl, mask, kl_coef):
     """G_t of the KL-shaped rewards - the greedy score: (N,), (N,), (N, C), (N, C) -> (N, C)."""
+    # The notes subtract greedy rewards token by token, but the two texts have other tokens.
     returns = returns_to_go(token_rewards(scores, kl, mask, kl_coef), mask)
     return torch.where(mask.bool(), returns - greedy_scores[:, None], 0)
 
@@ -82,7 +83,7 @@ def train(cfg):
         asked = draw_problems(problems, step, cfg.prompts_per_step, cfg.seed)
         batch = sample(policy, tokenizer, [problem["ids"] for problem in asked], cfg.group_size,
                        cfg.max_new_tokens, cfg.temperature)
-        old_logprobs, mask = batch.logprobs, batch.mask       # (N, C): completions, their tokens
+        old_logprobs, mask = batch.logprobs, batch.mask  # N completions, C tokens; mask 0: padding
         greedy = sample(policy, tokenizer, [problem["ids"] for problem in asked], 1,
                         cfg.max_new_tokens, temperature=0)    # one per prompt: only to be scored
         run.lap("sample")
@@ -92,15 +93,15 @@ def train(cfg):
         _, greedy_scores, _ = score(rewards, asked, greedy, tokenizer, step)     # (N / K,)
         ref_logprobs = old_logprobs if ref_model is None else all_logprobs(      # (N, C)
             ref_model, batch, cfg.micro_batch_size, cfg.temperature)
-        kl = kl_estimate(old_logprobs, ref_logprobs, "k1")                       # (N, C)
-        check_first_step(step, policy, batch, scores, kl, cfg)
+        kl = kl_estimate(old_logprobs, ref_logprobs, "k1")                       # (N, C) old - ref
+        check_first_step(step, policy, batch, scores, kl, cfg)  # warns if the setup looks wrong
         run.lap("score")
 
-        # 3. Advantages: how much better than usual was it? Constants from here on.
+        # 3. Advantages: how much better than usual did it go? No gradient flows through them.
         baseline = greedy_scores.repeat_interleave(cfg.group_size)               # (N,)
         advantages = remax_advantages(scores, baseline, kl, mask, cfg.kl_coef)   # (N, C)
 
-        # 4. Update, once per mini-batch. share: the fraction of its tokens in a micro-batch.
+        # 4. Update, once per mini-batch. share: a micro-batch's part of the mini-batch's tokens.
         stats = Means()
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg, cfg.lr)
         for minibatch in mini_batches(len(scores), cfg.minibatch_size, cfg.group_size, cfg.epochs):
