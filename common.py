@@ -113,14 +113,12 @@ class RunConfig:
     weight_decay: float = HfArg(default=0.0, help="AdamW weight decay")
     max_grad_norm: float = HfArg(default=1.0, help="gradients are clipped to this norm")
     minibatch_size: Optional[int] = HfArg(default=None, help="sequences per optimizer step")
-    micro_batch_size: Optional[int] = HfArg(default=None, help="sequences per forward pass; a "
-                                                               "matter of memory, not of results")
+    micro_batch_size: Optional[int] = HfArg(default=None, help="sequences per pass: memory only")
     gradient_checkpointing: bool = HfArg(default=False, help="compute activations twice instead of "
                                                              "keeping them; slower, less memory")
     max_new_tokens: Optional[int] = HfArg(default=None, help="longest completion, in tokens")
     log_every: int = HfArg(default=5, help="print a line of metrics every so many steps")
-    eval_every: int = HfArg(default=0, help="evaluate on validation prompts every so many "
-                                           "steps; 0: never")
+    eval_every: int = HfArg(default=0, help="steps between looks at validation prompts; 0: never")
     eval_prompts: Optional[int] = HfArg(default=None, help="held-out prompts per evaluation")
     save_every: int = HfArg(default=20, help="write the checkpoint every so many steps")
     seed: int = HfArg(default=1, help="seed of everything random")
@@ -179,10 +177,11 @@ def check_ranges(cfg):
             fail(f"--{key} {value}: it must be {'at least' if key in ZERO_IS_FINE else 'above'} 0")
         if value > (highest := AT_MOST.get(key, 2**63 - 1)):
             fail(f"--{key} {value}: it must be at most {highest}")
-    batch = getattr(cfg, "prompts_per_step", cfg.minibatch_size) * getattr(cfg, "group_size", 1)
-    if cfg.minibatch_size > batch:
-        fail(f"--minibatch_size {cfg.minibatch_size}: a step has only {batch} completions "
-             "(--prompts_per_step times --group_size); make it smaller, or those larger")
+    K = getattr(cfg, "group_size", 1)
+    batch = getattr(cfg, "prompts_per_step", cfg.minibatch_size) * K
+    if not K <= cfg.minibatch_size <= batch:
+        fail(f"--minibatch_size {cfg.minibatch_size}: it must be at least a group of --group_size "
+             f"{K}, and at most the {batch} completions of a step (--prompts_per_step groups)")
 
 
 def fill(cfg, toy, hub, cpu, **more):
@@ -201,7 +200,7 @@ def fill(cfg, toy, hub, cpu, **more):
         completions, K = row.pop("completions"), cfg.group_size or row["group_size"]
         row["prompts_per_step"] = max(1, completions // max(1, K))
         batch = (cfg.prompts_per_step or row["prompts_per_step"]) * K
-        row["minibatch_size"] = max(1, min(row.get("minibatch_size", batch), batch))
+        row["minibatch_size"] = max(1, K, min(row.get("minibatch_size", batch), batch))
     for key, value in row.items():
         if getattr(cfg, key) is None:
             setattr(cfg, key, value)
@@ -229,8 +228,9 @@ def learning_rate(step, cfg, peak):
 
 def mini_batches(n, minibatch_size, group_size, epochs):
     """Shuffled whole groups, all n completions `epochs` times over -> yields row indices (M,)."""
+    parts = math.ceil(n // group_size / max(1, minibatch_size // group_size))
     for _ in range(epochs):
-        for groups in torch.randperm(n // group_size).split(max(1, minibatch_size // group_size)):
+        for groups in torch.randperm(n // group_size).tensor_split(parts):  # of nearly one size
             yield (groups[:, None] * group_size + torch.arange(group_size)).flatten()
 
 

@@ -4,14 +4,17 @@ All online scripts from one starting policy, on the same budget of completions: 
     python compare.py --seeds 1 2 3          the toy: about 20 minutes on 2 cores
     python compare.py --seeds 1 --steps 10   other flags go to every script
 
-Each run is a process of its own, one after the other, in runs/compare; those already there are not
-repeated. The starting policy is the warm-up of seed 1; a seed is the order of the prompts and all
-sampling. ReMax spends half of its completions on greedy decoding.
+Each run is a process of its own, one after the other, in runs/compare; one that is there already,
+with the same flags, is not repeated. The starting policy is the warm-up of seed 1 (or --model, with
+--data); a seed is the order of the prompts and all sampling. ReMax spends half of its completions
+on greedy decoding.
 """
 import argparse
 import json
+import shutil
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 from sft import warm_start
@@ -21,13 +24,16 @@ SCRIPTS = "reinforce", "reinforce_pp", "ppo", "remax", "rloo", "grpo"
 
 def run(script, seed, flags):
     """Train, unless that was done before -> what the run's folder says."""
-    folder = Path("runs", "compare", f"{script}-seed{seed}")
+    same = f"{zlib.crc32(' '.join(flags).encode()):08x}"
+    folder = Path("runs", "compare", same, f"{script}-seed{seed}")
     if not (folder / "test.json").exists():
-        print(f"{script}, seed {seed}", file=sys.stderr)
+        print(f"{script}, seed {seed}: {folder}", file=sys.stderr)
         command = [sys.executable, Path(__file__).with_name(f"{script}.py"), *flags]
         command += ["--seed", str(seed), "--out_dir", folder]
         if (folder / "checkpoint.pt").exists():
             command.append("--resume")
+        else:
+            shutil.rmtree(folder, ignore_errors=True)  # stopped before there was anything to keep
         if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
             sys.exit(f"error: {script}.py failed; what it printed is above")
     test = json.loads((folder / "test.json").read_text())
@@ -56,9 +62,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="one run each")
+    parser.add_argument("--model", help="the starting policy; without it the warmed-up toy")
+    parser.add_argument("--data", default="toy")
     args, flags = parser.parse_known_args()
-    if "--model" not in flags:
-        flags += ["--model", warm_start(1, "cpu"), "--data", "toy"]
+    flags = ["--model", args.model or warm_start(1, "cpu"), "--data", args.data, *flags]
     found = {script: [] for script in SCRIPTS}
     for seed in args.seeds:  # the scripts take turns: a busy hour of the machine hits all of them
         for script in SCRIPTS:

@@ -16,7 +16,8 @@ from rollout import all_logprobs, make_batch, sample, token_logprobs
 
 def batch_stats(scores, kl, batch, group_size):
     """What the log says of a rollout batch: scores (N,), kl (N, C) -> dict of scalars."""
-    # Groups whose scores are all equal teach nothing. Without groups, the batch is the group.
+    # Groups whose scores are all equal: where the group is the baseline, they teach nothing.
+    # Without groups, the batch is the group.
     groups = scores.view(-1, group_size if group_size > 1 else len(scores))
     return dict(
         score=scores.mean(), score_std=scores.std(correction=0),
@@ -53,8 +54,8 @@ def check_first_step(step, policy, batch, scores, kl, cfg):
         print(f"warning: before any update, the KL to the reference is {kl:.2g} a token, not 0: "
               "the policy did not start as the reference")
     if scores.max() == scores.min():
-        print(f"warning: all {len(scores)} scores are {scores[0].item():g}, and equal scores teach "
-              "nothing: is the task too hard, or --max_new_tokens too small?")
+        print(f"warning: all {len(scores)} scores are {scores[0].item():g}, which may leave "
+              "nothing to learn: is the task too hard, or --max_new_tokens too small?")
     if truncated > 0.5:
         print(f"warning: {truncated:.0%} of the completions were cut off before they ended; raise "
               "--max_new_tokens")
@@ -94,9 +95,8 @@ def evaluate(policy, tokenizer, problems, cfg, rewards=None):
 def look(policy, tokenizer, problems, cfg, judges, temperature, generator):
     """One completion of each problem -> lists of N: texts, lengths, and each judge's scores."""
     found = {name: [] for name in ("texts", "lengths", *judges)}
-    size = min(64, getattr(cfg, "prompts_per_step", 64) * getattr(cfg, "group_size", 1))  # memory
-    for i in range(0, len(problems), size):
-        part = problems[i : i + size]
+    for i in range(0, len(problems), 64):  # always 64: the same random numbers in every script
+        part = problems[i : i + 64]
         batch = sample(policy, tokenizer, [problem["ids"] for problem in part], 1,
                        cfg.max_new_tokens, temperature, generator)
         found["texts"] += decode(tokenizer, batch)

@@ -45,7 +45,7 @@ class Config(RunConfig):  # the rest is in common.py: --steps, --lr, --minibatch
     epochs: int = HfArg(default=1, help="passes over each rollout batch")
     kl_coef: Optional[float] = HfArg(default=None, help="weight of the KL (beta in most papers)")
     clip_eps: float = HfArg(default=0.2, help="clip range of the ratio")
-    process: bool = HfArg(default=False, help="process supervision: a reward per step (toy only)")
+    process: bool = HfArg(default=False, help="a reward of 0 or 1 per step too (toy only)")
     aggregation: Literal["response", "token", "dr_grpo"] = HfArg(
         default="response", help="loss averaged by response, over all tokens, or as in Dr. GRPO")
 
@@ -73,6 +73,7 @@ def group_advantages(scores, group_size):
 def dr_grpo_advantages(scores, group_size):
     """score - mean of its group: (N,) -> (N,). A std would favour groups with one odd answer."""
     groups = scores.view(-1, group_size)
+    groups = groups - groups[:, :1]  # changes nothing, but makes equal scores exactly 0
     return (groups - groups.mean(dim=1, keepdim=True)).flatten()
 
 
@@ -80,8 +81,7 @@ def process_advantages(step_rewards, step_ends, mask, group_size):
     """A_t = sum of the standardised rewards of all steps that end at or after t -> (N, C).
 
     step_rewards, step_ends: N lists, of each step its reward and its last token's 0-based index.
-    Mean and std are those of all steps of the group. DeepSeekMath, section 4.1.3 (the notes sum
-    over j >= t, but j counts steps, and t tokens).
+    Mean and std are those of all steps of the group. DeepSeekMath, section 4.1.3.
     """
     advantages = 0.0 * mask                                       # (N, C)
     for first in range(0, len(mask), group_size):
@@ -89,7 +89,7 @@ def process_advantages(step_rewards, step_ends, mask, group_size):
         pool = torch.tensor([r for i in group for r in step_rewards[i]], dtype=advantages.dtype)
         pool = iter(group_advantages(pool, len(pool)).tolist() if len(pool) else [])
         for i in group:
-            for end in step_ends[i]:
+            for end in step_ends[i]:  # (the notes compare t, a token, with j, a step)
                 advantages[i, : end + 1] += next(pool)  # same order as in `pool` above
     return torch.where(mask.bool(), advantages, 0)
 

@@ -27,7 +27,8 @@ from typing import Optional
 import torch
 
 from common import HfArg, Means, RunConfig, fill, learning_rate, main, mini_batches, require_finite
-from common import kl_estimate, masked_mean, ppo_clip_loss, token_rewards, whiten
+from common import (fail, kl_estimate, masked_mean, ppo_clip_loss, returns_to_go, token_rewards,
+                    whiten)
 from data import draw_problems, load_problems
 from evaluation import batch_stats, check_first_step, evaluate, ratio_stats, report, validate
 from model import save_policy
@@ -49,7 +50,7 @@ class Config(RunConfig):  # the rest is in common.py: --steps, --lr, --minibatch
     clip_eps: float = HfArg(default=0.2, help="clip range of the ratio")
     gamma: float = HfArg(default=1.0, help="discount per token")
     lam: float = HfArg(default=0.95, help="lambda of GAE")
-    value_clip: float = HfArg(default=0.2, help="clip range of the values")
+    value_clip: float = HfArg(default=0.2, help="clip range of V, in units of the score")
     critic_lr: Optional[float] = HfArg(default=None, help="AdamW learning rate of the critic")
     critic_warmup: int = HfArg(default=0, help="first steps, in which only the critic learns")
 
@@ -107,15 +108,19 @@ def value_loss(values, old_values, returns, mask, value_clip):
 def explained_variance(values, returns, mask):
     """1 - Var(returns - V) / Var(returns), over valid tokens: (N, C) -> scalar.
 
-    1: the critic knows what will come; 0: no better than a constant; negative: worse.
+    `returns` as they came, returns_to_go, not GAE's, which have V in them. 1: V knew them; 0: it is
+    no better than a constant, or there was nothing to know; negative: worse.
     """
     def variance(x):
         return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
-    return 1 - variance(returns - values) / variance(returns).clamp(min=1e-8)
+    known = 1 - variance(returns - values) / variance(returns)
+    return torch.where(variance(returns) > 1e-8, known, 0)
 
 
 def train(cfg):
     fill(cfg, TOY, HUB, CPU, group_size=1)
+    if cfg.critic_warmup >= cfg.steps:
+        fail(f"--critic_warmup {cfg.critic_warmup} leaves the policy none of --steps {cfg.steps}")
     run = Run(cfg, "ppo")
     problems, validation, test = load_problems(cfg)
     rewards = load_rewards(cfg, problems + validation + test)
@@ -147,15 +152,15 @@ def train(cfg):
         run.lap("score")
 
         # 3. Advantages: how much better than usual did it go? No gradient flows through them.
-        advantages, returns = gae(token_rewards(scores, kl, mask, cfg.kl_coef), old_values, mask,
-                                  cfg.gamma, cfg.lam)
+        shaped = token_rewards(scores, kl, mask, cfg.kl_coef)                    # (N, C)
+        advantages, returns = gae(shaped, old_values, mask, cfg.gamma, cfg.lam)
         advantages = whiten(advantages, mask)  # only now: V learns the raw returns
+        foreseen = explained_variance(old_values, returns_to_go(shaped, mask, cfg.gamma), mask)
 
         # 4. Update, once per mini-batch. share: a micro-batch's part of the mini-batch's tokens.
         stats = Means()
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg, cfg.lr)
-        if step < cfg.critic_warmup:
-            optimizer.param_groups[0]["lr"] = 0.0  # as yet only the critic learns
+        optimizer.param_groups[0]["lr"] *= step >= cfg.critic_warmup  # at first only V learns
         optimizer.param_groups[1]["lr"] = learning_rate(step, cfg, cfg.critic_lr)
         for minibatch in mini_batches(len(scores), cfg.minibatch_size, cfg.group_size, cfg.epochs):
             optimizer.zero_grad()
@@ -171,7 +176,7 @@ def train(cfg):
                 error, _ = value_loss(V, old_values[rows], returns[rows], m, cfg.value_clip)
                 require_finite(error, "value loss", step, texts, rows, V)
                 (error * share).backward()  # second, when the policy's activations are free
-                stats.add(share, value_loss=error)
+                stats.add(share, value_loss=error, explained_var=foreseen)
             grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm,
                                                        error_if_nonfinite=True)
             torch.nn.utils.clip_grad_norm_(critic.parameters(), cfg.max_grad_norm,
@@ -180,7 +185,6 @@ def train(cfg):
             stats.add(1, grad_norm=grad_norm, lr=optimizer.param_groups[0]["lr"])
 
         # 5. Log. The loss is no measure of quality: what matters is its gradient.
-        stats.add(1, explained_var=explained_variance(old_values, returns, mask))
         run.log(step, **batch_stats(scores, kl, batch, cfg.group_size), **each, **stats())
         run.show(step, asked, texts, scores)
         validate(run, step, policy, tokenizer, validation, cfg, rewards)

@@ -68,11 +68,9 @@ def reinforce_pp_advantages(scores, kl, mask, kl_coef, gamma=1.0):
 
 
 def reinforce_pp_baseline_advantages(scores, mask, group_size):
-    """z-score of the score minus its group's mean (itself included): (N,), (N, C) -> (N, C).
-
-    Mean and std of the z-score are the batch's; GRPO divides by the std of the group.
-    """
+    """z-score, over the batch, of (score - mean of its group): (N,), (N, C) -> (N, C)."""
     groups = scores.view(-1, group_size)
+    groups = groups - groups[:, :1]  # changes nothing, but makes equal scores exactly 0
     advantages = (groups - groups.mean(dim=1, keepdim=True)).flatten()
     return whiten(advantages[:, None].expand_as(mask), mask)
 

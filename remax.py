@@ -8,8 +8,9 @@ decoded greedily, to compare with. A token answers for the KL from itself on onl
     A_t  = G_t - score(greedy answer)                         the same baseline for all t
     loss = -mean_t min(ratio_t A_t, clip(ratio_t, 1 - eps, 1 + eps) A_t)     ratio_t = pi / pi_old
 
-The greedy answer does not depend on the sample, so the gradient stays unbiased. It only serves as
-the baseline, at the price of half of the decoding, so the defaults have half as many completions.
+The greedy answer does not depend on the sample, so the gradient stays unbiased (apart from the mean
+over tokens, whose number is random). It only serves as the baseline, at the price of half of the
+decoding, so the defaults have half as many completions.
 
 The formulas are those of the library verl. The authors' code has only the KL of token t itself in
 A_t, discounts by 0.95 per token, clips score - greedy score to +-5, and makes one update, without a

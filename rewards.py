@@ -149,15 +149,21 @@ def score_steps(problems, batch, scores, tokenizer):
 
     Two lists of N lists; an end is the 0-based index of the step's last token. The last step's
     reward is the outcome, scores (N,), and it ends with the completion, EOS included: to stop is an
-    action too.
+    action too. A step before it can be right only if it is not the last line of the work, or it
+    would pay to say the result once more.
     """
     length = functools.cache(lambda i: len(tokenizer.decode([i], skip_special_tokens=True)))
     step_rewards, step_ends = [], []
-    for text, owner, ids, last, outcome in zip(
-            decode(tokenizer, batch), batch.owner.tolist(), batch.completions.tolist(),
-            batch.mask.sum(1).long().sub(1).tolist(), scores.tolist()):
-        steps = toy.check_steps(problems[owner]["prompt"], text)[:-1]
+    for i, text in enumerate(decode(tokenizer, batch)):
+        size = int(batch.mask[i].sum())
+        ids = batch.completions[i, : size - int(batch.finished[i])].tolist()
         reach = list(itertools.accumulate(map(length, ids)))  # characters up to and with token t
-        step_rewards.append([right for _, right in steps] + [outcome])
-        step_ends.append([bisect.bisect_right(reach, end) for end, _ in steps] + [last])
+        if reach and reach[-1] != len(text):
+            fail("--process: the steps cannot be found among the tokens of this --model, which do "
+                 "not decode one by one; leave it out")
+        prompt = problems[batch.owner[i]]["prompt"]
+        steps, lines = toy.check_steps(prompt, text)[:-1], len(re.findall("[+-]", prompt))
+        step_rewards.append([right * (j < lines - 1) for j, (_, right) in enumerate(steps)])
+        step_ends.append([bisect.bisect_right(reach, end) for end, _ in steps] + [size - 1])
+        step_rewards[i].append(scores[i].item())
     return step_rewards, step_ends

@@ -60,6 +60,7 @@ CPU = dict(HUB, steps=15, lr=1e-5, completions=32, minibatch_size=16, max_new_to
 def leave_one_out_advantages(rewards, group_size):
     """R_i - the mean of the other rewards of its group: (N,) -> (N,). Kool et al., 2019."""
     groups = rewards.view(-1, group_size)
+    groups = groups - groups[:, :1]  # changes nothing, but makes equal rewards exactly 0
     others = (groups.sum(dim=1, keepdim=True) - groups) / (group_size - 1)
     return (groups - others).flatten()  # the notes call this the baseline, and average it: 0
 
@@ -98,11 +99,11 @@ def train(cfg):
         batch = sample(policy, tokenizer, [problem["ids"] for problem in asked], cfg.group_size,
                        cfg.max_new_tokens, cfg.temperature)
         old_logprobs, mask = batch.logprobs, batch.mask  # N completions, C tokens; mask 0: padding
-        if cfg.sequence_ratio:  # the sampler's bf16 rounding errors would add up over the tokens
-            old_logprobs = all_logprobs(policy, batch, cfg.micro_batch_size, cfg.temperature)
         run.lap("sample")
 
         # 2. Score: what each completion earned, and how far from the reference each token is.
+        if cfg.sequence_ratio:  # the sampler's bf16 rounding errors would add up over the tokens
+            old_logprobs = all_logprobs(policy, batch, cfg.micro_batch_size, cfg.temperature)
         texts, scores, each = score(rewards, asked, batch, tokenizer, step)      # scores: (N,)
         ref_logprobs = old_logprobs if ref_model is None else all_logprobs(      # (N, C)
             ref_model, batch, cfg.micro_batch_size, cfg.temperature)

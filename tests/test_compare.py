@@ -28,20 +28,33 @@ def test_every_script_on_every_seed_from_one_start(tmp_path, monkeypatch, capsys
         leave(Path(calls[-1][-1]), 0.9 + 0.01 * int(calls[-1][-3]), 0.5)
         return SimpleNamespace(returncode=0)
 
-    leave(Path("runs/compare/rloo-seed2"), 0.5, 9.0)  # this one is there already
     monkeypatch.setattr(compare.subprocess, "run", train)
     monkeypatch.setattr(compare, "warm_start", lambda seed, device: f"start of {seed}")
     monkeypatch.setattr(sys, "argv", ["compare.py", "--seeds", "1", "2", "--steps", "7"])
     compare.main()
-    assert len(calls) == 2 * len(compare.SCRIPTS) - 1
+    assert len(calls) == 2 * len(compare.SCRIPTS)
     for call in calls:
-        assert call[2:8] == ["--steps", "7", "--model", "start of 1", "--data", "toy"]
+        assert call[2:8] == ["--model", "start of 1", "--data", "toy", "--steps", "7"]
     assert [Path(call[1]).stem for call in calls[:6]] == list(compare.SCRIPTS)
     table = capsys.readouterr().out.splitlines()
     assert len(table) == 2 + 6 and len({row.count("|") for row in table}) == 1
     assert "| ppo.py | 0.600 | **0.915** (0.910, 0.920) | 0.895-0.935 | 0.980 | 0.50 | 19.5 | 6 |" \
         in table[4]
-    assert "rloo.py | 0.600 | **0.705** (0.910, 0.500)" in table[6] and "| 4.75 |" in table[6]
+
+    compare.main()  # nothing is repeated, and the table is the same
+    assert len(calls) == 12 and capsys.readouterr().out.splitlines() == table
+    rloo = Path(calls[10][-1])
+    (rloo / "test.json").unlink()  # killed before its first checkpoint: begun anew
+    monkeypatch.setattr(sys, "argv", ["compare.py", "--seeds", "1", "2", "--steps", "7"])
+    compare.main()
+    assert len(calls) == 13 and calls[12][-1] == str(rloo)
+    capsys.readouterr()
+    for flags in (["--steps", "8"], ["--steps", "7", "--model=mine", "--data", "words"]):
+        monkeypatch.setattr(sys, "argv", ["compare.py", "--seeds", "1", *flags])
+        before = len(calls)
+        compare.main()
+        assert len(calls) == before + 6  # other flags, other runs
+    assert calls[-1][2:8] == ["--model", "mine", "--data", "words", "--steps", "7"]
 
 
 def test_a_run_that_fails_is_said(tmp_path, monkeypatch, capsys):

@@ -44,7 +44,7 @@ KINDS = {  # name: (flags, words of the sentence, more environment); {} is the f
     "group 0": ("--group_size 0", ["--group_size 0", "above 0"]),
     "eval_prompts 0": ("--eval_prompts 0", ["--eval_prompts 0", "above 0"]),
     "mini-batch above the batch": ("--prompts_per_step 4 --group_size 2 --minibatch_size 9",
-                                   ["--minibatch_size 9", "8 completions", "smaller"]),
+                                   ["--minibatch_size 9", "8 completions", "--group_size"]),
     "group of one": ("--group_baseline --group_size 1", ["--group_size 1", "take 4"]),
     "no model": ("--model {}/nope", ["--model", "nope", "no such folder"]),
     "not on the hub": ("--model someone/nothing", ["--model someone/nothing", "folder", "hub"],

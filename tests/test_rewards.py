@@ -216,7 +216,8 @@ STEPS = [  # a completion's tokens (characters, or specials), finished; rewards 
     (["8", "+", "9", "=", "1", "7", ",", "1"], False, [1, 9], [6, 7]),     # cut short
     (["<bos>", "8", "+", "9", "=", "<bos>", "1", "7", ",", "1", "2"], True, [1, 9], [8, 11]),
     (["8", "+", "9", "=", "1", "7", ",", "8", "+", "9", "=", "1", "7", ",", "3"], True, [1, 0, 9],
-     [6, 13, 15])]                                                         # a step said twice
+     [6, 13, 15]),                                                         # a step said twice
+    ([*"8+9=17,17-5=12,12"], True, [1, 0, 9], [6, 14, 17])]    # the result once more: not paid
 
 
 def test_steps_of_the_toy_and_where_they_end(tokenizer):

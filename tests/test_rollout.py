@@ -365,6 +365,13 @@ def test_mini_batches_are_shuffled_whole_groups():
     assert not torch.equal(torch.cat(minis[:3]), torch.cat(minis[3:]))
 
 
+@pytest.mark.parametrize("n, size, K", [(255, 64, 3), (256, 64, 4), (254, 64, 2), (7, 4, 1)])
+def test_no_mini_batch_is_a_tiny_rest(n, size, K):
+    """It would make a full step of the optimizer from a group or two."""
+    sizes = [len(rows) for rows in mini_batches(n, size, K, 1)]
+    assert sum(sizes) == n and max(sizes) <= size and max(sizes) - min(sizes) <= K
+
+
 def test_micro_batches_share_by_tokens_and_sort_by_length():
     batch = make_batch([[5]] * 5, [[5] * n for n in (8, 2, 5, 1, 4)], "cpu")
     parts = list(micro_batches(batch, torch.tensor([0, 1, 2, 4]), 2))
