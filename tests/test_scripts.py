@@ -92,21 +92,20 @@ def test_it_runs_and_leaves_what_the_others_leave(folders, here, capsys, name, v
 @each_variant
 def test_resume_is_bit_for_bit(folders, here, name, variant):
     """The reward breaks in the fourth of five steps; mended, the run goes on from the second."""
-    real = rewards.REWARDS["last_number"]
-
     def broken(prompts, completions, **columns):
         if Path("run/metrics.jsonl").exists() and len(metrics("run")) == 3:
             raise OSError("no paper")
-        return real(prompts, completions, **columns)
+        return shorter(prompts, completions)
 
     flags = dict(variant, steps=5, save_every=2)
     if "epochs" in {field for field in vars(quick(name, "x"))}:
         flags["epochs"] = 2
+    here.setitem(rewards.REWARDS, "last_number", shorter)
     train(name, folders("gpt2"), **flags, out_dir="whole")
     here.setitem(rewards.REWARDS, "last_number", broken)
     with pytest.raises(SystemExit):
         train(name, folders("gpt2"), **flags)
-    here.setitem(rewards.REWARDS, "last_number", real)
+    here.setitem(rewards.REWARDS, "last_number", shorter)
     assert len(metrics("run")) == 3
     train(name, folders("gpt2"), **flags, resume=True)
     assert metrics("run") == metrics("whole") and same_weights("run", "whole")
@@ -128,8 +127,9 @@ def same_but_for_rounding(one, two, lr=1e-3):
 def test_micro_batches_do_not_matter(folders, here, name, variant):
     here.setitem(rewards.REWARDS, "last_number", shorter)
     for size in (16, 3):
-        train(name, folders("llama"), **variant, prompts=16, micro_batch_size=size, kl_coef=0.1,
-              out_dir=f"run{size}")
+        train(name, folders("llama", hostile=True), **variant, prompts=16, micro_batch_size=size,
+              kl_coef=0.1, max_new_tokens=24, out_dir=f"run{size}")  # two EOS ids: ragged lengths
+    assert metrics("run16")[0]["truncated"] < 0.8
     same_but_for_rounding("run16", "run3")
 
 
