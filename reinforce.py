@@ -20,7 +20,7 @@ updates, the learning rate is larger than theirs.
     python reinforce.py --model Qwen/Qwen2.5-0.5B-Instruct   a real model, on one CUDA GPU
 
 What to expect of the toy: asked 8+9-5=, it answers 12, or shows its work, 8+9=17,17-5=12. At first,
-0.6 of the held-out answers are right and half show the work; at the end, 0.93 and most of them.
+0.6 of the held-out answers are right and half show the work; at the end, 0.96 and nearly all.
 """
 import copy
 from dataclasses import dataclass
