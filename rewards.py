@@ -158,9 +158,9 @@ def score_steps(problems, batch, scores, tokenizer):
         size = int(batch.mask[i].sum())
         ids = batch.completions[i, : size - int(batch.finished[i])].tolist()
         reach = list(itertools.accumulate(map(length, ids)))  # characters up to and with token t
-        if reach and reach[-1] != len(text):
-            fail("--process: the steps cannot be found among the tokens of this --model, which do "
-                 "not decode one by one; leave it out")
+        if reach and reach[-1] != len(text):  # tokens that decode otherwise alone: bytes, spaces
+            reach = [len(tokenizer.decode(ids[: t + 1], skip_special_tokens=True))
+                     for t in range(len(ids))]
         prompt = problems[batch.owner[i]]["prompt"]
         steps, lines = toy.check_steps(prompt, text)[:-1], len(re.findall("[+-]", prompt))
         step_rewards.append([right * (j < lines - 1) for j, (_, right) in enumerate(steps)])

@@ -243,3 +243,18 @@ def test_steps_in_tokens_of_several_characters(tokenizer):
     batch.finished = torch.ones(1, dtype=torch.bool)
     found = rewards.score_steps([dict(prompt="8+9-5=")], batch, torch.ones(1), tokenizer)
     assert found == ([[1.0, 1.0]], [[2, 6]])
+
+
+def test_steps_in_tokens_that_decode_otherwise_alone():
+    """As of SentencePiece, whose first space goes: "▁9" is one character alone, two in a text."""
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+    words = ["<eos>", "▁8", "▁+", "▁9", "=17,", "12"]
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "<eos>"))
+    inner.decoder = decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>")
+    batch = make_batch([[5]], [[1, 2, 3, 4, 5, 0]], "cpu")
+    batch.finished = torch.ones(1, dtype=torch.bool)
+    assert rewards.decode(tokenizer, batch) == ["8 + 9=17,12"]
+    found = rewards.score_steps([dict(prompt="8+9-5=")], batch, torch.ones(1), tokenizer)
+    assert found == ([[0.0, 1.0]], [[3, 5]])

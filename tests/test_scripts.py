@@ -421,6 +421,19 @@ def test_equal_scores_in_every_group_move_nothing_but_the_kl(folders, here, name
     assert all(torch.equal(old[key], value) for key, value in weights("run").items())
 
 
+@pytest.mark.parametrize("aggregation, scale", [("response", None), ("dr_grpo", 1.0)])
+def test_dr_grpo_divides_by_no_std(folders, here, aggregation, scale):
+    """Scores 0 and 1 by turns, two of each in a group: A is +-1/2, or +-.866 with the std."""
+    seen, real = [], grpo.grpo_loss
+    here.setattr(grpo, "grpo_loss", lambda logprobs, old, ref, A, *args: seen.append(A) or
+                 real(logprobs, old, ref, A, *args))
+    here.setitem(rewards.REWARDS, "last_number", lambda prompts, completions, **columns: [
+        float(i % 2) for i in range(len(prompts))])
+    train("grpo", folders("llama"), steps=1, aggregation=aggregation)
+    expected = 0.5 if scale else 0.5 / (3**-0.5 + 1e-4)
+    torch.testing.assert_close(torch.cat(seen).abs(), torch.full((8,), expected))
+
+
 def test_process_supervision_prefers_the_answer_with_right_steps(folders, here):
     """Two answers with the same outcome: where they differ in a step, its tokens differ in A."""
     tokenizer = toy.make_tokenizer()
