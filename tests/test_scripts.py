@@ -421,17 +421,21 @@ def test_equal_scores_in_every_group_move_nothing_but_the_kl(folders, here, name
     assert all(torch.equal(old[key], value) for key, value in weights("run").items())
 
 
-@pytest.mark.parametrize("aggregation, scale", [("response", None), ("dr_grpo", 1.0)])
-def test_dr_grpo_divides_by_no_std(folders, here, aggregation, scale):
-    """Scores 0 and 1 by turns, two of each in a group: A is +-1/2, or +-.866 with the std."""
-    seen, real = [], grpo.grpo_loss
+@pytest.mark.parametrize("aggregation, constant", [
+    ("response", False), ("token", False), ("dr_grpo", True)])
+def test_dr_grpo_divides_by_no_std_and_no_length(folders, here, aggregation, constant):
+    """Scores 0 and 1 by turns, two of each in a group: A is +-1/2, or +-.866 with the std. And one
+    token of a completion of 1, where 6 are allowed, counts a sixth."""
+    seen, real, aggregates = [], grpo.grpo_loss, []
     here.setattr(grpo, "grpo_loss", lambda logprobs, old, ref, A, *args: seen.append(A) or
-                 real(logprobs, old, ref, A, *args))
+                 aggregates.append(args[-1]) or real(logprobs, old, ref, A, *args))
     here.setitem(rewards.REWARDS, "last_number", lambda prompts, completions, **columns: [
         float(i % 2) for i in range(len(prompts))])
     train("grpo", folders("llama"), steps=1, aggregation=aggregation)
-    expected = 0.5 if scale else 0.5 / (3**-0.5 + 1e-4)
+    expected = 0.5 if constant else 0.5 / (3**-0.5 + 1e-4)
     torch.testing.assert_close(torch.cat(seen).abs(), torch.full((8,), expected))
+    one, mask = torch.ones(1, 6), torch.tensor([[1.0, 0, 0, 0, 0, 0]])
+    assert aggregates[0](one, mask).item() == pytest.approx(1 / 6 if constant else 1)
 
 
 def test_process_supervision_prefers_the_answer_with_right_steps(folders, here):
