@@ -52,7 +52,7 @@ class Run:
         check_saving(policy, tokenizer, self.folder, networks)
         if self.cfg.gradient_checkpointing:
             checkpoint_activations(policy)
-        text = json.dumps(asdict(self.cfg), indent=1)
+        text = json.dumps(dict(script=self.name, **asdict(self.cfg)), indent=1)
         write_atomically(self.folder / "config.json", lambda path: path.write_text(text))
         size, how = sum(p.numel() for p in policy.parameters()), "in fp32"
         if policy.device.type == "cuda":
@@ -154,8 +154,8 @@ class Run:
         torch.set_rng_state(state["rng"][1])
         if torch.cuda.is_available() and state["rng"][2]:
             torch.cuda.set_rng_state_all(state["rng"][2])
-        for path in (self.folder / name for name in LOGS):  # what came after will come again
-            rows = path.read_text().splitlines(keepends=True) if path.exists() else []
+        for path in filter(Path.exists, (self.folder / name for name in LOGS)):
+            rows = path.read_text().splitlines(keepends=True)  # what came after will come again
             rows = [r for r in rows if r.endswith("\n") and json.loads(r)["step"] <= self.first]
             write_atomically(path, lambda temporary: temporary.write_text("".join(rows)))
         return state
@@ -175,25 +175,25 @@ def find_folder(cfg, name):
     except OSError as error:
         fail(f"--out_dir {folder}: cannot write into {parent} ({error.strerror}); name another")
     if cfg.resume:
-        check_same(cfg, folder)
+        check_same(cfg, folder, name)
     elif folder.exists() and {path.name for path in folder.iterdir()} - {"config.json"}:
         fail(f"--out_dir: {folder} is not empty; name another, or --resume the run in it, if it is "
              "one that has saved a checkpoint")
     return folder
 
 
-def check_same(cfg, folder):
+def check_same(cfg, folder, name):
     """Refuse to --resume a run that is not there, or with flags that would make it another one."""
     if not (folder / "checkpoint.pt").exists():
         fail(f"--resume: there is no checkpoint in {folder}; name a run's folder with --out_dir")
     try:
         before = json.loads((folder / "config.json").read_text())
-        changed = sorted(before.keys() - MAY_CHANGE)
-    except (OSError, ValueError, AttributeError):
+        script, changed = before.pop("script", name), sorted(before.keys() - MAY_CHANGE)
+    except (OSError, ValueError, TypeError, AttributeError):
         fail(f"--resume: {folder / 'config.json'} is torn; start anew in another --out_dir")
     for key in changed:
-        if not hasattr(cfg, key):
-            fail(f"--resume: another script made {folder}, one that has a --{key}; use that")
+        if script != name or not hasattr(cfg, key):
+            fail(f"--resume: another script made {folder}, as its config.json says; use that one")
         if before[key] != getattr(cfg, key):
             fail(f"--{key} is {getattr(cfg, key)}, but {before[key]} in {folder}, which "
                  "you --resume: repeat its whole command, or start anew in another --out_dir")

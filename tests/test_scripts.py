@@ -297,6 +297,21 @@ def test_own_data_and_rewards_and_every_kind_of_checkpoint(here, tmp_path, name)
         assert row["score"] == pytest.approx(row["reward_last_number"] + row["reward_short"])
 
 
+def test_a_run_is_resumed_by_its_own_script_alone(folders, here, capsys):
+    """Also where the other one has all its flags; and the refusal changes nothing."""
+    train("remax", folders("llama"), group_size=4, minibatch_size=8)
+    before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
+    assert Path("run/validation.jsonl") not in before
+    for name in sorted(set(SCRIPTS) - {"remax"}):
+        with pytest.raises(SystemExit) as stop:
+            train(name, folders("llama"), group_size=4, minibatch_size=8, steps=3, resume=True)
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and "another script" in error and error.count("\n") == 1
+    assert before == {path: path.read_bytes() for path in before}
+    train("remax", folders("llama"), group_size=4, minibatch_size=8, steps=3, resume=True)
+    assert len(metrics("run")) == 3 and not Path("run/validation.jsonl").exists()
+
+
 # ------------------------------------------------------------------------- what is peculiar to one
 
 @pytest.mark.parametrize("baseline", ["ema", "running_mean"])
