@@ -252,7 +252,7 @@ def test_memory_flags_change_memory_alone_even_on_resume(folders, tmp_path, monk
     reinforce_pp.train(quick(folders("llama"), **flags, out_dir="spare", micro_batch_size=3,
                              gradient_checkpointing=True, resume=True))
     assert [row["step"] for row in metrics("spare")] == [1, 2, 3, 4]
-    assert metrics("plain")[0] == pytest.approx(metrics("again")[0], rel=2e-3, abs=1e-4)
+    assert metrics("plain")[0] == pytest.approx(metrics("again")[0], rel=1e-2, abs=1e-3)
 
 
 def test_rows_of_defaults_follow_the_world(folders, tmp_path, monkeypatch):
