@@ -267,7 +267,7 @@ ALL = [("--temperature 0", ["--temperature 0", "above 0"]), ("--steps 1.5", ["--
 
 
 @each_script
-def test_wrong_input_is_one_sentence_and_loses_nothing(here, capsys, name):
+def test_wrong_input_is_one_sentence_in_every_script(here, capsys, name):
     write_jsonl("sums.jsonl", [dict(prompt=f"{i}+1=", answer=i + 1) for i in range(30)])
     write_jsonl("bare.jsonl", [dict(prompt=f"{i}+1=") for i in range(30)])
     before = {path: path.read_bytes() for path in Path().rglob("*")}
