@@ -273,7 +273,7 @@ def test_rows_of_defaults_follow_the_world(folders, tmp_path, monkeypatch):
 
 def test_learning_rate():
     cfg = reinforce_pp.Config(lr=1.0, steps=11, warmup_steps=4)
-    rates = [common.learning_rate(step, cfg) for step in range(11)]
+    rates = [common.learning_rate(step, cfg, cfg.lr) for step in range(11)]
     assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert rates[7] == pytest.approx(0.55) and rates[10] == pytest.approx(0.1)
 
