@@ -144,7 +144,7 @@ def report(before, after, folder):
                                            for results in (before, after)))
     results = dict(before=before, after=after, peak_memory=peak_memory())
     Path(folder, "test.json").write_text(json.dumps(results, indent=1))
-    print(f"\nPeak memory: {peak_memory() / 1e9:.2f} GB. The trained model is in "
+    print(f"\nPeak memory: {results['peak_memory'] / 1e9:.2f} GB. The trained model is in "
           f"{folder / 'model'}, the log in {folder / 'metrics.jsonl'}.")
 
 

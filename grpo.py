@@ -159,8 +159,8 @@ def train(cfg):
 
         # 3. Advantages: how much better than usual did it go? No gradient flows through them.
         if cfg.process:
-            advantages = process_advantages(*score_steps(asked, batch, scores, tokenizer), mask,
-                                            cfg.group_size)
+            steps = score_steps(asked, batch, texts, scores, tokenizer)
+            advantages = process_advantages(*steps, mask, cfg.group_size)
         elif cfg.aggregation == "dr_grpo":
             advantages = dr_grpo_advantages(scores, cfg.group_size)
         else:

@@ -85,8 +85,8 @@ def train(cfg):
         batch = sample(policy, tokenizer, [problem["ids"] for problem in asked], cfg.group_size,
                        cfg.max_new_tokens, cfg.temperature)
         old_logprobs, mask = batch.logprobs, batch.mask  # N completions, C tokens; mask 0: padding
-        greedy = sample(policy, tokenizer, [problem["ids"] for problem in asked], 1,
-                        cfg.max_new_tokens, temperature=0)    # one per prompt: only to be scored
+        # And one greedy completion of each, which is only to be scored.
+        greedy = sample(policy, tokenizer, batch.prompts, 1, cfg.max_new_tokens, temperature=0)
         run.lap("sample")
 
         # 2. Score: what each completion earned, and how far from the reference each token is.

@@ -144,7 +144,7 @@ def score(rewards, problems, batch, tokenizer, step=None):
     return texts, sum(each.values()).to(batch.mask.device), means if len(each) > 1 else {}
 
 
-def score_steps(problems, batch, scores, tokenizer):
+def score_steps(problems, batch, texts, scores, tokenizer):
     """Process supervision of the toy -> rewards of each completion's steps, and where they end.
 
     Two lists of N lists; an end is the 0-based index of the step's last token. The last step's
@@ -154,7 +154,7 @@ def score_steps(problems, batch, scores, tokenizer):
     """
     length = functools.cache(lambda i: len(tokenizer.decode([i], skip_special_tokens=True)))
     step_rewards, step_ends = [], []
-    for i, text in enumerate(decode(tokenizer, batch)):
+    for i, text in enumerate(texts):
         size = int(batch.mask[i].sum())
         ids = batch.completions[i, : size - int(batch.finished[i])].tolist()
         reach = list(itertools.accumulate(map(length, ids)))  # characters up to and with token t

@@ -127,7 +127,7 @@ def train(cfg):
                 else:
                     loss, clip_frac = ppo_clip_loss(logprobs, old, A[:, None], m, cfg.clip_eps)
                 stats.add(share, **ratio_stats(logprobs, old, m), clip_frac=clip_frac)
-                share = len(rows) / len(minibatch) if cfg.sequence_ratio else share  # see the mean
+                share = len(rows) / len(minibatch) if cfg.sequence_ratio else share  # completions
                 require_finite(loss, "loss", step, texts, rows, logprobs)
                 (loss * share).backward()
                 stats.add(share, loss=loss)

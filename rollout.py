@@ -197,7 +197,7 @@ def token_values(critic, batch, rows):
 
 @torch.no_grad()
 def for_all(per_rows, model, batch, micro_batch_size, *more):
-    """token_logprobs or token_values of the whole batch, without gradient -> (N, C)."""
+    """per_rows, token_logprobs or token_values, over the whole batch in slices of its rows."""
     result = torch.zeros_like(batch.mask)
     for rows, _ in micro_batches(batch, torch.arange(len(result)), micro_batch_size):
         result[rows] = per_rows(model, batch, rows, *more)
@@ -205,10 +205,12 @@ def for_all(per_rows, model, batch, micro_batch_size, *more):
 
 
 def all_logprobs(policy, batch, micro_batch_size, temperature):
+    """log pi(y_t | x, y_<t) of all completions, without gradient -> (N, C)."""
     return for_all(token_logprobs, policy, batch, micro_batch_size, temperature)
 
 
 def all_values(critic, batch, micro_batch_size):
+    """V(x, y_<t) of all completions, without gradient -> (N, C)."""
     return for_all(token_values, critic, batch, micro_batch_size)
 
 

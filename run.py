@@ -191,9 +191,9 @@ def check_same(cfg, folder, name):
         script, changed = before.pop("script", name), sorted(before.keys() - MAY_CHANGE)
     except (OSError, ValueError, TypeError, AttributeError):
         fail(f"--resume: {folder / 'config.json'} is torn; start anew in another --out_dir")
+    if script != name or not all(hasattr(cfg, key) for key in changed):
+        fail(f"--resume: another script made {folder}, as its config.json says; use that one")
     for key in changed:
-        if script != name or not hasattr(cfg, key):
-            fail(f"--resume: another script made {folder}, as its config.json says; use that one")
         if before[key] != getattr(cfg, key):
             fail(f"--{key} is {getattr(cfg, key)}, but {before[key]} in {folder}, which "
                  "you --resume: repeat its whole command, or start anew in another --out_dir")

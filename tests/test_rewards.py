@@ -226,7 +226,8 @@ def test_steps_of_the_toy_and_where_they_end(tokenizer):
     batch = make_batch([[5]] * len(ids), ids, "cpu")
     batch.finished = torch.tensor([done for _, done, *_ in STEPS])
     problems, outcomes = [dict(prompt="8+9-5=")] * len(ids), torch.full((len(ids),), 9.0)
-    step_rewards, step_ends = rewards.score_steps(problems, batch, outcomes, tokenizer)
+    decoded = rewards.decode(tokenizer, batch)
+    step_rewards, step_ends = rewards.score_steps(problems, batch, decoded, outcomes, tokenizer)
     assert step_rewards == [row for _, _, row, _ in STEPS]
     assert step_ends == [row for *_, row in STEPS]
 
@@ -241,7 +242,8 @@ def test_steps_in_tokens_of_several_characters(tokenizer):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>")
     batch = make_batch([[5]], [[1, 2, 3, 4, 5, 6, 0]], "cpu")
     batch.finished = torch.ones(1, dtype=torch.bool)
-    found = rewards.score_steps([dict(prompt="8+9-5=")], batch, torch.ones(1), tokenizer)
+    found = rewards.score_steps([dict(prompt="8+9-5=")], batch, rewards.decode(tokenizer, batch),
+                                torch.ones(1), tokenizer)
     assert found == ([[1.0, 1.0]], [[2, 6]])
 
 
@@ -256,5 +258,6 @@ def test_steps_in_tokens_that_decode_otherwise_alone():
     batch = make_batch([[5]], [[1, 2, 3, 4, 5, 0]], "cpu")
     batch.finished = torch.ones(1, dtype=torch.bool)
     assert rewards.decode(tokenizer, batch) == ["8 + 9=17,12"]
-    found = rewards.score_steps([dict(prompt="8+9-5=")], batch, torch.ones(1), tokenizer)
+    found = rewards.score_steps([dict(prompt="8+9-5=")], batch, rewards.decode(tokenizer, batch),
+                                torch.ones(1), tokenizer)
     assert found == ([[0.0, 1.0]], [[3, 5]])

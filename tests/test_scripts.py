@@ -462,7 +462,7 @@ def test_process_supervision_prefers_the_answer_with_right_steps(folders, here):
     batch = make_batch([tokenizer(prompt).input_ids] * 2, ids, "cpu")
     batch.finished = torch.ones(2, dtype=torch.bool)
     scores = torch.ones(2)
-    steps = rewards.score_steps([dict(prompt=prompt)] * 2, batch, scores, tokenizer)
+    steps = rewards.score_steps([dict(prompt=prompt)] * 2, batch, texts, scores, tokenizer)
     assert steps == ([[1.0, 1.0], [0.0, 1.0]], [[5, 11], [5, 11]])
     A = grpo.process_advantages(*steps, batch.mask, 2)
     assert (A[0, :6] > A[1, :6]).all() and torch.equal(A[0, 6:], A[1, 6:])
