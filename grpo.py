@@ -124,10 +124,9 @@ def train(cfg):
     fill(cfg, TOY, HUB, CPU, group_size=4)
     if cfg.group_size < 2:
         fail("--group_size 1: completions of a prompt are compared with each other; take 4, say")
-    if cfg.process and cfg.data != "toy":
-        fail("--process: only the toy has a checker of steps; leave it out, or use --data toy")
-    if cfg.process and cfg.aggregation == "dr_grpo":
-        fail("--process divides by a std, which --aggregation dr_grpo forbids: leave one out")
+    if cfg.process and (cfg.data != "toy" or cfg.aggregation == "dr_grpo"):
+        fail("--process: only --data toy has a checker of steps; and it divides by a std, which "
+             "--aggregation dr_grpo forbids: leave one out")
     aggregate = dict(response=response_mean, token=masked_mean,
                      dr_grpo=lambda v, m: constant_mean(v, m, cfg.max_new_tokens))[cfg.aggregation]
     run = Run(cfg, "grpo")
@@ -171,7 +170,8 @@ def train(cfg):
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg, cfg.lr)
         for minibatch in mini_batches(len(scores), cfg.minibatch_size, cfg.group_size, cfg.epochs):
             optimizer.zero_grad()
-            for rows, share in micro_batches(batch, minibatch, cfg.micro_batch_size):
+            for rows, share in micro_batches(batch, minibatch, cfg.micro_batch_size,
+                                             advantages.abs() + cfg.kl_coef):
                 old, A, m = old_logprobs[rows], advantages[rows], mask[rows]     # R rows of each
                 logprobs = token_logprobs(policy, batch, rows, cfg.temperature)  # (R, C)
                 loss, clip_frac = grpo_loss(logprobs, old, ref_logprobs[rows], A, m, cfg.clip_eps,

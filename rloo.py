@@ -119,7 +119,7 @@ def train(cfg):
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg, cfg.lr)
         for minibatch in mini_batches(len(scores), cfg.minibatch_size, cfg.group_size, cfg.epochs):
             optimizer.zero_grad()
-            for rows, share in micro_batches(batch, minibatch, cfg.micro_batch_size):
+            for rows, share in micro_batches(batch, minibatch, cfg.micro_batch_size, advantages):
                 old, A, m = old_logprobs[rows], advantages[rows], mask[rows]     # R rows of each
                 logprobs = token_logprobs(policy, batch, rows, cfg.temperature)  # (R, C)
                 if cfg.sequence_ratio:

@@ -15,9 +15,10 @@ from typing import Optional
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache
 
 from common import fail, use_bf16
+from decode import decoder
 from model import eos_ids, load_model, load_tokenizer
 
 
@@ -93,16 +94,15 @@ def precision(device):
     return torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(device))
 
 
-def attention_mask(policy, valid, queries):
-    """Who sees whom: the last `queries` columns look back at those that `valid` (n, W) marks real.
+def attention_mask(policy, valid, at):
+    """Who sees whom: the columns `at` (q,) look back at those that `valid` (n, W) marks real.
 
-    -> additive (n, 1, queries, W), 0 or hugely negative. Additive because eager attention silently
+    -> additive (n, 1, q, W), 0 or hugely negative. Additive because eager attention silently
     misreads a bool mask; finite because padding sees nothing, and softmax of all -inf is nan.
     """
     config = policy.config.get_text_config()
-    column = torch.arange(valid.shape[1], device=valid.device)
-    back = column[-queries:, None] - column           # (queries, W): how far back each column lies
-    visible = valid[:, None, None] & (back >= 0)      # (n, 1, queries, W)
+    back = at[:, None] - torch.arange(valid.shape[1], device=at.device)  # (q, W): how far back
+    visible = valid[:, None, None] & (back >= 0)      # (n, 1, q, W)
 
     def additive(visible):
         return torch.where(visible, 0.0, torch.finfo(torch.bfloat16).min)  # fits bf16 and fp32
@@ -116,12 +116,16 @@ def attention_mask(policy, valid, queries):
     return additive(visible)
 
 
-def forward(policy, ids, valid, cache=None, keep=0):
-    """Logits (n, q or keep, V); `ids` (n, q) are the last q columns of `valid` (n, W)."""
-    queries = ids.shape[1]
+def forward(policy, ids, valid, cache=None, keep=0, at=None):
+    """Logits (n, q or keep, V); `ids` (n, q) are the columns `at` (q,) of `valid` (n, W): the last.
+
+    Only a CUDA graph says where they are, because its W is fixed, and not all columns are written.
+    """
+    if at is None:
+        at = torch.arange(valid.shape[1] - ids.shape[1], valid.shape[1], device=ids.device)
     positions = (valid.cumsum(1) - 1).clamp(min=0)  # padding does not count: GPT-2 would notice
-    return policy(input_ids=ids, attention_mask=attention_mask(policy, valid, queries),
-                  position_ids=positions[:, -queries:], past_key_values=cache,
+    return policy(input_ids=ids, attention_mask=attention_mask(policy, valid, at),
+                  position_ids=positions.index_select(1, at), past_key_values=cache,
                   use_cache=cache is not None, logits_to_keep=keep).logits
 
 
@@ -218,25 +222,6 @@ def all_values(critic, batch, micro_batch_size):
 # Sampling
 
 
-class Buffer(DynamicLayer):
-    """One layer's keys and values, (n, heads, W, d), in memory taken once and written in place."""
-
-    def __init__(self, layer, owner, extra):
-        super().__init__()
-        self.length, self.is_initialized = layer.keys.shape[2], True
-        self.keys = F.pad(layer.keys.index_select(0, owner), (0, 0, 0, extra))
-        self.values = F.pad(layer.values.index_select(0, owner), (0, 0, 0, extra))
-
-    def update(self, keys, values, *args, **kwargs):
-        start, self.length = self.length, self.length + keys.shape[2]
-        self.keys[:, :, start : self.length] = keys
-        self.values[:, :, start : self.length] = values
-        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
-
-    def get_seq_length(self):
-        return self.length
-
-
 def draw(logits, temperature, generator=None):
     """One token per row of (n, V) from softmax(logits / temperature) -> tokens (n,), logprobs (n,).
 
@@ -249,7 +234,7 @@ def draw(logits, temperature, generator=None):
         return tokens, pick(logits, tokens, 1.0)
     logits = logits.float() / temperature
     logits = logits - logits.amax(-1, keepdim=True)
-    cumulative = logits.double().exp().cumsum(-1)
+    cumulative = logits.exp().cumsum(-1, dtype=torch.float64)
     total = cumulative[:, -1:]
     uniform = torch.rand(total.shape, dtype=total.dtype, device=total.device, generator=generator)
     # right=True: the first token whose sum exceeds the number, which is none of probability 0
@@ -258,7 +243,6 @@ def draw(logits, temperature, generator=None):
     return tokens.squeeze(-1), (logits.gather(-1, tokens) - total.log()).float().squeeze(-1)
 
 
-@torch.no_grad()
 def sample(policy, tokenizer, prompts, group_size, max_new_tokens, temperature, generator=None):
     """K = group_size completions of each of B prompts (lists of token ids) -> Batch of N = B * K.
 
@@ -270,49 +254,49 @@ def sample(policy, tokenizer, prompts, group_size, max_new_tokens, temperature, 
     ids = torch.zeros(len(owner), max_new_tokens, dtype=torch.long, device=device)
     mask, logprobs = torch.zeros(2, *ids.shape, device=device)
     finished = torch.zeros(len(owner), dtype=torch.bool, device=device)
-    rows = torch.arange(len(owner), device=device)  # the completions still in the cache
-    with precision(device):
+    rows = torch.arange(len(owner), device=device)  # the completions that are still forwarded
+    with torch.inference_mode(), precision(device):  # a tenth faster than no_grad
         (prompt_ids, valid), cache = pad_left(prompts, device), DynamicCache()
         logits = forward(policy, prompt_ids, valid, cache, keep=1)[owner, -1]
-        cache = Cache(layers=[Buffer(layer, owner, max_new_tokens) for layer in cache.layers])
-        # All completion columns count as real: those after a row's EOS are never read.
-        width, valid = valid.shape[1], F.pad(valid[owner], (0, max_new_tokens), value=True)
+        decode = decoder(forward, policy, cache, owner, valid, max_new_tokens)  # decode.py
         for t in range(max_new_tokens):
             # The mask is what the sampler knows. It can't be read off the ids: pad may equal EOS.
             mask[rows, t] = (~finished[rows]).float()
             ids[rows, t], logprobs[rows, t] = draw(logits, temperature, generator)
             finished[rows] |= torch.isin(ids[rows, t], stop)
             if device.type == "cpu" or t % 16 == 15:  # asking a GPU makes it wait: ask seldom
-                rows = drop_finished(rows, finished, cache)
+                rows = decode.drop(rows, finished)
             if len(rows) == 0 or t + 1 == max_new_tokens:
                 break
-            logits = forward(policy, ids[rows, t, None], valid[rows, : width + t + 1], cache)[:, -1]
+            logits = decode(ids[rows, t])
     logprobs, C = torch.where(mask.bool(), logprobs, 0), int(mask.sum(1).max())
     return Batch(prompts, owner, ids[:, :C], mask[:, :C], logprobs[:, :C], finished)
-
-
-def drop_finished(rows, finished, cache):
-    """Forward no rows that have ended, once they are a quarter -> the rows left, also in cache."""
-    alive = (~finished[rows]).nonzero().flatten()
-    if len(alive) > 0.75 * len(rows):
-        return rows
-    cache.reorder_cache(alive)
-    return rows[alive]
 
 
 # --------------------------------------------------------------------------------------------------
 # Slices of a batch
 
 
-def micro_batches(batch, rows, size):
+def micro_batches(batch, rows, size, advantages=None):
     """Split a mini-batch into forwards of `size` rows -> yields (rows, share).
 
     share is the part of the mini-batch's tokens: token means weighted by it add up to the mean over
-    the whole mini-batch, so that micro-batching changes memory and not the gradient. Rows are
-    sorted by length, because a forward is as wide as its longest; the rows of a group adjoin, at
-    its longest, because they share a prompt.
+    the whole mini-batch, so that micro-batching changes memory and not the gradient. A forward is
+    as wide as its longest row, and has each of its prompts once: so rows are sorted by length, or
+    by group, whichever forwards fewer tokens. If a loss is only `advantages` (N,) or (N, C) times
+    something, a row where they are 0 has no gradient, and is not forwarded.
     """
     lengths, owner = batch.mask[rows].sum(1).cpu(), batch.owner[rows].cpu()
     longest = torch.zeros(len(batch.prompts)).scatter_reduce(0, owner, lengths, "amax")[owner]
-    for part in (longest * len(batch.prompts) + owner).argsort(stable=True).split(size):
+    prompts = torch.tensor([float(len(prompt)) for prompt in batch.prompts])
+
+    def tokens(parts):
+        return sum(len(part) * lengths[part].max() + prompts[owner[part].unique()].sum()
+                   for part in parts)
+    keep = torch.ones(len(rows), dtype=torch.bool)
+    if advantages is not None:
+        keep = advantages[rows].reshape(len(rows), -1).ne(0).any(1).cpu()
+        keep[0] = True  # for AdamW: a gradient of 0 still moves a parameter, none at all does not
+    orders = (key.argsort(stable=True) for key in (longest * len(prompts) + owner, lengths))
+    for part in min((order[keep[order]].split(size) for order in orders), key=tokens):
         yield rows[part], (lengths[part].sum() / lengths.sum()).item()

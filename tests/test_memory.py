@@ -1,8 +1,12 @@
-"""README's formula of memory: bytes counted on a model of SmolLM2's shape, with fewer layers."""
+"""The formula of memory.py: bytes counted on a model of SmolLM2's shape, with fewer layers."""
+from types import SimpleNamespace
+
 import pytest
 import torch
 import transformers
 
+import decode
+import memory
 import rollout
 import toy
 from model import checkpoint_activations
@@ -11,10 +15,10 @@ from rollout import make_batch, sample, token_logprobs
 ROWS, PROMPT, COMPLETION = 4, 64, 64
 
 
-def llama(layers=4):
+def llama(layers=4, mlp=1536):
     torch.manual_seed(0)
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=1000, hidden_size=576, intermediate_size=1536, num_hidden_layers=layers,
+        vocab_size=1000, hidden_size=576, intermediate_size=mlp, num_hidden_layers=layers,
         num_attention_heads=9, num_key_value_heads=3, eos_token_id=2)).eval()
 
 
@@ -34,18 +38,31 @@ def kept_for_backward(policy):
                if key not in own and tensor.shape not in weights)
 
 
-@pytest.mark.parametrize("bf16, recompute, expected", [
-    (False, False, 83), (True, False, 56), (False, True, 4), (True, True, 4)])
-def test_activations_per_token_layer_and_width(monkeypatch, bf16, recompute, expected):
+@pytest.mark.parametrize("bf16, recompute, width, per_mlp", [
+    (False, False, 40, 16), (True, False, 34.5, 8), (False, True, 4, 0), (True, True, 4, 0)])
+def test_activations_per_token_and_layer(monkeypatch, bf16, recompute, width, per_mlp):
     monkeypatch.setattr(rollout, "use_bf16", lambda device: bf16)
-    kept = []
-    for layers in (2, 5):  # the difference: what comes before and after the layers is not theirs
-        policy = llama(layers)
-        if recompute:
-            checkpoint_activations(policy)
-        kept.append(kept_for_backward(policy))
-    tokens = ROWS * (PROMPT + COMPLETION - 1)
-    assert (kept[1] - kept[0]) / (tokens * 3 * 576) == pytest.approx(expected, abs=0.7)
+    for mlp in (1536, 2304):
+        kept = []
+        for layers in (2, 5):  # the difference, without what comes before and after the layers
+            policy = llama(layers, mlp)
+            if recompute:
+                checkpoint_activations(policy)
+            kept.append(kept_for_backward(policy))
+        found = (kept[1] - kept[0]) / (ROWS * (PROMPT + COMPLETION - 1) * 3)
+        assert found == pytest.approx(width * 576 + per_mlp * mlp, rel=0.01)
+
+
+def test_the_sum_of_it():
+    """A model of round numbers: 1,000 parameters, one layer; 10 completions of 3 + 7 tokens."""
+    model = memory.Model(1000, 1, 100, 1000, 10, 50)
+    args = SimpleNamespace(completions=10, micro_batch_size=2, prompt_tokens=3, new_tokens=7)
+    cache, sampler = 10 * 10 * 10 * 2 * 2, 10 * 50 * 18
+    activations, logits = 2 * 10 * (3450 + 8000), 2 * 7 * 50 * 4
+    assert memory.gigabytes(model, 22, args, False) * 1e9 == pytest.approx(
+        22_000 + cache + activations + logits)
+    assert memory.gigabytes(model, 22, args, True) * 1e9 == pytest.approx(
+        22_000 + cache + max(cache + sampler, 2 * 10 * 400 + logits))
 
 
 def test_weights_and_cache():
@@ -57,11 +74,11 @@ def test_weights_and_cache():
     optimizer.step()
     tensors = [t for p in policy.parameters() for t in (p, p.grad, *optimizer.state[p].values())]
     assert sum(t.nbytes for t in tensors) / n == pytest.approx(16, abs=0.01)
-    real = rollout.Cache
+    real = decode.Cache
     try:
-        rollout.Cache = lambda layers: caches.append(layers) or real(layers=layers)
+        decode.Cache = lambda layers: caches.append(layers) or real(layers=layers)
         sample(policy, tokenizer, [[5] * 10, [6] * 10], 3, 20, 1.0)
     finally:
-        rollout.Cache = real
+        decode.Cache = real
     found = sum(t.nbytes for layer in caches[0] for t in (layer.keys, layer.values))
     assert 0.5 <= found / (6 * 30 * 4 * 3 * 64 * 2 * 4) <= 1  # 4 bytes on a CPU; finished rows go

@@ -377,11 +377,3 @@ def test_micro_batches_share_by_tokens_and_sort_by_length():
     parts = list(micro_batches(batch, torch.tensor([0, 1, 2, 4]), 2))
     assert [rows.tolist() for rows, _ in parts] == [[1, 4], [2, 0]]
     assert [share for _, share in parts] == pytest.approx([6 / 19, 13 / 19])
-
-
-def test_micro_batches_keep_groups_together():
-    """Rows of a group share the forward of their prompt, so a group is not scattered by length."""
-    batch = make_batch([[5]] * 6, [[5] * n for n in (1, 9, 2, 3, 1, 8)], "cpu")
-    batch.owner = torch.tensor([0, 0, 1, 1, 2, 2])
-    parts = [rows.tolist() for rows, _ in micro_batches(batch, torch.randperm(6), 2)]
-    assert [sorted(rows) for rows in parts] == [[2, 3], [4, 5], [0, 1]]

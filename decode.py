@@ -1,0 +1,175 @@
+"""
+One more token for each completion: plainly, or as a CUDA graph. rollout.sample() is the loop.
+
+To decode a token of a small model is a thousand little kernels, and on a GPU it takes longer to
+launch them from Python than to run them. A CUDA graph, recorded once, launches them all at once,
+but always on the same memory. So there everything has its place for good, at full width: the column
+that is written is a number on the GPU, and columns not yet written are masked. The weights are
+updated in place, and so a graph serves all steps of a training.
+"""
+import weakref
+
+import torch
+import torch.nn.functional as F
+from transformers.cache_utils import Cache, DynamicLayer
+
+
+class Buffer(DynamicLayer):
+    """One layer's keys and values, (n, heads, W, d), in memory taken once and written in place."""
+
+    def __init__(self, layer, owner, extra):
+        super().__init__()
+        self.length, self.is_initialized = layer.keys.shape[2], True
+        self.keys = F.pad(layer.keys.index_select(0, owner), (0, 0, 0, extra))
+        self.values = F.pad(layer.values.index_select(0, owner), (0, 0, 0, extra))
+
+    def update(self, keys, values, *args, **kwargs):
+        start, self.length = self.length, self.length + keys.shape[2]
+        self.keys[:, :, start : self.length] = keys
+        self.values[:, :, start : self.length] = values
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
+    def get_seq_length(self):
+        return self.length
+
+
+class Decoder:
+    """The plain way: columns are added one by one, and rows that have ended are dropped."""
+
+    def __init__(self, forward, policy, cache, owner, valid, extra):
+        self.forward, self.policy, self.width = forward, policy, valid.shape[1]
+        self.cache = Cache(layers=[Buffer(layer, owner, extra) for layer in cache.layers])
+        # All completion columns count as real: those after a row's EOS are never read.
+        self.valid = F.pad(valid[owner], (0, extra), value=True)
+
+    def __call__(self, tokens):
+        """The tokens just drawn (n,) -> logits of the next (n, V)."""
+        self.width += 1
+        valid = self.valid[:, : self.width]
+        return self.forward(self.policy, tokens[:, None], valid, self.cache)[:, -1]
+
+    def drop(self, rows, finished):
+        """Forward no rows that have ended, once they are a quarter -> the rows left."""
+        alive = (~finished[rows]).nonzero().flatten()
+        if len(alive) > 0.75 * len(rows):
+            return rows
+        self.cache.reorder_cache(alive)
+        self.valid = self.valid[alive]
+        return rows[alive]
+
+
+# --------------------------------------------------------------------------------------------------
+# On a GPU
+
+GRAPHS = weakref.WeakKeyDictionary()  # policy -> {number of rows: its graph}; None: they don't work
+LIMIT = 0.02  # mean total variation between what the graph and the plain way say; bf16 is noisy
+WIDTH = 128  # widths are multiples of it, so that a longer prompt seldom needs a new graph
+
+
+class FixedBuffer(DynamicLayer):
+    """One layer's keys and values, (n, heads, W, d); what is written is the column `at` (1,)."""
+
+    def __init__(self, layer, rows, width, at):
+        super().__init__()
+        self.at, self.is_initialized = at, True
+        self.keys, self.values = (x.new_zeros(rows, x.shape[1], width, x.shape[3])
+                                  for x in (layer.keys, layer.values))
+
+    def update(self, keys, values, *args, **kwargs):
+        self.keys.index_copy_(2, self.at, keys)
+        self.values.index_copy_(2, self.at, values)
+        return self.keys, self.values
+
+
+class GraphDecoder:
+    """The same with a fixed number of rows, of which none is dropped, and a fixed width."""
+
+    def __init__(self, forward, policy, cache, rows, width):
+        def new(*shape, dtype=torch.long):
+            return torch.ones(shape, dtype=dtype, device=policy.device)
+
+        self.at, self.tokens, self.valid = new(1), new(rows, 1), new(rows, width, dtype=torch.bool)
+        self.cache = Cache(layers=[FixedBuffer(x, rows, width, self.at) for x in cache.layers])
+        self.replay = record(lambda: forward(policy, self.tokens, self.valid, self.cache,
+                                             at=self.at)[:, -1])
+
+    def begin(self, cache, owner, valid):
+        """A new rollout: each completion gets its prompt's keys and values."""
+        P = valid.shape[1]
+        for mine, prompt in zip(self.cache.layers, cache.layers):
+            mine.keys[:, :, :P] = prompt.keys.index_select(0, owner)
+            mine.values[:, :, :P] = prompt.values.index_select(0, owner)
+        self.valid[:, :P], self.valid[:, P:] = valid[owner], True
+        self.at.fill_(P - 1)
+        return self
+
+    def __call__(self, tokens):
+        self.at += 1
+        self.tokens.copy_(tokens[:, None])
+        return self.replay()
+
+    def drop(self, rows, finished):
+        return rows[:0] if finished.all() else rows
+
+
+def record(step):
+    """step(), a function of tensors that stay where they are -> a function that replays it."""
+    # Without autocast's cache: a graph that found the weights cast would never see new ones.
+    with torch.autocast("cuda", torch.bfloat16, torch.is_autocast_enabled("cuda"), False):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):  # libraries take their workspace when first used
+                step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = step()
+
+    def replay():
+        graph.replay()
+        return logits
+    return replay
+
+
+class Compared:
+    """The first rollout with a graph: the plain way, while the graph has to say the same."""
+
+    def __init__(self, policy, plain, graph):
+        self.policy, self.plain, self.graph, self.drop = policy, plain, graph, graph.drop
+
+    def __call__(self, tokens):
+        logits = self.plain(tokens)
+        if self.graph:
+            one, two = (x.float().softmax(-1) for x in (logits, self.graph(tokens)))
+            gap = (one - two).abs().sum(-1).mean().item() / 2
+            if not gap < LIMIT:
+                self.graph = refuse(self.policy, f"it was off by {gap:.2g}")
+        return logits
+
+
+def refuse(policy, reason):
+    print(f"warning: this GPU decodes without a CUDA graph, which is slower ({reason})")
+    GRAPHS[policy] = None
+
+
+def decoder(forward, policy, cache, owner, valid, extra):
+    """What forwards the tokens of a rollout: on a GPU a graph, unless that has failed."""
+    def plain():
+        return Decoder(forward, policy, cache, owner, valid, extra)
+
+    if not use_graphs(policy):
+        return plain()
+    graphs, rows, width = GRAPHS.setdefault(policy, {}), len(owner), valid.shape[1] + extra
+    if rows in graphs and graphs[rows].valid.shape[1] >= width:
+        return graphs[rows].begin(cache, owner, valid)
+    try:
+        graphs[rows] = GraphDecoder(forward, policy, cache, rows, -(-width // WIDTH) * WIDTH)
+    except Exception as error:  # a model that asks the GPU something midway, too little memory, ...
+        refuse(policy, f"{type(error).__name__}: {error}".splitlines()[0])
+        return plain()
+    return Compared(policy, plain(), graphs[rows].begin(cache, owner, valid))
+
+
+def use_graphs(policy):
+    return policy.device.type == "cuda" and GRAPHS.get(policy, {}) is not None

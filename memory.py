@@ -1,0 +1,66 @@
+"""
+What fits on one GPU? The memory of a training step, by formula: README's table.
+
+    python memory.py
+    python memory.py --completions 512 --new_tokens 1024
+
+Always there, per parameter: 4 bytes for the weight, 4 for its gradient, 8 for AdamW's moments; 4
+for the reference, if there is one; 16 for PPO's critic; 2 for the bf16 copy in use. Beyond that
+
+    keys and values   tokens x layers x key/value width x 2 (keys, values) x 2 bytes (bf16), always
+                      there, for the CUDA graph; and once more in its first rollout
+    sampler           completions x vocabulary x 18 bytes, while sampling
+    activations       tokens x layers x (34.5 x width + 8 x MLP width) bytes in bf16, while
+                      updating; with --gradient_checkpointing 4 x width instead
+    logits            completion tokens x vocabulary x 4 bytes (bf16, and their gradient), likewise
+
+of which the larger phase counts. Tokens while updating: those of --micro_batch_size completions.
+"""
+import argparse
+from collections import namedtuple
+
+Model = namedtuple("Model", "parameters layers width mlp kv_width vocabulary")
+MODELS = {
+    "SmolLM2-135M": Model(134.5e6, 30, 576, 1536, 192, 49152),
+    "Qwen2.5-0.5B": Model(494e6, 24, 896, 4864, 128, 151936),
+    "Qwen2.5-1.5B": Model(1544e6, 28, 1536, 8960, 256, 151936),
+    "Qwen2.5-3B": Model(3086e6, 36, 2048, 11008, 256, 151936),
+    "Qwen2.5-7B": Model(7616e6, 28, 3584, 18944, 512, 152064),
+}
+SCRIPTS = {  # bytes per parameter
+    "no reference: sft.py, or --kl_coef 0": 18, "reinforce, reinforce_pp, remax, rloo, grpo": 22,
+    "ppo.py: a critic as well": 38}
+
+
+def gigabytes(m, per_parameter, args, recompute):
+    """Static, and the larger of sampling and updating."""
+    tokens = args.prompt_tokens + args.new_tokens
+    cache = args.completions * tokens * m.layers * m.kv_width * 4
+    sampling = cache + args.completions * m.vocabulary * 18
+    layer = 4 * m.width if recompute else 34.5 * m.width + 8 * m.mlp
+    updating = args.micro_batch_size * (
+        tokens * m.layers * layer + args.new_tokens * m.vocabulary * 4)
+    return (m.parameters * per_parameter + cache + max(sampling, updating)) / 1e9
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    for flag, value in dict(completions=256, micro_batch_size=8, prompt_tokens=128,
+                            new_tokens=256).items():
+        parser.add_argument(f"--{flag}", type=int, default=value, help=f"without it {value}")
+    args = parser.parse_args()
+    print("| GB, and with --gradient_checkpointing | " + " | ".join(SCRIPTS) + " |")
+    print("|---" * (1 + len(SCRIPTS)) + "|")
+    for name, model in MODELS.items():
+        cells = []
+        for size in SCRIPTS.values():
+            plain, recomputed = (gigabytes(model, size, args, r) for r in (False, True))
+            fits = next((f", {gpu} GB" for gpu in (24, 80) if 1.1 * recomputed <= gpu), ", neither")
+            cells.append(f"{plain:.1f} / {recomputed:.1f}{fits}")
+        print(f"| {name} | " + " | ".join(cells) + " |")
+    print("\nFits: a GPU of 24 or of 80 GB, a tenth of it for the allocator.")
+
+
+if __name__ == "__main__":
+    main()

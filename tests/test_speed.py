@@ -1,0 +1,263 @@
+"""Work is counted, because time is no matter for a test: tokens forwarded, rows decoded, passes."""
+import functools
+import gc
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import decode
+import rollout
+from conftest import CONFIGS, make_model
+from rollout import Batch, load_policy, make_batch, micro_batches, sample, token_logprobs
+from test_scripts import SCRIPTS, quick
+
+PROMPTS = [[5, 6, 7, 8, 9, 10], [4, 5], [11, 9, 6, 7]]
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture
+def forwards(monkeypatch):
+    """Of each forward: the policy, rows, columns, and whether a gradient will be asked of it."""
+    real, seen = rollout.forward, []
+
+    def forward(policy, ids, *args, **kwargs):
+        seen.append((policy, *ids.shape, torch.is_grad_enabled()))
+        return real(policy, ids, *args, **kwargs)
+    monkeypatch.setattr(rollout, "forward", forward)
+    return seen
+
+
+# ------------------------------------------------------------------ how much is forwarded
+
+def test_a_rollout_forwards_each_prompt_once_and_few_ended_rows(policy, tokenizer, forwards):
+    batch = sample(policy, tokenizer, PROMPTS, 32, 50, 1.5, seeded())
+    (_, rows, columns, _), *steps = forwards
+    assert (rows, columns) == (3, 6)
+    assert all(columns == 1 for _, _, columns, _ in steps)
+    lengths = batch.mask.sum(1)
+    assert len(steps) == lengths.max() - 1  # the last token is drawn, and not forwarded
+    needed = int((lengths - 1).sum())  # rows that have not ended, in all steps
+    assert needed <= sum(rows for _, rows, _, _ in steps) <= needed / 0.75 < 0.7 * 96 * len(steps)
+
+
+@pytest.mark.parametrize("name, flags, with_gradient, without", [
+    ("reinforce", dict(kl_coef=0.0), 1, 0), ("reinforce", {}, 1, 1),
+    ("reinforce_pp", dict(kl_coef=0.0), 1, 0), ("reinforce_pp", {}, 1, 1),
+    ("reinforce_pp", dict(epochs=2), 2, 1), ("rloo", {}, 1, 1), ("remax", {}, 1, 1),
+    ("rloo", dict(sequence_ratio=True), 1, 2), ("grpo", dict(kl_coef=0.0), 1, 0),
+    ("grpo", {}, 1, 1), ("grpo", dict(kl_coef=0.0, epochs=3), 3, 0), ("ppo", {}, 2, 2),
+    ("ppo", dict(kl_coef=0.0), 2, 1)])
+def test_no_step_makes_a_pass_that_is_not_needed(
+        folders, tmp_path, monkeypatch, few_problems, forwards, name, flags, with_gradient,
+        without):
+    """Passes over the 16 completions, after sampling: two micro-batches of 8 each."""
+    def sample_and_forget(*args, **kwargs):
+        batch = sample(*args, **kwargs)
+        forwards.clear()
+        return batch
+    script = SCRIPTS[name]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(script, "sample", sample_and_forget)
+    for function in ("evaluate", "report", "check_first_step"):
+        monkeypatch.setattr(script, function, lambda *args: {})
+    monkeypatch.setattr(script, "micro_batches", lambda batch, rows, size, *signal: micro_batches(
+        batch, rows, size))  # of these few answers, most are wrong
+    script.train(quick(name, folders("llama"), prompts=16, steps=1, **flags))
+    each = 4 if name in ("rloo", "grpo") else 2  # shared prompts are a forward of their own
+    assert sum(gradient for *_, gradient in forwards) == with_gradient * each
+    assert sum(not gradient for *_, gradient in forwards) == without * each
+
+
+def test_a_pass_forwards_each_prompt_once(policy, forwards):
+    batch = make_batch([[5] * 9] * 8, [[6] * n for n in (3, 9, 4, 4, 2, 8, 1, 9)], "cpu")
+    batch = Batch([[5] * 9, [7] * 4], torch.arange(8) // 4, batch.completions, batch.mask)
+    token_logprobs(policy, batch, torch.arange(8), 1.0)
+    assert [(rows, columns) for _, rows, columns, _ in forwards] == [(2, 9), (8, 8)]
+
+
+# ------------------------------------------------------------------ micro-batches
+
+def test_micro_batches_forward_the_fewest_tokens():
+    """Sorted by length they are less wide, sorted by group each prompt is forwarded once."""
+    lengths = (1, 9, 2, 3, 1, 8)
+    for prompt, expected in ((1, [[0, 4], [2, 3], [1, 5]]), (20, [[2, 3], [4, 5], [0, 1]])):
+        batch = make_batch([[5] * prompt] * 6, [[5] * n for n in lengths], "cpu")
+        batch.owner = torch.tensor([0, 0, 1, 1, 2, 2])
+        parts = [sorted(rows.tolist()) for rows, _ in micro_batches(batch, torch.randperm(6), 2)]
+        assert sorted(parts) == sorted(expected), prompt
+
+
+def test_rows_without_signal_are_not_forwarded_and_not_missed(policy, tokenizer):
+    """Same gradient, and the shares are still those of the whole mini-batch."""
+    batch = sample(policy, tokenizer, PROMPTS, 4, 10, 1.0, seeded())
+    advantages = torch.tensor([0.0] * 4 + [1, 0, -1, 0] + [0] * 4)
+    gradients = []
+    for signal in (None, advantages, advantages[:, None] * batch.mask):
+        policy.zero_grad()
+        forwarded = []
+        for rows, share in micro_batches(batch, torch.arange(12), 2, signal):
+            logprobs, m = token_logprobs(policy, batch, rows, 1.0), batch.mask[rows]
+            loss = (logprobs * advantages[rows, None]).sum() / m.sum()
+            (loss * share).backward()
+            forwarded += rows.tolist()
+        gradients.append(torch.cat([p.grad.flatten() for p in policy.parameters()
+                                    if p.grad is not None]))
+        assert sorted(forwarded) == (list(range(12)) if signal is None else [0, 4, 6])
+    assert gradients[0].norm() > 0.1
+    for gradient in gradients[1:]:
+        torch.testing.assert_close(gradient, gradients[0], rtol=1e-4, atol=1e-6)
+    rows, = [rows for rows, _ in micro_batches(batch, torch.arange(12), 2, 0 * advantages)]
+    assert rows.tolist() == [0]  # AdamW, whose moments go on, gets a gradient of 0
+
+
+@pytest.mark.parametrize("name, kl_coef", [
+    ("rloo", 0.0), ("remax", 0.0), ("grpo", 0.0), ("grpo", 0.1)])
+def test_scripts_skip_what_has_no_gradient(
+        folders, tmp_path, monkeypatch, few_problems, name, kl_coef):
+    """With and without skipping: the same weights. With a KL in the loss there is a gradient."""
+    monkeypatch.chdir(tmp_path)
+    script, seen = SCRIPTS[name], []
+
+    def blind_in_the_first_half(prompts, completions, **columns):
+        return [float(i % 3 == 0) if i >= len(prompts) // 2 else 1.0 for i in range(len(prompts))]
+    monkeypatch.setattr(script, "load_rewards", lambda *args: {"r": blind_in_the_first_half})
+
+    def spy(skip):
+        def split(batch, rows, size, *signal):
+            parts = list(micro_batches(batch, rows, size, *(signal if skip else ())))
+            seen.append(sum(len(part) for part, _ in parts) / len(rows))
+            return parts
+        return split
+    for skip in (True, False):
+        monkeypatch.setattr(script, "micro_batches", spy(skip))
+        script.train(quick(name, folders("llama"), prompts=16, steps=1, kl_coef=kl_coef,
+                           minibatch_size=16, micro_batch_size=4, out_dir=str(skip)))
+    skipping, everything = seen
+    assert everything == 1 and (skipping < 0.7 if kl_coef == 0 else skipping == 1)
+    one, two = (load_policy(out, "cpu")[0].state_dict() for out in ("True", "False"))
+    moved = max((one[key] - two[key]).abs().max() for key in one)
+    assert moved < 1e-5
+
+
+# ------------------------------------------------------------------ the arithmetic of CUDA graphs
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """As on a GPU, but what would be replayed is computed. -> how often it was recorded."""
+    recorded = []
+
+    def record(step):
+        recorded.append(step)
+        return step
+    monkeypatch.setattr(decode, "use_graphs",
+                        lambda policy: decode.GRAPHS.get(policy, {}) is not None)
+    monkeypatch.setattr(decode, "record", record)
+    yield recorded
+    decode.GRAPHS.clear()
+
+
+def same_rollout(one, two):
+    assert torch.equal(one.mask, two.mask) and torch.equal(one.finished, two.finished)
+    assert torch.equal(one.completions * one.mask.long(), two.completions * two.mask.long())
+    torch.testing.assert_close(one.logprobs, two.logprobs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_fixed_width_is_the_plain_way(name, tokenizer, graphs, monkeypatch):
+    """Several rollouts, with other prompts and weights, the last too wide for the first graph."""
+    policy = make_model(name).eval()
+    long = [[5, 6] * 20, [7] * 30]
+    cases = [(PROMPTS, 10), (PROMPTS[::-1], 10), ([[4, 5]] * 3, 7), (PROMPTS, 20)]
+    cases += [(long[:1] * 3, 20)] * 2
+    monkeypatch.setattr(decode, "WIDTH", 32)
+    for i, (prompts, longest) in enumerate(cases):
+        rollouts = []
+        for plainly in (True, False):
+            with monkeypatch.context() as patch:
+                if plainly:  # but no row is dropped, or the random numbers would go to others
+                    patch.setattr(decode, "use_graphs", lambda policy: False)
+                    patch.setattr(decode.Decoder, "drop", decode.GraphDecoder.drop)
+                rollouts.append(sample(policy, tokenizer, prompts, 2, longest, 1.0, seeded(i)))
+        same_rollout(*rollouts)
+        assert len(graphs) == (1 if i < 4 else 2)
+        with torch.no_grad():
+            for parameter in policy.parameters():
+                parameter.mul_(1.05)
+
+
+class Questions(TorchDispatchMode):
+    """Collects the operations for which a host would have to wait for its GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function._opname in ("item", "is_nonzero", "nonzero", "equal", "_local_scalar_dense"):
+            self.found.append(function._opname)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_recorded_step_asks_the_gpu_nothing(name, tokenizer, graphs):
+    """A question midway ends the recording with an error of CUDA's."""
+    sample(make_model(name).eval(), tokenizer, PROMPTS, 2, 3, 1.0)
+    with torch.inference_mode(), Questions() as asked:
+        graphs[0]()
+        assert asked.found == []
+        torch.ones(1).item()
+    assert asked.found == ["item"]
+
+
+def shift(buffer, keys, values, *args, **kwargs):
+    """A cache that writes one column too far."""
+    buffer.keys.index_copy_(2, buffer.at + 1, keys)
+    buffer.values.index_copy_(2, buffer.at + 1, values)
+    return buffer.keys, buffer.values
+
+
+def test_a_graph_that_is_wrong_is_refused(policy, tokenizer, graphs, monkeypatch, capsys):
+    """Its first rollout is the plain one all the same, and a sentence says so, once."""
+    monkeypatch.setattr(decode.FixedBuffer, "update", shift)
+    monkeypatch.setattr(decode.Decoder, "drop", decode.GraphDecoder.drop)
+    first, second = (sample(policy, tokenizer, PROMPTS, 4, 10, 1.0, seeded()) for _ in range(2))
+    said = capsys.readouterr().out
+    assert said.count("without a CUDA graph") == 1 and "off by 0." in said
+    monkeypatch.setattr(decode, "use_graphs", lambda policy: False)
+    plain = sample(policy, tokenizer, PROMPTS, 4, 10, 1.0, seeded())
+    same_rollout(first, plain), same_rollout(second, plain)
+
+
+def test_a_graph_that_cannot_be_recorded_is_done_without(
+        policy, tokenizer, graphs, monkeypatch, capsys):
+    def record(step):
+        raise RuntimeError("operation not permitted when stream is capturing\nCUDA says more")
+    monkeypatch.setattr(decode, "record", record)
+    first, second = (sample(policy, tokenizer, PROMPTS, 4, 10, 1.0, seeded()) for _ in range(2))
+    same_rollout(first, second)
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 1 and "RuntimeError: operation not permitted" in said[0]
+
+
+def test_graphs_go_with_their_policy(tokenizer, graphs, monkeypatch):
+    """A replay needs the addresses of the weights, and must not keep the weights."""
+    monkeypatch.setattr(decode, "record", lambda step: functools.partial(lambda x: x, step()))
+    policy = make_model("llama").eval()
+    sample(policy, tokenizer, PROMPTS, 4, 3, 1.0)
+    assert len(decode.GRAPHS) == 1
+    del policy
+    gc.collect()
+    assert len(decode.GRAPHS) == 0
+
+
+def test_a_batch_can_be_trained_on(policy, tokenizer):
+    """Tensors made in inference mode could not be: autograd refuses to keep them."""
+    batch = sample(policy, tokenizer, PROMPTS, 2, 5, 1.0)
+    weight = torch.ones((), requires_grad=True)
+    for tensor in (batch.logprobs, batch.mask, batch.finished.float(), batch.completions.float()):
+        assert not tensor.is_inference()
+        (weight * tensor).sum().backward()
