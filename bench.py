@@ -9,7 +9,8 @@ How fast is a step? The scripts beside TRL's trainers and model.generate, on the
 All contenders run in this process, in turns, from the same random weights, on the same prompts, and
 make the same number of completions and of new tokens. The first step of each turn is dropped;
 medians are printed. What is timed is the scripts' own train(), with a stopwatch in the place of its
-run folder, and TRL's own train(). TRL comes with requirements-dev.txt; without it, its rows say so.
+run folder, and TRL's own train(), neither with vLLM nor compiled; checkpoints are not timed. TRL
+comes with requirements-dev.txt; without it, its rows say so.
 """
 import argparse
 import contextlib
@@ -18,9 +19,12 @@ import ctypes
 import gc
 import importlib.util
 import io
+import json
 import tempfile
 import time
 from collections import Counter
+from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from statistics import median
 from unittest import mock
@@ -49,11 +53,12 @@ NATURAL = "GRPO, natural lengths"
 ROWS = {
     "rollout": (None, {}, None, {}),
     "GRPO": ("grpo", dict(kl_coef=0), "GRPO", dict(beta=0.0, loss_type="grpo")),
-    "GRPO, KL": ("grpo", dict(kl_coef=0.04), "GRPO", dict(beta=0.04, loss_type="grpo")),
+    "GRPO, KL": ("grpo", dict(kl_coef=0.04), "GRPO",
+                 dict(beta=0.04, loss_type="grpo", use_bias_correction_kl=False)),
     "GRPO, 2 epochs": ("grpo", dict(kl_coef=0, epochs=2), "GRPO",
                        dict(beta=0.0, loss_type="grpo", num_iterations=2)),
     NATURAL: ("grpo", dict(kl_coef=0), "GRPO", dict(beta=0.0, loss_type="grpo")),
-    "RLOO": ("rloo", dict(kl_coef=0.05), "RLOO", dict(beta=0.05)),
+    "RLOO": ("rloo", dict(kl_coef=0.05, sequence_ratio=True), "RLOO", dict(beta=0.05)),
     "REINFORCE++": ("reinforce_pp", dict(kl_coef=0.05), None, {}),
     "PPO": ("ppo", dict(kl_coef=0.05), None, {}),
 }
@@ -62,22 +67,23 @@ ROWS = {
 class Work:
     """What the contenders of a row share: policy, tokenizer, prompts, reward.
 
-    Natural lengths: of 64 tokens one is the EOS, so that an untrained policy ends after 64 on
-    average; the reward is 0 or 1, and some groups teach nothing; prompts are ragged; micro-batches
-    have 16 rows. Elsewhere nothing ends a completion.
+    Natural lengths: of 64 tokens one is the EOS, so that an untrained policy, of at most 128
+    tokens, ends after 55 on average; the reward is 0 or 1, and some groups teach nothing; prompts
+    are ragged; micro-batches have 16 rows. Elsewhere the EOS is a token that the model lacks.
     """
 
     def __init__(self, args, natural):
-        self.args, self.natural = args, natural
+        self.args, self.natural, eos = args, natural, "w1" if natural else "end"
         self.completions = args.prompts * args.group_size
         self.micro = args.micro_batch_size or min(self.completions, 16 if natural else 10**9)
         self.longest = args.new_tokens * (2 if natural else 1)
-        size = dict(SIZES[args.size], pad_token_id=0, eos_token_id=1, bos_token_id=None)
+        size = dict(SIZES[args.size], pad_token_id=0, eos_token_id=None, bos_token_id=None)
         size.update(vocab_size=64 if natural else size["vocab_size"])
-        words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(size["vocab_size"])}, "w0"))
+        words = {f"w{i}": i for i in range(size["vocab_size"])}
+        words = Tokenizer(models.WordLevel({**words, "end": len(words)}, "w0"))
         words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
         self.tokenizer = transformers.PreTrainedTokenizerFast(
-            tokenizer_object=words, pad_token="w0", eos_token="w1", padding_side="left")
+            tokenizer_object=words, pad_token="w0", eos_token=eos, padding_side="left")
         torch.manual_seed(0)
         self.policy = transformers.AutoModelForCausalLM.from_config(
             QWEN(**size) if args.size == "0.5B" else LLAMA(**size)).eval()
@@ -89,8 +95,8 @@ class Work:
         self.texts = [" ".join(f"w{i}" for i in ids) for ids in self.ids]
 
     def reward(self, prompts, completions, completion_ids, **columns):
-        values = [sum(ids) % 5 for ids in completion_ids]
-        return [float(value == 4 if self.natural else value) for value in values]
+        values = [sum(ids) % 97 / 97 for ids in completion_ids]
+        return [float(value > 0.8) if self.natural else value for value in values]
 
 
 class Stopwatch:
@@ -154,18 +160,20 @@ class Stopwatch:
 
 
 def our_rollout(work, steps, clock):
+    policy = copy.deepcopy(work.policy)  # and with it goes its CUDA graph
     for _ in range(steps):
         clock.start()
-        clock.sample(work.policy, work.tokenizer, work.ids, work.args.group_size, work.longest, 1.0)
+        clock.sample(policy, work.tokenizer, work.ids, work.args.group_size, work.longest, 1.0)
         clock.stop()
 
 
 def generate(work, steps, clock):
     ids, valid = (x.repeat_interleave(work.args.group_size, 0)
                   for x in rollout.pad_left(work.ids, work.args.device))
-    plain = transformers.GenerationConfig(
-        do_sample=True, top_k=0, min_new_tokens=work.longest, max_new_tokens=work.longest,
-        eos_token_id=1, pad_token_id=0)
+    plain = transformers.GenerationConfig(  # static: on a GPU, generate compiles its step then
+        do_sample=True, top_k=0, max_new_tokens=work.longest, pad_token_id=0,
+        eos_token_id=work.tokenizer.eos_token_id,
+        cache_implementation="static" if clock.cuda else None)
     for _ in range(steps):
         clock.start()
         with rollout.precision(ids.device):
@@ -177,11 +185,14 @@ def generate(work, steps, clock):
 
 def ours(work, steps, clock, name, flags):
     """The script's train(), without its run folder, its evaluations, its loading and saving."""
+    def log(step, **metrics):
+        json.dumps({key: float(value) for key, value in metrics.items()})
+
     args, script = work.args, importlib.import_module(name)
     cfg = script.Config(
-        model="ours", data="ours", device=args.device, steps=steps, lr=1e-4, eval_prompts=1,
+        model="ours", data="ours", device=args.device, steps=steps, lr=1e-4, seed=work.seed,
         prompts_per_step=args.prompts, group_size=args.group_size, max_new_tokens=work.longest,
-        minibatch_size=work.completions, micro_batch_size=work.micro, **flags)
+        minibatch_size=work.completions, micro_batch_size=work.micro, eval_prompts=1, **flags)
 
     def timed_steps():
         for step in range(steps):
@@ -189,7 +200,7 @@ def ours(work, steps, clock, name, flags):
             yield step
             clock.stop()
 
-    run = mock.Mock(steps=timed_steps, load=lambda **objects: dict(before={}))
+    run = mock.Mock(steps=timed_steps, load=lambda **objects: dict(before={}), log=log)
     problems = [dict(prompt=text, ids=ids) for text, ids in zip(work.texts, work.ids)]
     instead = dict.fromkeys(("evaluate", "validate", "report", "save_policy"), mock.Mock())
     instead.update(Run=lambda *_: run, load_problems=lambda *_: (problems, [], []),
@@ -230,7 +241,7 @@ def timed_trainer(name, clock, updates):
 
 
 def theirs(work, steps, clock, name, settings):
-    """TRL's train(); bf16 where ours has it, nothing recomputed: its best settings for this."""
+    """TRL's train(); bf16 where ours has it, nothing recomputed: on a CPU its best settings."""
     import datasets
     import trl
     updates = settings.get("num_iterations", 1)
@@ -243,8 +254,7 @@ def theirs(work, steps, clock, name, settings):
             temperature=1.0, top_k=0, learning_rate=1e-4, use_cpu=not clock.cuda,
             bf16=use_bf16(torch.device(work.args.device)), gradient_checkpointing=False,
             model_init_kwargs=dict(dtype="float32"), disable_tqdm=True, report_to="none",
-            save_strategy="no", logging_strategy="no",
-            generation_kwargs={} if work.natural else dict(min_new_tokens=work.longest), **settings)
+            save_strategy="no", logging_strategy="no", seed=work.seed, **settings)
         trainer(work.folder.name, work.reward, config, processing_class=work.tokenizer,
                 train_dataset=datasets.Dataset.from_dict(dict(prompt=work.texts)),
                 callbacks=[callback]).train()
@@ -254,31 +264,32 @@ def theirs(work, steps, clock, name, settings):
 # The tables
 
 
+def contenders(row):
+    """-> {who: function (work, steps, clock)}."""
+    script, flags, trainer, settings = ROWS[row]
+    if not script:
+        return dict(ours=our_rollout, generate=generate)
+    found = dict(ours=partial(ours, name=script, flags=flags))
+    if trainer and importlib.util.find_spec("trl"):
+        importlib.import_module("trl")  # now, or it would count as memory of its first turn
+        found["TRL"] = partial(theirs, name=trainer, settings=settings)
+    return found
+
+
 def measure(args):
-    """All contenders in turns -> {(row, contender): [what the stopwatch found in each step]}."""
+    """All contenders in turns -> {(row, who): [what the stopwatch found in each step]}."""
     works = {natural: Work(args, natural) for natural in {row == NATURAL for row in args.rows}}
-    found = {}
-    for row in args.rows:
-        script, _, trainer, _ = ROWS[row]
-        found[row, "ours"] = []
-        if not script:
-            found[row, "generate"] = []
-        elif trainer and importlib.util.find_spec("trl"):
-            found[row, "TRL"] = []
-    for row, who in tqdm(list(found) * args.rounds, desc="turns"):
-        script, flags, trainer, settings = ROWS[row]
-        work, clock, steps = works[row == NATURAL], Stopwatch(args.device), args.steps + 1
-        seed_everything(1, args.device)
+    functions = {(row, who): f for row in args.rows for who, f in contenders(row).items()}
+    found = {key: [] for key in functions}
+    there, back = list(found), list(found)[::-1]  # so that nobody always comes after the same
+    turns = [key for i in range(args.rounds) for key in (back if i % 2 else there)]
+    for turn, (row, who) in enumerate(tqdm(turns, desc="turns")):
+        work, clock = works[row == NATURAL], Stopwatch(args.device)
+        work.seed = 1 + turn // len(found)  # others in each round
+        seed_everything(work.seed, args.device)
         torch.use_deterministic_algorithms(who == "ours" and args.device == "cpu")
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.ExitStack() as stack:
-            if not work.natural:  # no token is an EOS (and TRL has min_new_tokens)
-                stack.enter_context(mock.patch.object(rollout, "eos_ids", lambda *_: [-1]))
-            if who == "TRL":
-                theirs(work, steps, clock, trainer, settings)
-            elif script:
-                ours(work, steps, clock, script, flags)
-            else:
-                (our_rollout if who == "ours" else generate)(work, steps, clock)
+        with contextlib.redirect_stdout(io.StringIO()):
+            functions[row, who](work, args.steps + 1, clock)
         found[row, who] += clock.found[1:]
     for (row, who), steps in found.items():
         same = {args.prompts * args.group_size * args.new_tokens}
@@ -286,28 +297,38 @@ def measure(args):
     return found
 
 
-def show(found):
-    def middle(key, of):
-        return median(map(of, found[key])) if key in found else float("nan")
+def ratio(found, one, two, rounds, phase="ms"):
+    """How many times the time of `two` is that of `one`: median and range of the rounds.
 
-    print("| row | | ms | CPU ms | new tokens/s | rollout | log-probs | update | peak MB "
-          "| generate / rollout | TRL / ours |\n" + "|---" * 11 + "|")
-    for row, who in found:
-        ms, cpu, tokens, *parts = (middle((row, who), lambda step: step[key]) for key in (
-            "ms", "cpu", "tokens", "rollout", "logprobs", "update", "memory"))
-        per_token = middle((row, who), lambda step: step["ms"] / step["tokens"])  # natural: differs
-        generated = float("nan") if row == NATURAL else middle(
-            ("rollout", "generate"), lambda step: step["ms"]) / parts[0]
-        theirs = middle((row, "TRL"), lambda step: step["ms"] / step["tokens"]) / per_token
-        cells = [f"{x:.0f}" for x in (ms, cpu, 1e3 / per_token, *parts)]
-        cells += [f"{x:.2f}" for x in (generated, theirs if who == "ours" else float("nan"))]
-        print(f"| {row} | {who} | " + " | ".join(cells).replace("nan", "-") + " |")
+    Per token, because natural lengths are drawn, and differ.
+    """
+    if one not in found:
+        return "-"
+    size = len(found[one]) // rounds
+    costs = [[sum(step[phase] for step in part) / sum(step["tokens"] for step in part)
+              for part in (found[key][i : i + size] for i in range(0, size * rounds, size))]
+             for key in (one, two)]
+    ratios = [x / y for x, y in zip(*costs)]
+    return f"{median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
+
+
+def show(found, rounds):
+    print("| row | | ms | CPU ms | new tokens/s | rollout | log-probs | update, rest | peak MB "
+          "| rollout: generate / this | step: TRL / ours |\n" + "|---" * 11 + "|")
+    for (row, who), steps in found.items():
+        cells = [median(map(of, steps)) for of in (
+            itemgetter("ms"), itemgetter("cpu"), lambda step: 1e3 * step["tokens"] / step["ms"],
+            *map(itemgetter, ("rollout", "logprobs", "update", "memory")))]
+        last = ["-" if row == NATURAL else
+                ratio(found, ("rollout", "generate"), (row, who), rounds, "rollout"),
+                "-" if who != "ours" else ratio(found, (row, "TRL"), (row, who), rounds)]
+        print(" | ".join([f"| {row}", who, *(f"{x:.0f}" for x in cells), *last]) + " |")
         if ROWS[row][2] and (row, "TRL") not in found:
             print(f"| {row} | TRL | not installed: pip install -r requirements-dev.txt |")
-    pp, ppo = (middle((row, "ours"), lambda step: step["ms"]) for row in ("REINFORCE++", "PPO"))
-    if pp == pp and ppo == ppo:
-        print(f"\nA step of REINFORCE++ takes {pp / ppo:.2f} of PPO's time (the notes: 42 h / "
-              "60 h, 0.70). TRL 1.16 has neither.")
+    pp, ppo = ("REINFORCE++", "ours"), ("PPO", "ours")
+    if {pp, ppo} <= found.keys():
+        print(f"\nPPO takes {ratio(found, ppo, pp, rounds)} times as long as REINFORCE++ (in the "
+              "notes 60 h / 42 h, 1.43). TRL 1.16 has neither.")
 
 
 def correctness(args):
@@ -354,10 +375,13 @@ def main():
     for flag, value in vars(args).items():
         if isinstance(value, int) and value < 1:
             fail(f"--{flag} {value}: it must be at least 1")
+    if args.prompts * args.group_size % (args.micro_batch_size or 1):
+        fail(f"--micro_batch_size {args.micro_batch_size}: it must divide the "
+             f"{args.prompts * args.group_size} completions of a step")
     torch.set_num_threads(args.threads)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    show(measure(args))
+    show(measure(args), args.rounds)
     correctness(args)
 
 

@@ -3,10 +3,13 @@ One more token for each completion: plainly, or as a CUDA graph. rollout.sample(
 
 To decode a token of a small model is a thousand little kernels, and on a GPU it takes longer to
 launch them from Python than to run them. A CUDA graph, recorded once, launches them all at once,
-but always on the same memory. So there everything has its place for good, at full width: the column
-that is written is a number on the GPU, and columns not yet written are masked. The weights are
-updated in place, and so a graph serves all steps of a training.
+but always on the same memory. So there every tensor keeps its place and its shape, the full width:
+the column that is written is a tensor too, not a Python number, and the columns after it are
+masked. The optimizer changes weights in place, and so a graph serves all steps of a training.
+
+`owner` (n,) is the prompt of each completion, `valid` (B, P) says which prompt columns are real.
 """
+import sys
 import weakref
 
 import torch
@@ -15,13 +18,17 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 
 class Buffer(DynamicLayer):
-    """One layer's keys and values, (n, heads, W, d), in memory taken once and written in place."""
+    """One layer's keys and values, (n, heads, W, d), in memory taken once and written in place.
+
+    Under autocast, rotary keys come in fp32: they are kept in bf16, in which attention wants them.
+    """
 
     def __init__(self, layer, owner, extra):
         super().__init__()
         self.length, self.is_initialized = layer.keys.shape[2], True
-        self.keys = F.pad(layer.keys.index_select(0, owner), (0, 0, 0, extra))
-        self.values = F.pad(layer.values.index_select(0, owner), (0, 0, 0, extra))
+        self.keys, self.values = (
+            F.pad(x.to(layer.values.dtype).index_select(0, owner), (0, 0, 0, extra))
+            for x in (layer.keys, layer.values))
 
     def update(self, keys, values, *args, **kwargs):
         start, self.length = self.length, self.length + keys.shape[2]
@@ -62,7 +69,7 @@ class Decoder:
 # On a GPU
 
 GRAPHS = weakref.WeakKeyDictionary()  # policy -> {number of rows: its graph}; None: they don't work
-LIMIT = 0.02  # mean total variation between what the graph and the plain way say; bf16 is noisy
+LIMIT = 0.03  # how far the graph's probabilities may be from the plain way's; bf16 is noisy
 WIDTH = 128  # widths are multiples of it, so that a longer prompt seldom needs a new graph
 
 
@@ -72,11 +79,11 @@ class FixedBuffer(DynamicLayer):
     def __init__(self, layer, rows, width, at):
         super().__init__()
         self.at, self.is_initialized = at, True
-        self.keys, self.values = (x.new_zeros(rows, x.shape[1], width, x.shape[3])
+        self.keys, self.values = (layer.values.new_zeros(rows, x.shape[1], width, x.shape[3])
                                   for x in (layer.keys, layer.values))
 
     def update(self, keys, values, *args, **kwargs):
-        self.keys.index_copy_(2, self.at, keys)
+        self.keys.index_copy_(2, self.at, keys.to(self.keys.dtype))
         self.values.index_copy_(2, self.at, values)
         return self.keys, self.values
 
@@ -91,7 +98,7 @@ class GraphDecoder:
         self.at, self.tokens, self.valid = new(1), new(rows, 1), new(rows, width, dtype=torch.bool)
         self.cache = Cache(layers=[FixedBuffer(x, rows, width, self.at) for x in cache.layers])
         self.replay = record(lambda: forward(policy, self.tokens, self.valid, self.cache,
-                                             at=self.at)[:, -1])
+                                             at=self.at)[:, -1], policy.device)
 
     def begin(self, cache, owner, valid):
         """A new rollout: each completion gets its prompt's keys and values."""
@@ -112,18 +119,22 @@ class GraphDecoder:
         return rows[:0] if finished.all() else rows
 
 
-def record(step):
+def record(step, device):
     """step(), a function of tensors that stay where they are -> a function that replays it."""
-    # Without autocast's cache: a graph that found the weights cast would never see new ones.
-    with torch.autocast("cuda", torch.bfloat16, torch.is_autocast_enabled("cuda"), False):
-        stream = torch.cuda.Stream()
+    # autocast keeps the bf16 copies of the weights that it makes; in a graph they would grow old.
+    precision = torch.autocast("cuda", torch.bfloat16, torch.is_autocast_enabled("cuda"), False)
+    with torch.cuda.device(device), precision:
+        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):  # libraries take their workspace when first used
+        try:
+            with torch.cuda.stream(stream):
+                step(), step()  # the libraries of CUDA take their memory when first used
+                torch.cuda.set_sync_debug_mode("error")  # .item() and the like cannot be recorded
                 step()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+            torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(graph, stream=stream):
             logits = step()
 
     def replay():
@@ -136,39 +147,44 @@ class Compared:
     """The first rollout with a graph: the plain way, while the graph has to say the same."""
 
     def __init__(self, policy, plain, graph):
-        self.policy, self.plain, self.graph, self.drop = policy, plain, graph, graph.drop
+        self.policy, self.plain, self.graph = policy, plain, graph
+        self.drop, self.gaps = graph.drop, []
 
     def __call__(self, tokens):
         logits = self.plain(tokens)
         if self.graph:
             one, two = (x.float().softmax(-1) for x in (logits, self.graph(tokens)))
-            gap = (one - two).abs().sum(-1).mean().item() / 2
+            self.gaps.append((one - two).abs().sum(-1).mean().item() / 2)
+            gap = sum(self.gaps) / len(self.gaps)
             if not gap < LIMIT:
-                self.graph = refuse(self.policy, f"it was off by {gap:.2g}")
+                refuse(self.policy, f"its probabilities are off by {gap:.2g}")
+                self.graph = None
         return logits
 
 
 def refuse(policy, reason):
-    print(f"warning: this GPU decodes without a CUDA graph, which is slower ({reason})")
+    print(f"warning: decoding without a CUDA graph, which is slower: {reason}", file=sys.stderr)
     GRAPHS[policy] = None
 
 
 def decoder(forward, policy, cache, owner, valid, extra):
     """What forwards the tokens of a rollout: on a GPU a graph, unless that has failed."""
-    def plain():
-        return Decoder(forward, policy, cache, owner, valid, extra)
-
-    if not use_graphs(policy):
-        return plain()
-    graphs, rows, width = GRAPHS.setdefault(policy, {}), len(owner), valid.shape[1] + extra
-    if rows in graphs and graphs[rows].valid.shape[1] >= width:
-        return graphs[rows].begin(cache, owner, valid)
-    try:
-        graphs[rows] = GraphDecoder(forward, policy, cache, rows, -(-width // WIDTH) * WIDTH)
-    except Exception as error:  # a model that asks the GPU something midway, too little memory, ...
-        refuse(policy, f"{type(error).__name__}: {error}".splitlines()[0])
-        return plain()
-    return Compared(policy, plain(), graphs[rows].begin(cache, owner, valid))
+    graph, reason = None, None
+    if use_graphs(policy):
+        graphs, rows, width = GRAPHS.setdefault(policy, {}), len(owner), valid.shape[1] + extra
+        if rows in graphs and graphs[rows].valid.shape[1] >= width:
+            return graphs[rows].begin(cache, owner, valid)
+        graphs.pop(rows, None)  # its memory first
+        try:
+            graph = GraphDecoder(forward, policy, cache, rows, -(-width // WIDTH) * WIDTH)
+            graphs[rows] = graph.begin(cache, owner, valid)
+        except Exception as error:  # a model that cannot be recorded, too little memory, ...
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    if reason:
+        graphs.clear()
+        refuse(policy, reason)
+    plain = Decoder(forward, policy, cache, owner, valid, extra)
+    return Compared(policy, plain, graph) if graph else plain
 
 
 def use_graphs(policy):

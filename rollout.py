@@ -255,7 +255,8 @@ def sample(policy, tokenizer, prompts, group_size, max_new_tokens, temperature, 
     mask, logprobs = torch.zeros(2, *ids.shape, device=device)
     finished = torch.zeros(len(owner), dtype=torch.bool, device=device)
     rows = torch.arange(len(owner), device=device)  # the completions that are still forwarded
-    with torch.inference_mode(), precision(device):  # a tenth faster than no_grad
+    # Inference mode is a tenth faster, but on a GPU autocast would cast each weight at each token.
+    with torch.no_grad(), torch.inference_mode(device.type == "cpu"), precision(device):
         (prompt_ids, valid), cache = pad_left(prompts, device), DynamicCache()
         logits = forward(policy, prompt_ids, valid, cache, keep=1)[owner, -1]
         decode = decoder(forward, policy, cache, owner, valid, max_new_tokens)  # decode.py
