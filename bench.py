@@ -58,7 +58,8 @@ ROWS = {
     "GRPO, 2 epochs": ("grpo", dict(kl_coef=0, epochs=2), "GRPO",
                        dict(beta=0.0, loss_type="grpo", num_iterations=2)),
     NATURAL: ("grpo", dict(kl_coef=0), "GRPO", dict(beta=0.0, loss_type="grpo")),
-    "RLOO": ("rloo", dict(kl_coef=0.05, sequence_ratio=True), "RLOO", dict(beta=0.05)),
+    "RLOO": ("rloo", dict(kl_coef=0.05), "RLOO", dict(beta=0.05)),
+    "RLOO, one ratio": ("rloo", dict(kl_coef=0.05, sequence_ratio=True), "RLOO", dict(beta=0.05)),
     "REINFORCE++": ("reinforce_pp", dict(kl_coef=0.05), None, {}),
     "PPO": ("ppo", dict(kl_coef=0.05), None, {}),
 }
@@ -68,31 +69,35 @@ class Work:
     """What the contenders of a row share: policy, tokenizer, prompts, reward.
 
     Natural lengths: of 64 tokens one is the EOS, so that an untrained policy, of at most 128
-    tokens, ends after 55 on average; the reward is 0 or 1, and some groups teach nothing; prompts
-    are ragged; micro-batches have 16 rows. Elsewhere the EOS is a token that the model lacks.
+    tokens, ends after 55 on average; the reward is 0 or 1, and some groups teach nothing;
+    micro-batches have 16 rows. Elsewhere the EOS is a token that the model lacks.
     """
 
     def __init__(self, args, natural):
-        self.args, self.natural, eos = args, natural, "w1" if natural else "end"
+        self.args, self.natural = args, natural
         self.completions = args.prompts * args.group_size
         self.micro = args.micro_batch_size or min(self.completions, 16 if natural else 10**9)
         self.longest = args.new_tokens * (2 if natural else 1)
         size = dict(SIZES[args.size], pad_token_id=0, eos_token_id=None, bos_token_id=None)
         size.update(vocab_size=64 if natural else size["vocab_size"])
         words = {f"w{i}": i for i in range(size["vocab_size"])}
-        words = Tokenizer(models.WordLevel({**words, "end": len(words)}, "w0"))
+        words["<eos>"] = words.pop("w1") if natural else len(words)
+        words["<pad>"] = words.pop("w0")
+        words = Tokenizer(models.WordLevel(words, "<pad>"))
         words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
         self.tokenizer = transformers.PreTrainedTokenizerFast(
-            tokenizer_object=words, pad_token="w0", eos_token=eos, padding_side="left")
+            tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", padding_side="left")
         torch.manual_seed(0)
         self.policy = transformers.AutoModelForCausalLM.from_config(
             QWEN(**size) if args.size == "0.5B" else LLAMA(**size)).eval()
         self.folder = tempfile.TemporaryDirectory()  # TRL loads its policy and reference from it
         self.policy.save_pretrained(self.folder.name)
         self.policy.to(args.device)
-        lengths = [args.prompt_tokens * (8 - i % 4 * natural) // 8 for i in range(args.prompts)]
+        lengths = [args.prompt_tokens * (8 - i % 4 * (not args.equal_prompts)) // 8
+                   for i in range(args.prompts)]
         self.ids = [torch.randint(2, size["vocab_size"], (n,)).tolist() for n in lengths]
         self.texts = [" ".join(f"w{i}" for i in ids) for ids in self.ids]
+        assert self.tokenizer(self.texts).input_ids == self.ids  # TRL gets the texts
 
     def reward(self, prompts, completions, completion_ids, **columns):
         values = [sum(ids) % 97 / 97 for ids in completion_ids]
@@ -370,10 +375,12 @@ def main():
             ("rounds", 5, "turns of each contender"), ("steps", 2, "measured steps of a turn"),
             ("threads", 1, "of the CPU")):
         parser.add_argument(f"--{flag}", type=int, default=value, help=text)
+    parser.add_argument("--equal_prompts", action="store_true", help="all of --prompt_tokens; "
+                        "without it, some have 7, 6 or 5 eighths, and padding")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     args = parser.parse_args()
     for flag, value in vars(args).items():
-        if isinstance(value, int) and value < 1:
+        if type(value) is int and value < 1:
             fail(f"--{flag} {value}: it must be at least 1")
     if args.prompts * args.group_size % (args.micro_batch_size or 1):
         fail(f"--micro_batch_size {args.micro_batch_size}: it must divide the "
