@@ -84,8 +84,9 @@ def test_trl_gets_the_same_prompts(run, monkeypatch):
             shapes.append(tuple(input_ids.shape))
         return real(self, input_ids, *args, **kwargs)
     monkeypatch.setattr(transformers.LlamaForCausalLM, "forward", forward)
-    run("--rows", "GRPO")
-    assert set(shapes[2:]) <= {(2, 8), (4, 6), (4, 14)} and (4, 14) in shapes
+    monkeypatch.setattr(bench, "correctness", lambda args: None)
+    run("--rows", "GRPO")  # ours: prompts, and completions but their last token; TRL: all of both
+    assert set(shapes) == {(2, 8), (4, 5), (4, 14)}
 
 
 def test_unequal_work_is_not_compared(run, monkeypatch):
