@@ -77,13 +77,13 @@ def test_without_trl_its_rows_say_so(run, monkeypatch):
 def test_trl_gets_the_same_prompts(run, monkeypatch):
     """The names of special tokens must not lie in those of others: "w1" does in "w12"."""
     pytest.importorskip("trl", reason="an oracle for development: requirements-dev.txt")
-    shapes, real = [], transformers.LlamaForCausalLM.forward
+    shapes, real = [], transformers.LlamaModel.forward
 
-    def forward(self, input_ids, *args, **kwargs):
+    def forward(self, input_ids, **kwargs):
         if torch.is_grad_enabled():
             shapes.append(tuple(input_ids.shape))
-        return real(self, input_ids, *args, **kwargs)
-    monkeypatch.setattr(transformers.LlamaForCausalLM, "forward", forward)
+        return real(self, input_ids, **kwargs)
+    monkeypatch.setattr(transformers.LlamaModel, "forward", forward)
     monkeypatch.setattr(bench, "correctness", lambda args: None)
     run("--rows", "GRPO")  # ours: prompts, and completions but their last token; TRL: all of both
     assert set(shapes) == {(2, 8), (4, 5), (4, 14)}
