@@ -181,7 +181,7 @@ def decoder(forward, policy, cache, owner, valid, extra):
         except Exception as error:  # a model that cannot be recorded, too little memory, ...
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
     if reason:
-        graphs.clear()
+        graph = graphs.clear()  # None, and the memory of all of them is free
         refuse(policy, reason)
     plain = Decoder(forward, policy, cache, owner, valid, extra)
     return Compared(policy, plain, graph) if graph else plain
