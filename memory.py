@@ -9,7 +9,7 @@ for the reference, if there is one; 16 for PPO's critic; 2 for the bf16 copy in 
 
     keys and values   tokens x layers x key/value width x 2 (keys, values) x 2 bytes (bf16), always
                       there, for the CUDA graph; and once more in its first rollout
-    sampler           completions x vocabulary x 20 bytes, while sampling
+    sampler           completions x vocabulary x 22 bytes, while sampling
     activations       tokens x layers x (34.5 x width + 8 x MLP width) bytes in bf16, while
                       updating; with --gradient_checkpointing 4 x width instead
     logits            completion tokens x vocabulary x 4 bytes (bf16, and their gradient), likewise
@@ -36,7 +36,7 @@ def gigabytes(m, per_parameter, args, recompute):
     """Static, and the larger of sampling and updating."""
     tokens = args.prompt_tokens + args.new_tokens
     cache = args.completions * tokens * m.layers * m.kv_width * 4
-    sampling = cache + args.completions * m.vocabulary * 20
+    sampling = cache + args.completions * m.vocabulary * 22
     layer = 4 * m.width if recompute else 34.5 * m.width + 8 * m.mlp
     updating = args.micro_batch_size * (
         tokens * m.layers * layer + args.new_tokens * m.vocabulary * 4)

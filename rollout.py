@@ -234,7 +234,7 @@ def draw(logits, temperature, generator=None):
         return tokens, pick(logits, tokens, 1.0)
     logits = logits.float() / temperature
     logits = logits - logits.amax(-1, keepdim=True)
-    cumulative = logits.exp().cumsum(-1, dtype=torch.float64)
+    cumulative = logits.double().exp().cumsum(-1)
     total = cumulative[:, -1:]
     uniform = torch.rand(total.shape, dtype=total.dtype, device=total.device, generator=generator)
     # right=True: the first token whose sum exceeds the number, which is none of probability 0

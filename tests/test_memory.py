@@ -57,7 +57,7 @@ def test_the_sum_of_it():
     """A model of round numbers: 1,000 parameters, one layer; 10 completions of 3 + 7 tokens."""
     model = memory.Model(1000, 1, 100, 1000, 10, 50)
     args = SimpleNamespace(completions=10, micro_batch_size=2, prompt_tokens=3, new_tokens=7)
-    cache, sampler = 10 * 10 * 10 * 2 * 2, 10 * 50 * 20
+    cache, sampler = 10 * 10 * 10 * 2 * 2, 10 * 50 * 22
     activations, logits = 2 * 10 * (3450 + 8000), 2 * 7 * 50 * 4
     assert memory.gigabytes(model, 22, args, False) * 1e9 == pytest.approx(
         22_000 + cache + activations + logits)
