@@ -76,7 +76,8 @@ class Work:
     def __init__(self, args, natural):
         self.args, self.natural = args, natural
         self.completions = args.prompts * args.group_size
-        self.micro = args.micro_batch_size or min(self.completions, 16 if natural else 10**9)
+        usual = min(16, self.completions) if natural else self.completions
+        self.micro = args.micro_batch_size or usual
         self.longest = args.new_tokens * (2 if natural else 1)
         size = dict(SIZES[args.size], pad_token_id=0, eos_token_id=None, bos_token_id=None)
         size.update(vocab_size=64 if natural else size["vocab_size"])
