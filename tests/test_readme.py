@@ -38,7 +38,7 @@ def test_functions_have_the_arguments_that_readme_gives():
 def test_flags_and_files_exist():
     flags = FIELDS | {"keys", "out", "help", "seeds"}
     flags |= set(re.findall(r'"--(\w+)"', (ROOT / "bench.py").read_text()))
-    flags |= {"prompts", "prompt_tokens", "new_tokens"}  # of bench.py, too
+    flags |= {"prompts", "prompt_tokens", "new_tokens", "rounds"}  # of bench.py, too
     ours = README[: README.index("## When one GPU is not enough")].replace(" `--normalize", "")
     for flag in re.findall(r"--([a-z_]+)", ours):
         assert flag in flags, f"README speaks of --{flag}"
