@@ -20,6 +20,7 @@ import gc
 import importlib.util
 import io
 import json
+import math
 import tempfile
 import time
 from collections import Counter
@@ -76,7 +77,7 @@ class Work:
     def __init__(self, args, natural):
         self.args, self.natural = args, natural
         self.completions = args.prompts * args.group_size
-        usual = min(16, self.completions) if natural else self.completions
+        usual = math.gcd(16, self.completions) if natural else self.completions  # a divisor
         self.micro = args.micro_batch_size or usual
         self.longest = args.new_tokens * (2 if natural else 1)
         size = dict(SIZES[args.size], pad_token_id=0, eos_token_id=None, bos_token_id=None)

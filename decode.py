@@ -171,17 +171,18 @@ def decoder(forward, policy, cache, owner, valid, extra):
     """What forwards the tokens of a rollout: on a GPU a graph, unless that has failed."""
     graph, reason = None, None
     if use_graphs(policy):
-        graphs, rows, width = GRAPHS.setdefault(policy, {}), len(owner), valid.shape[1] + extra
+        graphs, rows = GRAPHS.setdefault(policy, {}), len(owner)
+        width = -(-(valid.shape[1] + extra) // WIDTH) * WIDTH
         if rows in graphs and graphs[rows].valid.shape[1] >= width:
             return graphs[rows].begin(cache, owner, valid)
         graphs.pop(rows, None)  # its memory first
         try:
-            graph = GraphDecoder(forward, policy, cache, rows, -(-width // WIDTH) * WIDTH)
-            graphs[rows] = graph.begin(cache, owner, valid)
+            graph = graphs[rows] = GraphDecoder(
+                forward, policy, cache, rows, width).begin(cache, owner, valid)
         except Exception as error:  # a model that cannot be recorded, too little memory, ...
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
     if reason:
-        graph = graphs.clear()  # None, and the memory of all of them is free
+        graphs.clear()  # after the except, or its traceback would hold their memory
         refuse(policy, reason)
     plain = Decoder(forward, policy, cache, owner, valid, extra)
     return Compared(policy, plain, graph) if graph else plain

@@ -171,7 +171,7 @@ def train(cfg):
         for minibatch in mini_batches(len(scores), cfg.minibatch_size, cfg.group_size, cfg.epochs):
             optimizer.zero_grad()
             for rows, share in micro_batches(batch, minibatch, cfg.micro_batch_size,
-                                             advantages.abs() + cfg.kl_coef):
+                                             None if cfg.kl_coef else advantages):
                 old, A, m = old_logprobs[rows], advantages[rows], mask[rows]     # R rows of each
                 logprobs = token_logprobs(policy, batch, rows, cfg.temperature)  # (R, C)
                 loss, clip_frac = grpo_loss(logprobs, old, ref_logprobs[rows], A, m, cfg.clip_eps,
