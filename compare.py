@@ -1,13 +1,14 @@
 """
-All online scripts from one starting policy, on the same budget of completions: the table of README.
+All scripts from one starting policy, on the same budget of completions: the table of README.
 
-    python compare.py --seeds 1 2 3          the toy: about 20 minutes on 2 cores
+    python compare.py --seeds 1 2 3          the toy: about 25 minutes on 2 cores
     python compare.py --seeds 1 --steps 10   other flags go to every script
 
 Each run is a process of its own, one after the other, in runs/compare; one that is there already,
 with the same flags, is not repeated. The starting policy is the warm-up of seed 1 (or --model, with
 --data); a seed is the order of the prompts and all sampling. ReMax spends half of its completions
-on greedy decoding.
+on greedy decoding. DPO and ORPO sample nothing while they learn: theirs are those that their data
+was made of.
 """
 import argparse
 import json
@@ -17,9 +18,10 @@ import sys
 import zlib
 from pathlib import Path
 
+from preferences import SAMPLES
 from sft import warm_start
 
-SCRIPTS = "reinforce", "reinforce_pp", "ppo", "remax", "rloo", "grpo"
+SCRIPTS = "reinforce", "reinforce_pp", "ppo", "remax", "rloo", "grpo", "raft", "dpo", "orpo"
 
 
 def run(script, seed, flags):
@@ -39,10 +41,17 @@ def run(script, seed, flags):
     test = json.loads((folder / "test.json").read_text())
     log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     (before, *_), after = test["before"]["sampled"], test["after"]["sampled"]
-    seconds = [sum(row[key] for row in log) for key in ("time_sample", "time_score", "time_update")]
-    return dict(before=before, after=after[0], low=after[1], high=after[2],
+    seconds = [sum(row.get(key, 0) for row in log)
+               for key in ("time_sample", "time_score", "time_update")]
+    cfg = json.loads((folder / "config.json").read_text())
+    if "group_size" in cfg:  # of each prompt K samples, and ReMax's greedy completion
+        completions = len(log) * cfg["prompts_per_step"] * (cfg["group_size"] + (script == "remax"))
+    else:
+        completions = cfg["prompts"] * SAMPLES
+    measured = [row["kl"] for row in log[-5:]] if cfg.get("kl_coef") else []  # needs a reference
+    return dict(completions=completions, before=before, after=after[0], low=after[1], high=after[2],
                 greedy=test["after"]["greedy"][0], length=test["after"]["length"][0],
-                kl=sum(row["kl"] for row in log[-5:]) / len(log[-5:]), seconds=seconds,
+                kl=sum(measured) / len(measured) if measured else None, seconds=seconds,
                 memory=test["peak_memory"] / 1e6)
 
 
@@ -52,10 +61,11 @@ def line(script, runs):
         return sum(r[key] for r in runs) / len(runs)
     each = ", ".join(f"{r['after']:.3f}" for r in runs)
     sample, score, update = (sum(r["seconds"][i] for r in runs) / len(runs) for i in range(3))
-    return (f"| {script}.py | {mean('before'):.3f} | **{mean('after'):.3f}** ({each}) "
-            f"| {mean('low'):.3f}-{mean('high'):.3f} | {mean('greedy'):.3f} | {mean('kl'):.2f} "
-            f"| {mean('length'):.1f} | {sample:.0f} | {score:.0f} | {update:.0f} "
-            f"| {mean('memory'):.0f} |")
+    kl = "" if runs[0]["kl"] is None else f"{mean('kl'):.2f}"
+    return (f"| {script}.py | {mean('completions'):,.0f} | {mean('before'):.3f} "
+            f"| **{mean('after'):.3f}** ({each}) | {mean('low'):.3f}-{mean('high'):.3f} "
+            f"| {mean('greedy'):.3f} | {kl} | {mean('length'):.1f} | {sample:.0f} | {score:.0f} "
+            f"| {update:.0f} | {mean('memory'):.0f} |")
 
 
 def main():
@@ -70,8 +80,8 @@ def main():
     for seed in args.seeds:  # the scripts take turns: a busy hour of the machine hits all of them
         for script in SCRIPTS:
             found[script].append(run(script, seed, flags))
-    print("| script | before | after: mean (each seed) | its 95 % interval | greedy | KL | length "
-          "| s sampling | s scoring | s updating | peak MB |\n" + "|---" * 11 + "|")
+    print("| script | completions | before | after: mean (each seed) | its 95 % interval | greedy "
+          "| KL | length | s sampling | s scoring | s updating | peak MB |\n" + "|---" * 12 + "|")
     for script, runs in found.items():
         print(line(script, runs))
 

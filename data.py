@@ -18,20 +18,19 @@ from model import ask_hub, load_tokenizer
 # From --data to problems
 
 
-def load_problems(cfg, column=None):
-    """--data -> training, validation and test problems; `column` is needed beside the prompt."""
+def load_problems(cfg, column=None, splits=None):
+    """--data, or the rows of its splits -> training, validation and test problems.
+
+    column: what they need beside the prompt: completion (of SFT), completions (best first).
+    """
     tokenizer, context, words = load_tokenizer(cfg.model)
-    if cfg.data in toy.KINDS:
-        sizes = dict(train=16384, validation=cfg.eval_prompts, test=cfg.eval_prompts)
-        splits = {split: toy.problems(cfg.data, split, n) for split, n in sizes.items()}
-    else:
-        splits = read(cfg.data)
-        splits = {split: check_rows(rows, cfg.data, column) for split, rows in splits.items()}
+    splits = splits or read(cfg.data, cfg.eval_prompts)
+    splits = {split: check_rows(rows, cfg.data, column) for split, rows in splits.items()}
     for rows in splits.values():
         encode(rows, tokenizer, f"--data {cfg.data}")
-        if column == "completion":
-            encode_completions(rows, tokenizer)
-        used = set().union(*(row["ids"] + row.get("target", []) for row in rows))
+        if column:
+            encode_completions(rows, tokenizer, column)
+        used = set().union(*(sum(row.get("targets", []), row["ids"]) for row in rows))
         if max(used) >= words:
             fail(f"--model {cfg.model}: its tokenizer has tokens that the model lacks; replace it")
         if not cfg.model and tokenizer.unk_token_id in used:
@@ -47,8 +46,11 @@ def load_problems(cfg, column=None):
     return splits["train"], splits["validation"], splits["test"]
 
 
-def read(data):
-    """.jsonl file, folder that `datasets` can load, hub name[:configuration] -> {split: rows}."""
+def read(data, held_out):
+    """toy, words, .jsonl file, folder that `datasets` can load, hub name -> {split: rows}."""
+    if data in toy.KINDS:
+        sizes = dict(train=16384, validation=held_out, test=held_out)
+        return {split: toy.problems(data, split, n) for split, n in sizes.items()}
     path = Path(data)
     if path.is_file() or path.suffix in (".jsonl", ".json") and not path.is_dir():
         return {"train": read_jsonl(path)}
@@ -66,8 +68,8 @@ def read(data):
         return {split: list(rows) for split, rows in found.items() if split in wanted}
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        fail(f"--data {data}: {reason}; name toy, words, a .jsonl file, a folder that `datasets` "
-             "can load, or a hub name[:configuration]")
+        fail(f"--data {data}: {reason}; name a .jsonl file, a folder that `datasets` can load, "
+             "or a hub name[:configuration]")
 
 
 def read_jsonl(path):
@@ -92,9 +94,11 @@ def check_rows(rows, data, column=None):
         if not any(key in problem for problem in problems):
             fail(f"--data {data}: its columns are {', '.join(sorted(found))}; call one {key}")
         for number, problem in enumerate(problems, 1):
-            if not is_text(problem.get(key), answer=key == "completion"):
-                fail(f"--data {data}: the {key} of row {number} is {problem.get(key)!r:.100}; it "
-                     "must be text, or messages {role, content} (of a completion: one, assistant)")
+            value, answer = problem.get(key), key != "prompt"
+            texts = value if key == "completions" and isinstance(value, list) else [value]
+            if not texts or not all(is_text(text, answer) for text in texts):
+                fail(f"--data {data}: the {key} of row {number} is {value!r:.100}; it must be "
+                     "text, or messages {role, content} (of a completion: one, assistant)")
     return problems
 
 
@@ -126,7 +130,7 @@ def drop_long(splits, cfg, context):
     kept = {}
     for split, rows in splits.items():
         kept[split] = [row for row in rows if len(row["ids"]) <= room
-                       and len(row.get("target", [])) <= cfg.max_new_tokens]
+                       and max(map(len, row.get("targets", [[]]))) <= cfg.max_new_tokens]
         if not kept[split]:
             fail(f"--data {cfg.data}: all {len(rows)} rows of {split} have {why}; change "
                  "--max_new_tokens, or the data")
@@ -200,12 +204,16 @@ def render(prompt, tokenizer, data):
         fail(f"{data}: the chat template refuses the prompt {prompt!r:.200} ({error}); mend it")
 
 
-def encode_completions(problems, tokenizer):
-    """Add `target` for SFT: the completion's tokens and the EOS; to stop is a decision as well."""
-    texts = [problem["completion"] for problem in problems]
-    texts = [text if isinstance(text, str) else text[0]["content"] for text in texts]
-    for problem, ids in zip(problems, tokenizer(texts, add_special_tokens=False).input_ids):
-        problem["target"] = ids + [tokenizer.eos_token_id]
+def encode_completions(problems, tokenizer, column="completion"):
+    """Add `targets`: each completion's tokens and the EOS, because to stop is a decision as well.
+
+    Tokenised apart from the prompt, so that the boundary between them is one between tokens.
+    """
+    texts = [row[column] if column == "completions" else [row[column]] for row in problems]
+    flat = [text if isinstance(text, str) else text[0]["content"] for row in texts for text in row]
+    ids = iter(tokenizer(flat, add_special_tokens=False).input_ids)
+    for problem, row in zip(problems, texts):
+        problem["targets"] = [next(ids) + [tokenizer.eos_token_id] for _ in row]
     return problems
 
 

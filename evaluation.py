@@ -35,6 +35,17 @@ def ratio_stats(logprobs, old_logprobs, mask):
     return dict(approx_kl=approx_kl, ratio_max=ratio.max())
 
 
+def preference_stats(rewards):
+    """For the log: rewards (B, K) of K completions, the best one first -> dict of scalars.
+
+    The best against each of the others: accuracy is how often its reward is higher; a tie is half.
+    """
+    best, others = rewards[:, :1].detach(), rewards[:, 1:].detach()
+    right = (best > others).float() + 0.5 * (best == others)
+    return dict(chosen=best.mean(), rejected=others.mean(), margin=(best - others).mean(),
+                accuracy=right.mean())
+
+
 def check_first_step(step, policy, batch, scores, kl, cfg):
     """What must hold before the first update, else the run is not what it seems. Warns, goes on."""
     if step > 0:
@@ -62,13 +73,14 @@ def check_first_step(step, policy, batch, scores, kl, cfg):
 
 
 @torch.no_grad()
-def evaluate(policy, tokenizer, problems, cfg, rewards=None):
+def evaluate(policy, tokenizer, problems, cfg, rewards=None, rate=None):
     """How the policy fares on held-out problems -> {name: [value, low, high]}, 95 % intervals.
 
     Sampled at temperature 1, and greedy: the exact match (last_number) where all answers are
-    numbers, and the rewards where they say something else. Without rewards (SFT): the nats that a
-    demonstration costs. The random numbers come from a generator of their own, so that the run goes
-    on as if nobody had looked (unless a reward draws some).
+    numbers, and the rewards where they say something else. Without rewards: the nats that a
+    demonstration costs (SFT), or rate(rows) -> (B, K), where the best completion comes first and
+    should be rated highest. The random numbers come from a generator of their own, so that the run
+    goes on as if nobody had looked (unless a reward draws some).
     """
     exact, judges = {"last_number": last_number}, {}
     if all(as_number(problem.get("answer")) is not None for problem in problems):
@@ -76,7 +88,7 @@ def evaluate(policy, tokenizer, problems, cfg, rewards=None):
     if rewards and rewards != exact:
         judges["score_"] = rewards
     generator, results = torch.Generator(policy.device).manual_seed(0), {"n": len(problems)}
-    for name, temperature in (("sampled", 1.0), ("greedy", 0.0)):
+    for name, temperature in (("sampled", 1.0), ("greedy", 0.0)) if policy.can_generate() else ():
         found = look(policy, tokenizer, problems, cfg, judges, temperature, generator)
         for prefix in judges:
             results[prefix + name] = (interval if prefix else wilson)(found[prefix])
@@ -84,12 +96,20 @@ def evaluate(policy, tokenizer, problems, cfg, rewards=None):
             results["shows_work"] = wilson(["=" in text for text in found["texts"]])
         if name == "sampled":
             results["length"] = interval(found["lengths"])
-    if rewards is None:
-        batch = make_batch([problem["ids"] for problem in problems],
-                           [problem["target"] for problem in problems], policy.device)
+    rows = [problem for problem in problems if "targets" in problem]
+    return results | (offline(policy, rows, cfg, rate) if rows and rewards is None else {})
+
+
+def offline(policy, rows, cfg, rate):
+    """What evaluate() says of the completions in the data."""
+    if rate is None:
+        batch = make_batch([row["ids"] for row in rows], [row["targets"][0] for row in rows],
+                           policy.device)
         logprobs = all_logprobs(policy, batch, cfg.micro_batch_size, 1.0)
-        results["nats"] = interval((-logprobs.sum(1)).tolist())
-    return results
+        return {"nats": interval((-logprobs.sum(1)).tolist())}
+    found = [preference_stats(rewards[None]) for rewards in rate(rows)]
+    return {"n_rated": len(rows), "accuracy": wilson([row["accuracy"].item() for row in found]),
+            "margin": interval([row["margin"].item() for row in found])}
 
 
 def look(policy, tokenizer, problems, cfg, judges, temperature, generator):
@@ -122,13 +142,14 @@ def interval(values):
     return [mean, mean - margin, mean + margin]
 
 
-def validate(run, step, policy, tokenizer, problems, cfg, rewards=None):
+def validate(run, step, policy, tokenizer, problems, cfg, rewards=None, rate=None):
     """Every --eval_every steps: evaluate on validation problems, never on those of the test."""
     if cfg.eval_every and (step + 1) % cfg.eval_every == 0:
-        results = evaluate(policy, tokenizer, problems, cfg, rewards)
+        results = evaluate(policy, tokenizer, problems, cfg, rewards, rate)
         run.write("validation.jsonl", step, **results)
         run.bar.write(f"step {step + 1}: validation, n = {results.pop('n')}: "
-                      + ", ".join(f"{name} {value[0]:.3f}" for name, value in results.items()))
+                      + ", ".join(f"{name} {value[0]:.3f}" for name, value in results.items()
+                                  if isinstance(value, list)))
 
 
 def report(before, after, folder):
@@ -136,7 +157,8 @@ def report(before, after, folder):
     names = dict(sampled="exact match, sampled", greedy="exact match, greedy",
                  score_sampled="score, sampled", score_greedy="score, greedy",
                  shows_work="shows its work", length="mean length (tokens)",
-                 nats="nats per demonstration")
+                 nats="nats per demonstration", margin="margin",
+                 accuracy=f"in right order, n = {after.get('n_rated')}")
     print(f"\n{'test problems, n = ' + str(after['n']):24s}{'before':>8s} [95 % interval]      "
           f"{'after':>8s} [95 % interval]")
     for key, name in ((key, name) for key, name in names.items() if key in after):

@@ -106,7 +106,12 @@ def load_model(name):
     if random:
         fail(f"--model {name}: {len(random)} weights are missing or of the wrong shape, "
              f"{random[0]} for one, and would stay random; choose a complete ...ForCausalLM")
-    for module in model.modules():  # else the ratio of train to eval mode would be random
+    return remove_dropout(model)
+
+
+def remove_dropout(model):
+    """Else log-probs would be random in train mode, and the ratio of a policy to itself not 1."""
+    for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
         for key in [k for k, v in vars(module).items() if "drop" in k and isinstance(v, float)]:
@@ -135,7 +140,7 @@ def checkpoint_activations(model):
 
 def check_saving(model, tokenizer, folder, networks=1):
     """Find out before the training if its result could not be saved after it."""
-    config = model.generation_config
+    config = getattr(model, "generation_config", transformers.GenerationConfig())  # not a scorer's
     with tempfile.TemporaryDirectory(dir=folder) as trial:
         try:
             config.save_pretrained(trial)

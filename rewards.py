@@ -22,8 +22,10 @@ import torch
 
 import toy
 from common import fail
+from scorer import load_scorer
 
 NUMBER = r"-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?"  # a comma only as in 1,234,567
+EQUATION = r"(?<!\d)(\d+) ?([+-]) ?(\d+) ?= ?(\d+)(?!\d)"  # as toy.py writes them
 
 
 def as_number(value):
@@ -43,20 +45,29 @@ def last_number(prompts, completions, answer, finished, **columns):
             for text, target, done in zip(completions, answer, finished)]
 
 
-REWARDS = {"last_number": last_number}
+def true_equations(prompts, completions, **columns):
+    """0.25 for each true equation. Flawed on purpose: it means to pay for work that is shown, and
+    the policy learns to write as many as fit, 9-6=3,3+6=9,9-6=3,3+6=9,... Length hacking.
+    """
+    return [0.25 * sum(int(a) + int(sign + b) == int(c) for a, sign, b, c in
+                       re.findall(EQUATION, text)) for text in completions]
+
+
+REWARDS = {"last_number": last_number, "true_equations": true_equations}
 
 
 def load_rewards(cfg, problems):
-    """--reward, names or file.py:function with commas between -> {name: function}, tried once."""
+    """--reward, its parts with commas between -> {name: function}, each tried once."""
     rewards = {}
     for spec in cfg.reward.split(","):
         file, colon, name = spec.strip().rpartition(":")
-        if not colon and name not in REWARDS:
-            fail(f"--reward {name}: there is no such reward; choose {', '.join(REWARDS)}, or write "
-                 "one of your own, file.py:function")
+        if not colon and name not in REWARDS and not Path(name).is_dir():
+            fail(f"--reward {name}: there is no such reward; choose {', '.join(REWARDS)}, the "
+                 "folder of a reward model, or one of your own, file.py:function")
         if name in rewards:
             fail(f"--reward {cfg.reward}: two are called {name}; rename one")
-        rewards[name] = function = load_function(file, name) if colon else REWARDS[name]
+        rewards[name] = function = load_function(file, name) if colon else \
+            REWARDS[name] if name in REWARDS else load_scorer(Path(name), cfg)
         if function is last_number:
             wrong = [row.get("answer") for row in problems if as_number(row.get("answer")) is None]
             if wrong:

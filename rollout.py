@@ -35,11 +35,12 @@ class Batch:
 
 
 def make_batch(prompts, completions, device):
-    """Given texts as lists of token ids, completion i for prompt i (EOS included) -> Batch."""
-    width = max(map(len, completions))
-    ids = torch.tensor([c + [0] * (width - len(c)) for c in completions], device=device)
+    """Given texts as lists of token ids, EOS included, K for each of the prompts -> Batch."""
+    width, K = max(map(len, completions)), len(completions) // len(prompts)
+    ids = torch.tensor([c + [0] * (width - len(c)) for c in completions], dtype=torch.long)
     mask = torch.tensor([[1.0] * len(c) + [0.0] * (width - len(c)) for c in completions])
-    return Batch(prompts, torch.arange(len(prompts), device=device), ids, mask.to(device))
+    owner = torch.arange(len(prompts), device=device).repeat_interleave(K)
+    return Batch(prompts, owner, ids.to(device), mask.to(device))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -116,16 +117,21 @@ def attention_mask(policy, valid, at):
     return additive(visible)
 
 
-def forward(policy, ids, valid, cache=None, keep=0, at=None):
-    """Logits (n, q or keep, V); `ids` (n, q) are the columns `at` (q,) of `valid` (n, W): the last.
+def inputs(policy, ids, valid, at=None):
+    """What a model takes: `ids` (n, q) are the columns `at` (q,) of `valid` (n, W): the last.
 
     Only a CUDA graph says where they are, because its W is fixed, and not all columns are written.
     """
     if at is None:
         at = torch.arange(valid.shape[1] - ids.shape[1], valid.shape[1], device=ids.device)
     positions = (valid.cumsum(1) - 1).clamp(min=0)  # padding does not count: GPT-2 would notice
-    return policy(input_ids=ids, attention_mask=attention_mask(policy, valid, at),
-                  position_ids=positions.index_select(1, at), past_key_values=cache,
+    return dict(input_ids=ids, attention_mask=attention_mask(policy, valid, at),
+                position_ids=positions.index_select(1, at))
+
+
+def forward(policy, ids, valid, cache=None, keep=0, at=None):
+    """Logits (n, q or keep, V) of ids (n, q)."""
+    return policy(**inputs(policy, ids, valid, at), past_key_values=cache,
                   use_cache=cache is not None, logits_to_keep=keep).logits
 
 
@@ -278,14 +284,15 @@ def sample(policy, tokenizer, prompts, group_size, max_new_tokens, temperature, 
 # Slices of a batch
 
 
-def micro_batches(batch, rows, size, advantages=None):
+def micro_batches(batch, rows, size, advantages=None, whole_groups=False):
     """Split a mini-batch into forwards of `size` rows -> yields (rows, share).
 
     share is the part of the mini-batch's tokens: token means weighted by it add up to the mean over
     the whole mini-batch, so that micro-batching changes memory and not the gradient. A forward is
     as wide as its longest row, and has each of its prompts once: so rows are sorted by length, or
     by group, whichever forwards fewer tokens. If a loss is only `advantages` (N,) or (N, C) times
-    something, a row where they are 0 has no gradient, and is not forwarded.
+    something, a row where they are 0 has no gradient, and is not forwarded. Losses that compare the
+    completions of a prompt need whole_groups.
     """
     lengths, owner = batch.mask[rows].sum(1).cpu(), batch.owner[rows].cpu()
     longest = torch.zeros(len(batch.prompts)).scatter_reduce(0, owner, lengths, "amax")[owner]
@@ -298,6 +305,7 @@ def micro_batches(batch, rows, size, advantages=None):
     if advantages is not None:
         keep = advantages[rows].reshape(len(rows), -1).ne(0).any(1).cpu()
         keep[0] = True  # for AdamW: a gradient of 0 still moves a parameter, none at all does not
-    orders = (key.argsort(stable=True) for key in (longest * len(prompts) + owner, lengths))
+    keys = (longest * len(prompts) + owner, lengths)[: 1 if whole_groups else 2]
+    orders = (key.argsort(stable=True) for key in keys)
     for part in min((order[keep[order]].split(size) for order in orders), key=tokens):
         yield rows[part], (lengths[part].sum() / lengths.sum()).item()

@@ -81,7 +81,7 @@ def train(cfg):
         # 1. Batch: demonstrations instead of samples, and nothing to score.
         asked = draw_problems(problems, step, cfg.minibatch_size, cfg.seed)
         batch = make_batch([problem["ids"] for problem in asked],
-                           [problem["target"] for problem in asked], cfg.device)
+                           [problem["targets"][0] for problem in asked], cfg.device)
         mask = batch.mask                                                          # (N, C)
         texts = [problem["completion"] for problem in asked]
 

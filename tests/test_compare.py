@@ -11,11 +11,16 @@ import compare
 
 def leave(folder, after, kl):
     folder.mkdir(parents=True)
+    offline = folder.name[:3] in ("dpo", "orp")
+    config = dict(prompts=1024) if offline else dict(prompts_per_step=64, group_size=4)
+    config.update({} if offline or folder.name[:4] == "raft" else dict(kl_coef=0.01))
+    (folder / "config.json").write_text(json.dumps(config))
     interval = [after, after - 0.02, after + 0.02]
     test = dict(before=dict(sampled=[0.6, 0.5, 0.7]), after=dict(
         sampled=interval, greedy=[0.98, 0, 1], length=[19.5, 0, 0]), peak_memory=500e6)
     (folder / "test.json").write_text(json.dumps(test))
     rows = [dict(kl=kl, time_sample=1, time_score=2, time_update=3)] * 6
+    rows = [dict(time_update=3)] * 6 if offline else rows
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -35,25 +40,29 @@ def test_every_script_on_every_seed_from_one_start(tmp_path, monkeypatch, capsys
     assert len(calls) == 2 * len(compare.SCRIPTS)
     for call in calls:
         assert call[2:8] == ["--model", "start of 1", "--data", "toy", "--steps", "7"]
-    assert [Path(call[1]).stem for call in calls[:6]] == list(compare.SCRIPTS)
+    n = len(compare.SCRIPTS)
+    assert [Path(call[1]).stem for call in calls[:n]] == list(compare.SCRIPTS)
     table = capsys.readouterr().out.splitlines()
-    assert len(table) == 2 + 6 and len({row.count("|") for row in table}) == 1
-    assert "| ppo.py | 0.600 | **0.915** (0.910, 0.920) | 0.895-0.935 | 0.980 | 0.50 | 19.5 | 6 |" \
-        in table[4]
+    assert len(table) == 2 + n and len({row.count("|") for row in table}) == 1
+    assert ("| ppo.py | 1,536 | 0.600 | **0.915** (0.910, 0.920) | 0.895-0.935 | 0.980 | 0.50 "
+            "| 19.5 | 6 |") in table[4]
+    assert table[5].startswith("| remax.py | 1,920 |")  # and the greedy ones
+    assert "| 0.980 |  | 19.5 | 0 | 0 | 18 |" in table[2 + n - 2]  # dpo.py: no KL, no sampling
+    assert table[2 + n - 2].startswith("| dpo.py | 8,192 |")
 
     compare.main()  # nothing is repeated, and the table is the same
-    assert len(calls) == 12 and capsys.readouterr().out.splitlines() == table
-    rloo = Path(calls[10][-1])
+    assert len(calls) == 2 * n and capsys.readouterr().out.splitlines() == table
+    rloo = Path(calls[n + 4][-1])
     (rloo / "test.json").unlink()  # killed before its first checkpoint: begun anew
     monkeypatch.setattr(sys, "argv", ["compare.py", "--seeds", "1", "2", "--steps", "7"])
     compare.main()
-    assert len(calls) == 13 and calls[12][-1] == str(rloo)
+    assert len(calls) == 2 * n + 1 and calls[-1][-1] == str(rloo)
     capsys.readouterr()
     for flags in (["--steps", "8"], ["--steps", "7", "--model=mine", "--data", "words"]):
         monkeypatch.setattr(sys, "argv", ["compare.py", "--seeds", "1", *flags])
         before = len(calls)
         compare.main()
-        assert len(calls) == before + 6  # other flags, other runs
+        assert len(calls) == before + n  # other flags, other runs
     assert calls[-1][2:8] == ["--model", "mine", "--data", "words", "--steps", "7"]
 
 

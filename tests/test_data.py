@@ -93,7 +93,7 @@ def test_exactly_one_bos_or_none(tokenizer, template, prepends):
 
 def test_completions_end_with_the_eos(tokenizer):
     (row,) = data.encode_completions([{"completion": "12"}], tokenizer)
-    assert row["target"] == [5, 6, 2]
+    assert row["targets"] == [[5, 6, 2]]
     batch = make_batch([[5]], [[5, 6, 2]], "cpu")
     assert batch.mask.tolist() == [[1, 1, 1]]  # the EOS is a target
 
@@ -218,7 +218,7 @@ def test_prompts_may_be_messages(tmp_path, tokenizer, capsys):
         [dict(prompt=turns), dict(prompt="7"), dict(prompt=turns[:2])], tokenizer)]
     assert texts == ["+1,-2,+3,-", "+7,-", "+1,-2"]  # an answer that has been begun goes on
     done = [dict(completion=[dict(role="assistant", content="12")]), dict(completion="12")]
-    assert [row["target"] for row in data.encode_completions(done, tokenizer)] == [[5, 6, 2]] * 2
+    assert [row["targets"] for row in data.encode_completions(done, tokenizer)] == [[[5, 6, 2]]] * 2
     with pytest.raises(SystemExit):
         load(write_jsonl(tmp_path / "a.jsonl", [dict(prompt=turns)] * 3))
     assert "no chat template" in capsys.readouterr().err

@@ -1,0 +1,150 @@
+"""
+DPO, direct preference optimization (Rafailov et al., arXiv 2305.18290): learn from pairs of
+completions, of which one was preferred, without a reward model and without sampling.
+Differs from sft.py: each prompt has a better and a worse completion, and the loss compares them.
+
+    h(y) = beta * log(pi(y | x) / pi_ref(y | x))         implicit reward; log pi(y | x) is the sum
+    loss = -log sigmoid(h(chosen) - h(rejected))         over y's tokens, EOS included    (eq. 7)
+
+Why: if pi is the policy that maximises a reward r under a KL penalty of weight beta, then
+r(x, y) = h(y) + beta log Z(x). Z is the same for both completions, and cancels in the Bradley-Terry
+model, P(chosen preferred) = sigmoid(r(chosen) - r(rejected)), whose -log is the loss. In rankings
+y_1, ..., y_K, Plackett and Luce choose the best of all, then the best of the rest, and so on:
+
+    loss = -sum_k log(exp h(y_k) / sum_{j >= k} exp h(y_j))     --loss plackett_luce (appendix A.3)
+
+pi_ref is the policy before training: its log-probs are computed once, and no second model is kept.
+
+    python dpo.py                                      the toy, offline: 2 minutes
+    python dpo.py --model Qwen/Qwen2.5-0.5B-Instruct --data trl-lib/ultrafeedback_binarized
+
+What to expect of the toy, whose pairs are a right and a wrong answer of the warmed-up policy: from
+0.6 of the held-out answers right to 0.8. Both implicit rewards may fall; the margin is what counts.
+"""
+import math
+from dataclasses import dataclass
+from typing import Literal, Optional
+
+import torch
+import torch.nn.functional as F
+
+from common import HfArg, Means, RunConfig, fill, learning_rate, main, mini_batches, require_finite
+from data import draw_problems
+from evaluation import evaluate, preference_stats, report, validate
+from model import save_policy
+from preferences import for_all_completions, load_preferences
+from rollout import all_logprobs, load_policy, make_batch, micro_batches, token_logprobs
+from run import Run
+from sft import warm_start
+
+
+@dataclass
+class Config(RunConfig):
+    minibatch_size: Optional[int] = HfArg(default=None, help="pairs or rankings per optimizer step")
+    micro_batch_size: Optional[int] = HfArg(default=None, help="of those, per pass: memory only")
+    epochs: int = HfArg(default=1, help="passes over the data, where --steps are not given")
+    prompts: Optional[int] = HfArg(default=None, help="toy, words: prompts to make preferences of")
+    beta: float = HfArg(default=0.1, help="weight of the KL that the implicit reward stands for")
+    loss: Literal["bradley_terry", "plackett_luce"] = HfArg(
+        default="bradley_terry", help="of pairs, or of rankings (column completions, best first)")
+
+
+# Defaults: TOY; HUB: --model on a GPU; CPU: --model without.
+TOY = dict(lr=2e-4, minibatch_size=64, micro_batch_size=64, max_new_tokens=32, eval_prompts=512,
+           prompts=1024)
+HUB = dict(lr=1e-6, minibatch_size=64, micro_batch_size=4, max_new_tokens=512, eval_prompts=256,
+           prompts=1024)
+CPU = dict(HUB, minibatch_size=8, max_new_tokens=48, eval_prompts=32, prompts=32)
+
+
+def dpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps,
+             beta):
+    """Bradley-Terry: sums of log-probs, each (B,) -> losses, chosen_rewards, rejected_rewards.
+
+    Each (B,); the implicit rewards without gradient. arXiv 2305.18290, eq. 7.
+    """
+    chosen_rewards = beta * (policy_chosen_logps - ref_chosen_logps)
+    rejected_rewards = beta * (policy_rejected_logps - ref_rejected_logps)
+    losses = -F.logsigmoid(chosen_rewards - rejected_rewards)
+    return losses, chosen_rewards.detach(), rejected_rewards.detach()
+
+
+def plackett_luce_loss(policy_logps, ref_logps, beta):
+    """Sums of log-probs of K completions, best first: (B, K), (B, K) -> (B,). Eq. 20, negative log.
+
+    Its size grows with K. With K = 2 it is dpo_loss.
+    """
+    rewards = beta * (policy_logps - ref_logps)
+    rest = rewards.flip(1).logcumsumexp(1).flip(1)  # (B, K) log sum_{j >= k} exp h_j
+    return (rest - rewards).sum(1)
+
+
+def train(cfg):
+    fill(cfg, TOY, HUB, CPU)
+    run = Run(cfg, "dpo")
+    problems, validation, test = load_preferences(
+        cfg, "rankings" if cfg.loss == "plackett_luce" else "pairs")
+    K = len(problems[0]["targets"])  # a pair is a ranking of 2
+    cfg.steps = cfg.steps or math.ceil(cfg.epochs * len(problems) / cfg.minibatch_size)
+    policy, tokenizer = load_policy(cfg.model or warm_start(cfg.seed, cfg.device), cfg.device)
+    run.open(policy, tokenizer)
+
+    def data_logps(rows):  # (B, K), sums over tokens, of the completions in the data
+        return for_all_completions(lambda batch: all_logprobs(
+            policy, batch, cfg.micro_batch_size, temperature=1.0).sum(1), rows, cfg)
+
+    known = draw_problems(problems, 0, min(cfg.steps * cfg.minibatch_size, len(problems)), cfg.seed)
+    known += [row for row in validation + test if "targets" in row]
+    for row, ref_logps in zip(known, data_logps(known).tolist()):
+        row["ref_logps"] = ref_logps  # (K,), from the policy before training or --resume
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.99),
+                                  weight_decay=cfg.weight_decay, fused=True)
+    state = run.load(policy=policy, optimizer=optimizer)  # {}, or the checkpoint with --resume
+
+    def rate(rows):  # (B, K), their implicit rewards
+        ref_logps = torch.tensor([row["ref_logps"] for row in rows], device=cfg.device)
+        return cfg.beta * (data_logps(rows) - ref_logps)
+    before = state.get("before") or evaluate(policy, tokenizer, test, cfg, rate=rate)
+
+    for step in run.steps():
+        # 1. Batch: completions of the data instead of samples, and nothing to score.
+        asked = draw_problems(problems, step, cfg.minibatch_size, cfg.seed)
+        batch = make_batch([problem["ids"] for problem in asked],
+                           sum((problem["targets"] for problem in asked), []), cfg.device)
+        mask = batch.mask                                       # (N, C), K rows of each prompt
+        texts = [text for problem in asked for text in problem["completions"]]
+        ref_logps = torch.tensor([problem["ref_logps"] for problem in asked], device=mask.device)
+
+        # 2. Update. share: a micro-batch's part of the prompts.
+        stats = Means()
+        optimizer.param_groups[0]["lr"] = learning_rate(step, cfg, cfg.lr)
+        for minibatch in mini_batches(len(mask), len(mask), group_size=K, epochs=1):
+            optimizer.zero_grad()
+            for rows, _ in micro_batches(batch, minibatch, K * cfg.micro_batch_size,
+                                         whole_groups=True):
+                share, of = len(rows) / len(minibatch), batch.owner[rows][::K]
+                logprobs = token_logprobs(policy, batch, rows, temperature=1.0)    # (R, C)
+                logps, ref = logprobs.sum(1).view(-1, K), ref_logps[of]            # (R / K, K)
+                if cfg.loss == "plackett_luce":
+                    loss = plackett_luce_loss(logps, ref, cfg.beta).mean()
+                else:
+                    loss = dpo_loss(*logps.T, *ref.T, cfg.beta)[0].mean()
+                require_finite(loss, "loss", step, texts, rows, logprobs)
+                (loss * share).backward()
+                stats.add(share, loss=loss, **preference_stats(cfg.beta * (logps - ref)))
+            grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm,
+                                                       error_if_nonfinite=True)
+            optimizer.step()
+            stats.add(1, grad_norm=grad_norm, lr=optimizer.param_groups[0]["lr"])
+
+        # 3. Log. The loss begins at ln 2 = 0.693 of a pair, ln K! of a ranking: no opinion yet.
+        run.log(step, **stats())
+        validate(run, step, policy, tokenizer, validation, cfg, rate=rate)
+        run.save(step, policy=policy, optimizer=optimizer, before=before)
+
+    save_policy(policy, tokenizer, run.folder)
+    report(before, evaluate(policy, tokenizer, test, cfg, rate=rate), run.folder)
+
+
+if __name__ == "__main__":
+    main(Config, train)

@@ -1,0 +1,126 @@
+"""
+ORPO, odds ratio preference optimization (Hong et al., arXiv 2403.07691): SFT on the better
+completion of each pair, with a second term that makes the worse one unlikely. No reference model.
+Differs from dpo.py: the loss compares odds, which need no reference, and SFT's loss is part of it.
+
+    p(y)      = exp(mean_t log pi(y_t | x, y_<t))            a probability per token: the mean
+    odds(y)   = p(y) / (1 - p(y))
+    loss      = -mean_t log pi(chosen_t) - beta * log sigmoid(log(odds(chosen) / odds(rejected)))
+
+(eq. 6 and 7; beta is lambda in the paper.) The first mean is over all chosen tokens of a batch, but
+not those of the prompts (TRL counts them too). The gradient of the second term has the weight
+1 / (1 + OR), OR = odds(chosen) / odds(rejected), which fades once chosen is well ahead (the notes'
+1 + 1 / OR does not). Without the mean over tokens, p of a long text would be 0, and its odds just p.
+
+    python orpo.py                                      the toy, offline: 2 minutes
+    python orpo.py --model Qwen/Qwen2.5-0.5B --data trl-lib/ultrafeedback_binarized
+
+What to expect of the toy, whose pairs are a right and a wrong answer of the warmed-up policy: from
+0.6 of the held-out answers right to 0.8. The log's chosen and rejected are mean log-probs.
+"""
+import math
+from dataclasses import dataclass
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+
+from common import HfArg, Means, RunConfig, fill, learning_rate, main, mini_batches, require_finite
+from common import masked_mean
+from data import draw_problems
+from evaluation import evaluate, preference_stats, report, validate
+from model import save_policy
+from preferences import for_all_completions, load_preferences
+from rollout import all_logprobs, load_policy, make_batch, micro_batches, token_logprobs
+from run import Run
+from sft import warm_start
+
+
+@dataclass
+class Config(RunConfig):
+    minibatch_size: Optional[int] = HfArg(default=None, help="pairs per optimizer step")
+    micro_batch_size: Optional[int] = HfArg(default=None, help="pairs per pass: memory only")
+    epochs: int = HfArg(default=1, help="passes over the data, where --steps are not given")
+    prompts: Optional[int] = HfArg(default=None, help="toy, words: prompts to make preferences of")
+    beta: float = HfArg(default=0.1, help="weight of the odds ratio, lambda in the paper")
+
+
+# Defaults: TOY; HUB: --model on a GPU; CPU: --model without.
+TOY = dict(lr=2e-4, minibatch_size=64, micro_batch_size=64, max_new_tokens=32, eval_prompts=512,
+           prompts=1024)
+HUB = dict(lr=1e-6, minibatch_size=64, micro_batch_size=4, max_new_tokens=512, eval_prompts=256,
+           prompts=1024)
+CPU = dict(HUB, minibatch_size=8, max_new_tokens=48, eval_prompts=32, prompts=32)
+
+
+def odds_ratio_loss(chosen_mean_logps, rejected_mean_logps):
+    """-log sigmoid(log odds ratio) of mean log-probs: (B,), (B,) -> (B,). arXiv 2403.07691, eq. 7.
+
+    log(1 - p) as log(-expm1(log p)), which keeps its digits where p is near 1; at p = 1 itself it
+    would be -inf: p stays one rounding step below.
+    """
+    def log_odds(logps):
+        logps = logps.clamp(max=-torch.finfo(logps.dtype).eps)
+        return logps - torch.log(-torch.expm1(logps))
+    return -F.logsigmoid(log_odds(chosen_mean_logps) - log_odds(rejected_mean_logps))
+
+
+def train(cfg):
+    fill(cfg, TOY, HUB, CPU)
+    run = Run(cfg, "orpo")
+    problems, validation, test = load_preferences(cfg)
+    cfg.steps = cfg.steps or math.ceil(cfg.epochs * len(problems) / cfg.minibatch_size)
+    policy, tokenizer = load_policy(cfg.model or warm_start(cfg.seed, cfg.device), cfg.device)
+    run.open(policy, tokenizer)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.99),
+                                  weight_decay=cfg.weight_decay, fused=True)
+    state = run.load(policy=policy, optimizer=optimizer)  # {}, or the checkpoint with --resume
+
+    def rate(rows):  # (B, 2), mean log-probs of the completions in the data
+        def mean_logps(batch):
+            logprobs = all_logprobs(policy, batch, cfg.micro_batch_size, temperature=1.0)
+            return logprobs.sum(1) / batch.mask.sum(1)
+        return for_all_completions(mean_logps, rows, cfg)
+
+    before = state.get("before") or evaluate(policy, tokenizer, test, cfg, rate=rate)
+
+    for step in run.steps():
+        # 1. Batch: completions of the data instead of samples, and nothing to score.
+        asked = draw_problems(problems, step, cfg.minibatch_size, cfg.seed)
+        batch = make_batch([problem["ids"] for problem in asked],
+                           sum((problem["targets"] for problem in asked), []), cfg.device)
+        mask = batch.mask                                       # (N, C), 2 rows of each prompt
+        texts = [text for problem in asked for text in problem["completions"]]
+
+        # 2. Update. share: a micro-batch's part of the prompts.
+        stats = Means()
+        optimizer.param_groups[0]["lr"] = learning_rate(step, cfg, cfg.lr)
+        for minibatch in mini_batches(len(mask), len(mask), group_size=2, epochs=1):
+            optimizer.zero_grad()
+            for rows, _ in micro_batches(batch, minibatch, 2 * cfg.micro_batch_size,
+                                         whole_groups=True):
+                share, m = len(rows) / len(minibatch), mask[rows]
+                logprobs = token_logprobs(policy, batch, rows, temperature=1.0)    # (R, C)
+                mean_logps = (logprobs.sum(1) / m.sum(1)).view(-1, 2)              # (R / 2, 2)
+                nll = -masked_mean(logprobs[::2], m[::2])
+                tokens = m[::2].sum() / mask[::2].sum()  # nll is a mean of tokens, not of pairs
+                loss = nll * tokens / share + cfg.beta * odds_ratio_loss(*mean_logps.T).mean()
+                require_finite(loss, "loss", step, texts, rows, logprobs)
+                (loss * share).backward()
+                stats.add(share, loss=loss, **preference_stats(mean_logps))
+            grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm,
+                                                       error_if_nonfinite=True)
+            optimizer.step()
+            stats.add(1, grad_norm=grad_norm, lr=optimizer.param_groups[0]["lr"])
+
+        # 3. Log. Like SFT's, the loss falls.
+        run.log(step, **stats())
+        validate(run, step, policy, tokenizer, validation, cfg, rate=rate)
+        run.save(step, policy=policy, optimizer=optimizer, before=before)
+
+    save_policy(policy, tokenizer, run.folder)
+    report(before, evaluate(policy, tokenizer, test, cfg, rate=rate), run.folder)
+
+
+if __name__ == "__main__":
+    main(Config, train)

@@ -1,0 +1,189 @@
+"""
+Preferences: which completion of a prompt is the better one. For reward_model.py, dpo.py, orpo.py.
+
+A row of --data is a pair or a ranking, in TRL's formats; texts may also be messages:
+
+    {"prompt": ..., "chosen": ..., "rejected": ...}
+    {"chosen": ..., "rejected": ...}                        the prompt is what both begin with
+    {"prompt": ..., "completions": [best, ..., worst]}      for dpo.py --loss plackett_luce
+
+A pair is a ranking of two: inside, each row has `completions`, best first, and `targets`, their
+token ids. Of toy and words, where nobody has stated a preference, the policy is sampled before any
+training, and its answers are judged by whether they are right.
+"""
+import inspect
+import json
+import os
+import random
+import re
+import zlib
+from itertools import combinations, takewhile
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import toy
+from common import fail
+from data import encode, load_problems, read, read_jsonl
+from model import load_tokenizer
+from rewards import decode, last_number
+from rollout import load_policy, make_batch, sample
+from sft import warm_start
+
+SAMPLES = 8  # completions of each prompt that preferences are made of
+RANKED = 4   # completions in a ranking
+
+
+def load_preferences(cfg, kind="pairs"):
+    """--data -> training, validation and test rows; kind: pairs or rankings.
+
+    Of toy and words, all held-out problems are among the latter two, also without `targets`.
+    """
+    made = cfg.data in toy.KINDS
+    splits = make_preferences(cfg, kind) if made else read(cfg.data, cfg.eval_prompts)
+    for split, rows in splits.items():
+        ranked = [to_ranking(row, kind, f"--data {cfg.data}: row {i} of {split}")
+                  for i, row in enumerate(rows, 1)]
+        splits[split] = kept = [row for row in ranked if not any(
+            one == other for one, other in combinations(row["completions"], 2))]
+        if len(kept) < len(rows):
+            print(f"dropped {len(rows) - len(kept)} of {len(rows)} rows of {split}: two of their "
+                  "completions are the same, and neither is better")
+    train, *held_out = load_problems(cfg, "completions", splits)
+    if made:
+        tokenizer = load_tokenizer(cfg.model)[0]
+        for i, split in enumerate(("validation", "test")):
+            known = {row["prompt"]: row for row in reversed(held_out[i])}  # the first of each
+            asked = encode(toy.problems(cfg.data, split, cfg.eval_prompts), tokenizer)
+            held_out[i] = [known.get(row["prompt"], row) for row in asked]
+    sizes = {len(row["targets"]) for row in train + held_out[0] + held_out[1] if "targets" in row}
+    if len(sizes) > 1:
+        fail(f"--data {cfg.data}: rankings of {min(sizes)} and of {max(sizes)} completions; give "
+             "all the same number")
+    return train, *held_out
+
+
+def to_ranking(row, kind, where):
+    """A row as it was found -> the same with `prompt` and `completions`, best first."""
+    row = dict(row)
+    if "chosen" in row and "rejected" in row:
+        pair = [row.pop("chosen"), row.pop("rejected")]
+        if not all(isinstance(one, str) for one in pair) and \
+                not all(isinstance(one, list) for one in pair):
+            fail(f"{where}: chosen and rejected must both be text, or both lists of messages")
+        if row.get("prompt") is None or isinstance(pair[0], list) and len(pair[0]) > 1:
+            row["prompt"], pair = split_prompt(*pair)  # whole conversations include the prompt
+        if not row["prompt"]:
+            fail(f"{where} has no prompt, and its chosen and rejected begin differently; mend it")
+        row["completions"] = pair
+    texts = row.get("completions")
+    if not isinstance(texts, list) or len(texts) < 2 or kind == "pairs" and len(texts) > 2:
+        also = " or completions, a list, best first" if kind == "rankings" else \
+            " (rankings are for dpo.py --loss plackett_luce)"
+        fail(f"{where} has {', '.join(sorted(row))}; it must have chosen and rejected{also}")
+    return row
+
+
+def split_prompt(chosen, rejected):
+    """Two texts, or lists of messages, that begin alike -> the beginning, and the two rests.
+
+    Texts are not cut inside a word, which may be one token, nor after a space, which tokenizers
+    take for the beginning of the next.
+    """
+    n = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected)))
+    if isinstance(chosen, str):
+        inside = any(re.match(r"\w\w", text[max(n - 1, 0):]) for text in (chosen, rejected))
+        n = re.search(r"\s?\w*$" if inside else r"\s?$", chosen[:n]).start() or n
+    return chosen[:n], [chosen[n:], rejected[n:]]
+
+
+# --------------------------------------------------------------------------------------------------
+# Where nobody has stated a preference
+
+
+def make_preferences(cfg, kind):
+    """toy or words -> {split: rows}, from runs/preferences, made now if they are not there yet."""
+    source = Path(cfg.model or warm_start(cfg.seed, cfg.device))
+    changed = max((path.stat().st_mtime for path in source.rglob("*.safetensors")), default=0)
+    recipe = (str(source), changed, cfg.data, cfg.prompts, cfg.eval_prompts, cfg.max_new_tokens,
+              cfg.seed, inspect.getsource(toy))
+    folder = Path("runs", "preferences", f"{cfg.data}-{zlib.crc32(repr(recipe).encode()):08x}")
+    if not folder.exists():
+        print(f"making preferences: {SAMPLES} answers of {source} to each prompt, once")
+        policy, tokenizer = load_policy(str(source), cfg.device)
+        found = list(sample_answers(policy, tokenizer, cfg))
+        temporary = Path(f"{folder}.{os.getpid()}")  # renamed when whole
+        temporary.mkdir(parents=True)
+        for name, rows in dict(pairs=to_pairs(found), rankings=to_rankings(found)).items():
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+            Path(temporary, f"{name}.jsonl").write_text(text)
+        temporary.rename(folder)
+        print(f"kept in {folder}")
+    rows = read_jsonl(folder / f"{kind}.jsonl")
+    splits = {split: [row for row in rows if row["split"] == split]
+              for split in ("train", "validation", "test")}
+    if not splits["train"]:
+        fail(f"--data {cfg.data}: no {kind} could be made, because {source} is right always, or "
+             "never; take more --prompts, or another --model")
+    return {split: rows for split, rows in splits.items() if rows}
+
+
+def sample_answers(policy, tokenizer, cfg):
+    """-> yields each problem with the different answers that it got, those cut short left out."""
+    generator = torch.Generator(policy.device).manual_seed(cfg.seed)
+    order = random.Random(cfg.seed)
+    held_out = cfg.eval_prompts // 2
+    sizes = dict(train=cfg.prompts, validation=held_out, test=held_out)
+    problems = [dict(row, split=split) for split, n in sizes.items()
+                for row in toy.problems(cfg.data, split, n)]
+    for i in tqdm(range(0, len(problems), 64), "64 prompts", leave=False):
+        part = encode(problems[i : i + 64], tokenizer)
+        batch = sample(policy, tokenizer, [row["ids"] for row in part], SAMPLES,
+                       cfg.max_new_tokens, 1.0, generator)
+        texts, finished = decode(tokenizer, batch), batch.finished.tolist()
+        for j, row in enumerate(part):
+            ours = range(j * SAMPLES, (j + 1) * SAMPLES)
+            different = sorted({texts[k] for k in ours if finished[k]})
+            order.shuffle(different)  # the order of sampling would favour the likely ones
+            yield ({key: row[key] for key in ("split", "prompt", "answer")},
+                   {text: grade(row, text, cfg.data) for text in different})
+
+
+def grade(row, text, data):
+    """1 for the right answer; of the toy also up to a half for the work that is shown and right."""
+    right = last_number([row["prompt"]], [text], [row["answer"]], [True])[0]
+    steps = toy.check_steps(row["prompt"], text) if data == "toy" else []
+    return right + sum(step for _, step in steps) / len(re.findall("[+-]", row["prompt"])) / 2
+
+
+def to_pairs(found):
+    """A right answer is better than a wrong one; as many pairs of each prompt as possible."""
+    for row, grades in found:
+        right = [text for text in grades if grades[text] >= 1]
+        wrong = [text for text in grades if grades[text] < 1]
+        for chosen, rejected in zip(right, wrong):
+            yield dict(row, chosen=chosen, rejected=rejected)
+
+
+def to_rankings(found):
+    """Of RANKED answers, the higher grade first; those of one grade in an order of chance."""
+    for row, grades in found:
+        texts = list(grades)[:RANKED]
+        if len(texts) == RANKED and len({grades[text] for text in texts}) > 1:
+            yield dict(row, completions=sorted(texts, key=grades.get, reverse=True))
+
+
+# --------------------------------------------------------------------------------------------------
+# What a network thinks of them
+
+
+def for_all_completions(read, rows, cfg):
+    """read(batch) -> (N,), applied to the K `targets` of each of B rows -> (B, K)."""
+    found = []
+    for i in tqdm(range(0, len(rows), 64), "64 prompts", leave=False):
+        part = rows[i : i + 64]
+        batch = make_batch([row["ids"] for row in part], sum((row["targets"] for row in part), []),
+                           cfg.device)
+        found.append(read(batch).view(len(part), -1))
+    return torch.cat(found)

@@ -1,0 +1,126 @@
+"""
+RAFT (Dong et al., arXiv 2304.06767), or best-of-K fine-tuning; the notes call it RAHF, which is the
+name of another method. Sample K completions of each prompt, keep the best, do SFT on it, repeat.
+Differs from sft.py: the policy writes the demonstrations itself, and a reward chooses them.
+
+    y*   = argmax of the scores of the K completions y_1, ..., y_K of a prompt
+    loss = -mean_t log pi(y*_t | x, y*_<t)
+
+Against the online siblings: no advantage, no ratio and here no KL. The best completion becomes more
+likely, however little better it is, and no completion is pushed down. Of a prompt whose completions
+all have the same score none is the best: it is left out (the paper keeps one) and counted, as
+frac_zero_std.
+
+    python raft.py                                      the toy, offline: 2 minutes
+    python raft.py --model Qwen/Qwen2.5-0.5B-Instruct   a real model, on one CUDA GPU
+
+What to expect of the toy: asked 8+9-5=, it answers 12, or shows its work, 8+9=17,17-5=12. At first,
+0.6 of the held-out answers are right and half show the work; at the end, 0.9 and nearly all.
+"""
+from dataclasses import dataclass
+from typing import Optional
+
+import torch
+
+from common import HfArg, Means, RunConfig, fill, learning_rate, main, mini_batches, require_finite
+from common import fail, masked_mean
+from data import draw_problems, load_problems
+from evaluation import batch_stats, check_first_step, evaluate, ratio_stats, report, validate
+from model import save_policy
+from rewards import load_rewards, score
+from rollout import load_policy, micro_batches, sample, token_logprobs
+from run import Run
+from sft import warm_start
+
+
+@dataclass
+class Config(RunConfig):  # the rest is in common.py: --steps, --lr, --minibatch_size, ...
+    reward: str = HfArg(default="last_number", help="name or file.py:function; a,b adds two up")
+    prompts_per_step: Optional[int] = HfArg(default=None, help="prompts per rollout batch")
+    group_size: Optional[int] = HfArg(default=None, help="completions per prompt, K")
+    temperature: float = HfArg(default=1.0, help="of the sampling, and of all log-probs with it")
+    epochs: int = HfArg(default=1, help="passes over the best of each batch")
+
+
+# Defaults: TOY; HUB: --model on a GPU; CPU: --model without. completions = prompts * group_size.
+TOY = dict(steps=60, lr=2e-4, completions=256, minibatch_size=64, micro_batch_size=64,
+           max_new_tokens=32, eval_prompts=512)
+HUB = dict(steps=200, lr=1e-6, completions=256, minibatch_size=128, micro_batch_size=8,
+           max_new_tokens=256, eval_prompts=256)
+CPU = dict(HUB, steps=15, lr=1e-5, completions=32, minibatch_size=16, max_new_tokens=48,
+           eval_prompts=64)
+
+
+def best_of_k(scores, group_size):
+    """Scores (N,) of groups of K -> (N / K,), the index in the batch of each group's best.
+
+    The first of them if several are best.
+    """
+    groups = scores.view(-1, group_size)
+    return torch.arange(0, len(scores), group_size, device=scores.device) + groups.argmax(dim=1)
+
+
+def train(cfg):
+    fill(cfg, TOY, HUB, CPU, group_size=4)
+    if cfg.group_size < 2:
+        fail("--group_size 1: completions of a prompt are compared with each other; take 4, say")
+    run = Run(cfg, "raft")
+    problems, validation, test = load_problems(cfg)
+    rewards = load_rewards(cfg, problems + validation + test)
+    policy, tokenizer = load_policy(cfg.model or warm_start(cfg.seed, cfg.device), cfg.device)
+    run.open(policy, tokenizer)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.99),
+                                  weight_decay=cfg.weight_decay, fused=True)
+    state = run.load(policy=policy, optimizer=optimizer)  # {}, or the checkpoint with --resume
+    before = state.get("before") or evaluate(policy, tokenizer, test, cfg, rewards)
+
+    for step in run.steps():
+        # 1. Sample: K completions of each prompt of this step, from softmax(logits / temperature).
+        asked = draw_problems(problems, step, cfg.prompts_per_step, cfg.seed)
+        batch = sample(policy, tokenizer, [problem["ids"] for problem in asked], cfg.group_size,
+                       cfg.max_new_tokens, cfg.temperature)
+        old_logprobs, mask = batch.logprobs, batch.mask  # N completions, C tokens; mask 0: padding
+        run.lap("sample")
+
+        # 2. Score: what each completion earned.
+        texts, scores, each = score(rewards, asked, batch, tokenizer, step)      # scores: (N,)
+        kl = torch.zeros_like(mask)  # not measured: nothing here needs a reference
+        check_first_step(step, policy, batch, scores, kl, cfg)  # warns if the setup looks wrong
+        run.lap("score")
+
+        # 3. Select the best of each group, where there is one.
+        groups = scores.view(-1, cfg.group_size)
+        best = best_of_k(scores, cfg.group_size)[groups.amax(1) > groups.amin(1)].cpu()
+
+        # 4. Update, once per mini-batch. share: a micro-batch's part of the mini-batch's tokens.
+        stats = Means()
+        optimizer.param_groups[0]["lr"] = learning_rate(step, cfg, cfg.lr)
+        epochs = cfg.epochs if len(best) else 0
+        for chosen in mini_batches(len(best), cfg.minibatch_size, group_size=1, epochs=epochs):
+            optimizer.zero_grad()
+            for rows, share in micro_batches(batch, best[chosen], cfg.micro_batch_size):
+                logprobs = token_logprobs(policy, batch, rows, cfg.temperature)  # (R, C)
+                loss = -masked_mean(logprobs, mask[rows])
+                stats.add(share, **ratio_stats(logprobs, old_logprobs[rows], mask[rows]),
+                          clip_frac=0.0)  # nothing to clip
+                require_finite(loss, "loss", step, texts, rows, logprobs)
+                (loss * share).backward()
+                stats.add(share, loss=loss)
+            grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm,
+                                                       error_if_nonfinite=True)
+            optimizer.step()
+            stats.add(1, grad_norm=grad_norm, lr=optimizer.param_groups[0]["lr"])
+
+        # 5. Log. The loss is low from the start, because the policy has written this itself.
+        run.log(step, **batch_stats(scores, kl, batch, cfg.group_size), **each,
+                **{"loss": 0.0, **stats()})
+        run.show(step, asked, texts, scores)
+        validate(run, step, policy, tokenizer, validation, cfg, rewards)
+        run.save(step, policy=policy, optimizer=optimizer, before=before)
+
+    save_policy(policy, tokenizer, run.folder)
+    report(before, evaluate(policy, tokenizer, test, cfg, rewards), run.folder)
+
+
+if __name__ == "__main__":
+    main(Config, train)
