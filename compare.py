@@ -1,8 +1,8 @@
 """
 All scripts from one starting policy, on the same budget of completions: the table of README.
 
-    python compare.py --seeds 1 2 3          the toy: about 25 minutes on 2 cores
-    python compare.py --seeds 1 --steps 10   other flags go to every script
+    python compare.py --seeds 1 2 3                        the toy: about 25 minutes on 2 cores
+    python compare.py --scripts rloo grpo --kl_coef 0      other flags go to every script
 
 Each run is a process of its own, one after the other, in runs/compare; one that is there already,
 with the same flags, is not repeated. The starting policy is the warm-up of seed 1 (or --model, with
@@ -11,13 +11,16 @@ on greedy decoding. DPO and ORPO sample nothing while they learn: theirs are tho
 was made of.
 """
 import argparse
+import importlib
 import json
 import shutil
 import subprocess
 import sys
 import zlib
+from dataclasses import fields
 from pathlib import Path
 
+from common import fail
 from preferences import SAMPLES
 from sft import warm_start
 
@@ -72,13 +75,19 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="one run each")
+    parser.add_argument("--scripts", nargs="+", choices=SCRIPTS, default=SCRIPTS, metavar="NAME")
     parser.add_argument("--model", help="the starting policy; without it the warmed-up toy")
     parser.add_argument("--data", default="toy")
     args, flags = parser.parse_known_args()
+    for script in args.scripts:  # not after twenty minutes
+        known = {field.name for field in fields(importlib.import_module(script).Config)}
+        for flag in (flag for flag in flags if flag.startswith("--")):
+            if flag[2:].partition("=")[0].replace("-", "_") not in known:
+                fail(f"{flag}: {script}.py has no such flag; name --scripts that have it")
     flags = ["--model", args.model or warm_start(1, "cpu"), "--data", args.data, *flags]
-    found = {script: [] for script in SCRIPTS}
+    found = {script: [] for script in args.scripts}
     for seed in args.seeds:  # the scripts take turns: a busy hour of the machine hits all of them
-        for script in SCRIPTS:
+        for script in args.scripts:
             found[script].append(run(script, seed, flags))
     print("| script | completions | before | after: mean (each seed) | its 95 % interval | greedy "
           "| KL | length | s sampling | s scoring | s updating | peak MB |\n" + "|---" * 12 + "|")

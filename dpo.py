@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 
 from common import HfArg, Means, RunConfig, fill, learning_rate, main, mini_batches, require_finite
+from common import fail
 from data import draw_problems
 from evaluation import evaluate, preference_stats, report, validate
 from model import save_policy
@@ -44,17 +45,17 @@ class Config(RunConfig):
     micro_batch_size: Optional[int] = HfArg(default=None, help="of those, per pass: memory only")
     epochs: int = HfArg(default=1, help="passes over the data, where --steps are not given")
     prompts: Optional[int] = HfArg(default=None, help="toy, words: prompts to make preferences of")
-    beta: float = HfArg(default=0.1, help="weight of the KL that the implicit reward stands for")
+    beta: Optional[float] = HfArg(default=None, help="weight of the KL that h stands for")
     loss: Literal["bradley_terry", "plackett_luce"] = HfArg(
         default="bradley_terry", help="of pairs, or of rankings (column completions, best first)")
 
 
 # Defaults: TOY; HUB: --model on a GPU; CPU: --model without.
-TOY = dict(lr=2e-4, minibatch_size=64, micro_batch_size=64, max_new_tokens=32, eval_prompts=512,
-           prompts=1024)
+TOY = dict(lr=4e-4, minibatch_size=64, micro_batch_size=64, max_new_tokens=32, eval_prompts=512,
+           prompts=1920, beta=0.5)
 HUB = dict(lr=1e-6, minibatch_size=64, micro_batch_size=4, max_new_tokens=512, eval_prompts=256,
-           prompts=1024)
-CPU = dict(HUB, minibatch_size=8, max_new_tokens=48, eval_prompts=32, prompts=32)
+           prompts=1024, beta=0.1)
+CPU = dict(HUB, lr=1e-5, minibatch_size=8, max_new_tokens=48, eval_prompts=32, prompts=32)
 
 
 def dpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps,
@@ -70,10 +71,7 @@ def dpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_r
 
 
 def plackett_luce_loss(policy_logps, ref_logps, beta):
-    """Sums of log-probs of K completions, best first: (B, K), (B, K) -> (B,). Eq. 20, negative log.
-
-    Its size grows with K. With K = 2 it is dpo_loss.
-    """
+    """Sums of log-probs of K completions, best first: (B, K), (B, K) -> (B,). -log of eq. 20."""
     rewards = beta * (policy_logps - ref_logps)
     rest = rewards.flip(1).logcumsumexp(1).flip(1)  # (B, K) log sum_{j >= k} exp h_j
     return (rest - rewards).sum(1)
@@ -81,6 +79,8 @@ def plackett_luce_loss(policy_logps, ref_logps, beta):
 
 def train(cfg):
     fill(cfg, TOY, HUB, CPU)
+    if cfg.beta == 0:
+        fail("--beta 0: then all completions have the implicit reward 0; take 0.1, say")
     run = Run(cfg, "dpo")
     problems, validation, test = load_preferences(
         cfg, "rankings" if cfg.loss == "plackett_luce" else "pairs")
@@ -118,7 +118,7 @@ def train(cfg):
         # 2. Update. share: a micro-batch's part of the prompts.
         stats = Means()
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg, cfg.lr)
-        for minibatch in mini_batches(len(mask), len(mask), group_size=K, epochs=1):
+        for minibatch in mini_batches(len(mask), K * cfg.minibatch_size, group_size=K, epochs=1):
             optimizer.zero_grad()
             for rows, _ in micro_batches(batch, minibatch, K * cfg.micro_batch_size,
                                          whole_groups=True):

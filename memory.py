@@ -28,7 +28,7 @@ MODELS = {
     "Qwen2.5-7B": Model(7616e6, 28, 3584, 18944, 512, 152064),
 }
 SCRIPTS = {  # bytes per parameter
-    "no reference: sft.py, or --kl_coef 0": 18, "reinforce, reinforce_pp, remax, rloo, grpo": 22,
+    "no reference: sft, raft, or --kl_coef 0": 18, "reinforce, reinforce_pp, remax, rloo, grpo": 22,
     "ppo.py: a critic as well": 38}
 
 

@@ -140,7 +140,7 @@ def checkpoint_activations(model):
 
 def check_saving(model, tokenizer, folder, networks=1):
     """Find out before the training if its result could not be saved after it."""
-    config = getattr(model, "generation_config", transformers.GenerationConfig())  # not a scorer's
+    config = getattr(model, "generation_config", None) or transformers.GenerationConfig()
     with tempfile.TemporaryDirectory(dir=folder) as trial:
         try:
             config.save_pretrained(trial)

@@ -10,7 +10,7 @@ Differs from dpo.py: the loss compares odds, which need no reference, and SFT's 
 (eq. 6 and 7; beta is lambda in the paper.) The first mean is over all chosen tokens of a batch, but
 not those of the prompts (TRL counts them too). The gradient of the second term has the weight
 1 / (1 + OR), OR = odds(chosen) / odds(rejected), which fades once chosen is well ahead (the notes'
-1 + 1 / OR does not). Without the mean over tokens, p of a long text would be 0, and its odds just p.
+1 + 1 / OR does not). Without the mean over tokens, p of a long text is 0, and its odds are just p.
 
     python orpo.py                                      the toy, offline: 2 minutes
     python orpo.py --model Qwen/Qwen2.5-0.5B --data trl-lib/ultrafeedback_binarized
@@ -46,11 +46,11 @@ class Config(RunConfig):
 
 
 # Defaults: TOY; HUB: --model on a GPU; CPU: --model without.
-TOY = dict(lr=2e-4, minibatch_size=64, micro_batch_size=64, max_new_tokens=32, eval_prompts=512,
+TOY = dict(lr=3e-4, minibatch_size=64, micro_batch_size=64, max_new_tokens=32, eval_prompts=512,
+           prompts=1920)
+HUB = dict(lr=5e-6, minibatch_size=64, micro_batch_size=4, max_new_tokens=512, eval_prompts=256,
            prompts=1024)
-HUB = dict(lr=1e-6, minibatch_size=64, micro_batch_size=4, max_new_tokens=512, eval_prompts=256,
-           prompts=1024)
-CPU = dict(HUB, minibatch_size=8, max_new_tokens=48, eval_prompts=32, prompts=32)
+CPU = dict(HUB, lr=1e-5, minibatch_size=8, max_new_tokens=48, eval_prompts=32, prompts=32)
 
 
 def odds_ratio_loss(chosen_mean_logps, rejected_mean_logps):
@@ -95,7 +95,7 @@ def train(cfg):
         # 2. Update. share: a micro-batch's part of the prompts.
         stats = Means()
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg, cfg.lr)
-        for minibatch in mini_batches(len(mask), len(mask), group_size=2, epochs=1):
+        for minibatch in mini_batches(len(mask), 2 * cfg.minibatch_size, group_size=2, epochs=1):
             optimizer.zero_grad()
             for rows, _ in micro_batches(batch, minibatch, 2 * cfg.micro_batch_size,
                                          whole_groups=True):

@@ -45,11 +45,11 @@ def load_preferences(cfg, kind="pairs"):
     for split, rows in splits.items():
         ranked = [to_ranking(row, kind, f"--data {cfg.data}: row {i} of {split}")
                   for i, row in enumerate(rows, 1)]
-        splits[split] = kept = [row for row in ranked if not any(
+        splits[split] = [row for row in ranked if is_one_turn(row) and not any(
             one == other for one, other in combinations(row["completions"], 2))]
-        if len(kept) < len(rows):
-            print(f"dropped {len(rows) - len(kept)} of {len(rows)} rows of {split}: two of their "
-                  "completions are the same, and neither is better")
+        if len(splits[split]) < len(rows):
+            print(f"dropped {len(rows) - len(splits[split])} of {len(rows)} rows of {split}: two "
+                  "completions are the same, or one is of several messages")
     train, *held_out = load_problems(cfg, "completions", splits)
     if made:
         tokenizer = load_tokenizer(cfg.model)[0]
@@ -72,8 +72,9 @@ def to_ranking(row, kind, where):
         if not all(isinstance(one, str) for one in pair) and \
                 not all(isinstance(one, list) for one in pair):
             fail(f"{where}: chosen and rejected must both be text, or both lists of messages")
-        if row.get("prompt") is None or isinstance(pair[0], list) and len(pair[0]) > 1:
-            row["prompt"], pair = split_prompt(*pair)  # whole conversations include the prompt
+        whole = isinstance(row.get("prompt"), str) and isinstance(pair[0], list)
+        if row.get("prompt") is None or whole and len(pair[0]) > 1:  # the prompt is in both
+            row["prompt"], pair = split_prompt(*pair)
         if not row["prompt"]:
             fail(f"{where} has no prompt, and its chosen and rejected begin differently; mend it")
         row["completions"] = pair
@@ -83,6 +84,11 @@ def to_ranking(row, kind, where):
             " (rankings are for dpo.py --loss plackett_luce)"
         fail(f"{where} has {', '.join(sorted(row))}; it must have chosen and rejected{also}")
     return row
+
+
+def is_one_turn(row):
+    """Whether every completion is one text or message: what follows a prompt in one turn."""
+    return not any(isinstance(one, list) and len(one) > 1 for one in row["completions"])
 
 
 def split_prompt(chosen, rejected):
@@ -107,7 +113,7 @@ def make_preferences(cfg, kind):
     source = Path(cfg.model or warm_start(cfg.seed, cfg.device))
     changed = max((path.stat().st_mtime for path in source.rglob("*.safetensors")), default=0)
     recipe = (str(source), changed, cfg.data, cfg.prompts, cfg.eval_prompts, cfg.max_new_tokens,
-              cfg.seed, inspect.getsource(toy))
+              cfg.seed, inspect.getsource(toy), Path(__file__).read_text())
     folder = Path("runs", "preferences", f"{cfg.data}-{zlib.crc32(repr(recipe).encode()):08x}")
     if not folder.exists():
         print(f"making preferences: {SAMPLES} answers of {source} to each prompt, once")
@@ -130,9 +136,8 @@ def make_preferences(cfg, kind):
 
 
 def sample_answers(policy, tokenizer, cfg):
-    """-> yields each problem with the different answers that it got, those cut short left out."""
+    """-> yields each problem with its answers and their grades; those cut short are left out."""
     generator = torch.Generator(policy.device).manual_seed(cfg.seed)
-    order = random.Random(cfg.seed)
     held_out = cfg.eval_prompts // 2
     sizes = dict(train=cfg.prompts, validation=held_out, test=held_out)
     problems = [dict(row, split=split) for split, n in sizes.items()
@@ -144,10 +149,8 @@ def sample_answers(policy, tokenizer, cfg):
         texts, finished = decode(tokenizer, batch), batch.finished.tolist()
         for j, row in enumerate(part):
             ours = range(j * SAMPLES, (j + 1) * SAMPLES)
-            different = sorted({texts[k] for k in ours if finished[k]})
-            order.shuffle(different)  # the order of sampling would favour the likely ones
             yield ({key: row[key] for key in ("split", "prompt", "answer")},
-                   {text: grade(row, text, cfg.data) for text in different})
+                   [(texts[k], grade(row, texts[k], cfg.data)) for k in ours if finished[k]])
 
 
 def grade(row, text, data):
@@ -159,17 +162,19 @@ def grade(row, text, data):
 
 def to_pairs(found):
     """A right answer is better than a wrong one; as many pairs of each prompt as possible."""
-    for row, grades in found:
-        right = [text for text in grades if grades[text] >= 1]
-        wrong = [text for text in grades if grades[text] < 1]
+    for row, answers in found:
+        right = [text for text, grade in answers if grade >= 1]
+        wrong = [text for text, grade in answers if grade < 1]
         for chosen, rejected in zip(right, wrong):
             yield dict(row, chosen=chosen, rejected=rejected)
 
 
 def to_rankings(found):
-    """Of RANKED answers, the higher grade first; those of one grade in an order of chance."""
-    for row, grades in found:
+    """Of RANKED different answers, the higher grade first; those of one grade by chance."""
+    for row, answers in found:
+        grades = dict(answers)
         texts = list(grades)[:RANKED]
+        random.Random(row["prompt"]).shuffle(texts)  # the likelier ones were sampled sooner
         if len(texts) == RANKED and len({grades[text] for text in texts}) > 1:
             yield dict(row, completions=sorted(texts, key=grades.get, reverse=True))
 

@@ -35,7 +35,7 @@ from sft import warm_start
 
 @dataclass
 class Config(RunConfig):  # the rest is in common.py: --steps, --lr, --minibatch_size, ...
-    reward: str = HfArg(default="last_number", help="name or file.py:function; a,b adds two up")
+    reward: str = HfArg(default="last_number", help="name, file.py:function or folder; a,b: sum")
     prompts_per_step: Optional[int] = HfArg(default=None, help="prompts per rollout batch")
     group_size: Optional[int] = HfArg(default=None, help="completions per prompt, K")
     temperature: float = HfArg(default=1.0, help="of the sampling, and of all log-probs with it")

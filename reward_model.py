@@ -43,11 +43,11 @@ class Config(RunConfig):
 
 
 # Defaults: TOY; HUB: --model on a GPU; CPU: --model without.
-TOY = dict(lr=2e-4, minibatch_size=64, micro_batch_size=64, max_new_tokens=32, eval_prompts=512,
+TOY = dict(lr=1e-3, minibatch_size=64, micro_batch_size=64, max_new_tokens=32, eval_prompts=512,
+           prompts=1920)
+HUB = dict(lr=1e-5, minibatch_size=64, micro_batch_size=4, max_new_tokens=512, eval_prompts=256,
            prompts=1024)
-HUB = dict(lr=1e-6, minibatch_size=64, micro_batch_size=4, max_new_tokens=512, eval_prompts=256,
-           prompts=1024)
-CPU = dict(HUB, minibatch_size=8, max_new_tokens=48, eval_prompts=32, prompts=32)
+CPU = dict(HUB, lr=1e-4, minibatch_size=8, max_new_tokens=48, eval_prompts=32, prompts=32)
 
 
 def bradley_terry_loss(chosen_scores, rejected_scores):
@@ -84,7 +84,7 @@ def train(cfg):
         # 2. Update. share: a micro-batch's part of the prompts.
         stats = Means()
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg, cfg.lr)
-        for minibatch in mini_batches(len(mask), len(mask), group_size=2, epochs=1):
+        for minibatch in mini_batches(len(mask), 2 * cfg.minibatch_size, group_size=2, epochs=1):
             optimizer.zero_grad()
             for rows, _ in micro_batches(batch, minibatch, 2 * cfg.micro_batch_size,
                                          whole_groups=True):

@@ -84,5 +84,8 @@ def load_scorer(folder, cfg):
         targets = [row["targets"][0] if done else row["targets"][0][:-1]  # cut short: without EOS
                    for row, done in zip(rows, finished)]
         batch = make_batch([row["ids"] for row in rows], targets, cfg.device)
+        longest = max(len(row["ids"]) + len(target) for row, target in zip(rows, targets))
+        if longest > (context := getattr(scorer.config, "max_position_embeddings", longest)):
+            raise ValueError(f"{longest} tokens, but it reads {context}: lower --max_new_tokens")
         return all_scores(scorer, batch, cfg.micro_batch_size).tolist()
     return learned

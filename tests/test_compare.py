@@ -72,3 +72,21 @@ def test_a_run_that_fails_is_said(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         compare.run("rloo", 1, [])
     assert "rloo.py failed" in str(stop.value)
+
+
+def test_a_flag_that_one_of_them_lacks_is_said_at_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(compare, "warm_start", lambda seed, device: "start")
+    calls = []
+    monkeypatch.setattr(compare, "run", lambda script, seed, flags: calls.append(script) or dict(
+        completions=1, before=0, after=0, low=0, high=0, greedy=0, length=0, kl=None,
+        seconds=[0] * 3, memory=0))
+    flags = ["compare.py", "--seeds", "1", "--kl-coef=0.1"]
+    monkeypatch.setattr(sys, "argv", flags)
+    with pytest.raises(SystemExit) as stop:
+        compare.main()
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "--kl-coef=0.1: raft.py" in error and not calls
+    monkeypatch.setattr(sys, "argv", [*flags, "--scripts", "rloo", "grpo"])
+    compare.main()
+    assert calls == ["rloo", "grpo"]

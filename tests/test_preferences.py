@@ -80,10 +80,25 @@ def test_rankings_keep_their_order_and_truncation_is_counted(tmp_path, capsys):
         config(write_jsonl(tmp_path / "r.jsonl", rows)), "rankings")
     screen = capsys.readouterr().out
     assert "dropped 1 of 11 rows of train: prompts above" in screen
-    assert "dropped 1 of 12 rows of train: two of their completions are the same" in screen
+    assert "dropped 1 of 12 rows of train: two completions are the same, or" in screen
     assert len(train + validation + test) == 10
     nine, eight, seven = (toy.make_tokenizer()(text).input_ids + [2] for text in "987")
     assert all(row["targets"] == [nine, eight, seven] for row in train)
+
+
+def test_several_turns_are_left_out_and_counted(folders, tmp_path, capsys):
+    """What differs must be one message; an explicit prompt is not looked for in the answers."""
+    start = [asks("1+2="), says("hm?"), asks("well?")]
+    rows = [dict(chosen=[*start, says("3")], rejected=[*start, says("4")]),
+            dict(chosen=[*start, says("3")], rejected=[asks("1+2="), says("4")]),
+            dict(prompt=start[:1], chosen=start[1:], rejected=start[1:2])]
+    rows += [dict(prompt=[asks(f"{i}+2=")], chosen=[says("3")], rejected=[says("4")])
+             for i in range(9)]
+    found = load_preferences(config(write_jsonl(tmp_path / "p.jsonl", rows),
+                                    folders("llama", template=TEMPLATE)))
+    assert "dropped 2 of 12 rows of train" in capsys.readouterr().out
+    prompts = [row["prompt"] for part in found for row in part]
+    assert len(prompts) == 10 and start in prompts
 
 
 P, C, R = dict(prompt="1+2="), dict(chosen="3"), dict(rejected="4")

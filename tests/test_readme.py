@@ -7,18 +7,21 @@ import re
 import subprocess
 import sys
 
+import dpo
 import memory
 import ppo
 import reinforce_pp
 import sft
 from conftest import ROOT, TEMPLATE, save_folder
+from test_offline_scripts import SCRIPTS as OFFLINE
 from test_scripts import CAPS, SCRIPTS
 
 README = (ROOT / "README.md").read_text()
 
 
-FIELDS = {field.name for script in (sft, *SCRIPTS.values())
+FIELDS = {field.name for script in (sft, *SCRIPTS.values(), *OFFLINE.values())
           for field in dataclasses.fields(script.Config)}
+EVERY = SCRIPTS | OFFLINE | dict(sft=sft)
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
@@ -28,8 +31,8 @@ def block(start):
 
 
 def test_functions_have_the_arguments_that_readme_gives():
-    table = re.findall(r"`(common|rollout|%s)\.(\w+)\(([^)]*)\)`" % "|".join(SCRIPTS), README)
-    assert len(table) >= 22
+    table = re.findall(r"`(common|rollout|%s)\.(\w+)\(([^)]*)\)`" % "|".join(EVERY), README)
+    assert len(table) >= 27
     for module, name, arguments in table:
         signature = inspect.signature(getattr(importlib.import_module(module), name))
         assert list(signature.parameters) == arguments.split(", "), name
@@ -50,10 +53,10 @@ def test_every_flag_is_in_the_table():
     table = README[README.index("## Every flag") : README.index("## How much memory")]
     for name in FIELDS:
         (default,) = re.findall(rf"^\| `--{name}` \|[^|]*\| ([^|]*)\|", table, re.M)
-        script = ppo if name == "critic_lr" else reinforce_pp
+        script = dict(critic_lr=ppo, prompts=dpo, beta=dpo).get(name, reinforce_pp)
         world = [row.get(name) for row in (script.TOY, script.HUB, script.CPU)]
         if None not in world:
-            assert [float(value) for value in default.split("/")] == world, name
+            assert [float(value) for value in default.split(";")[0].split("/")] == world, name
 
 
 def test_the_table_of_memory_is_what_the_command_prints(monkeypatch, capsys):
@@ -92,16 +95,17 @@ def test_own_data_and_own_reward_as_readme_shows_them(tmp_path, monkeypatch):
 
 def test_every_log_key_is_explained():
     for key in ("score score_std kl entropy length truncated frac_zero_std approx_kl clip_frac "
-                "ratio_max grad_norm lr loss steps_per_s value_loss explained_var").split():
+                "ratio_max grad_norm lr loss steps_per_s value_loss explained_var chosen rejected "
+                "margin accuracy").split():
         assert f"`{key}`" in README, key
 
 
 def test_the_reading_order_is_that_of_the_tested_diffs():
     order = re.findall(r"^diff (\w+).py (\w+).py", README, re.M)
-    assert len(order) == 5 and set(order) <= set(CAPS)
-    assert {two for _, two in order} | {"reinforce"} == set(SCRIPTS)
+    assert len(order) == len(set(order)) == 9 and set(order) <= set(CAPS)
+    assert {two for _, two in order} | {"reinforce", "sft"} == set(EVERY)
 
 
 def test_every_script_is_in_the_table_of_algorithms():
-    for name in SCRIPTS:
+    for name in EVERY:
         assert re.search(rf"^\| \[{name}.py\]\({name}.py\) ", README, re.M), name
