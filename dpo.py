@@ -8,8 +8,8 @@ Differs from sft.py: each prompt has a better and a worse completion, and the lo
 
 Why: if pi is the policy that maximises a reward r under a KL penalty of weight beta, then
 r(x, y) = h(y) + beta log Z(x). Z is the same for both completions, and cancels in the Bradley-Terry
-model, P(chosen preferred) = sigmoid(r(chosen) - r(rejected)), whose -log is the loss. In rankings
-y_1, ..., y_K, Plackett and Luce choose the best of all, then the best of the rest, and so on:
+model, P(chosen preferred) = sigmoid(r(chosen) - r(rejected)), whose -log is the loss. Of a ranking
+y_1, ..., y_K the Plackett-Luce model draws the best of all, then the best of the rest, and so on:
 
     loss = -sum_k log(exp h(y_k) / sum_{j >= k} exp h(y_j))     --loss plackett_luce (appendix A.3)
 
@@ -19,7 +19,7 @@ pi_ref is the policy before training: its log-probs are computed once, and no se
     python dpo.py --model Qwen/Qwen2.5-0.5B-Instruct --data trl-lib/ultrafeedback_binarized
 
 What to expect of the toy, whose pairs are a right and a wrong answer of the warmed-up policy: from
-0.6 of the held-out answers right to 0.8. Both implicit rewards may fall; the margin is what counts.
+0.6 of the held-out answers right to 0.9. Both implicit rewards may fall; the margin is what counts.
 """
 import math
 from dataclasses import dataclass
@@ -41,11 +41,11 @@ from sft import warm_start
 
 @dataclass
 class Config(RunConfig):
-    minibatch_size: Optional[int] = HfArg(default=None, help="pairs or rankings per optimizer step")
-    micro_batch_size: Optional[int] = HfArg(default=None, help="of those, per pass: memory only")
+    minibatch_size: Optional[int] = HfArg(default=None, help="rows of data per optimizer step")
+    micro_batch_size: Optional[int] = HfArg(default=None, help="rows of data per pass: memory only")
     epochs: int = HfArg(default=1, help="passes over the data, where --steps are not given")
     prompts: Optional[int] = HfArg(default=None, help="toy, words: prompts to make preferences of")
-    beta: Optional[float] = HfArg(default=None, help="weight of the KL that h stands for")
+    beta: Optional[float] = HfArg(default=None, help="weight of the KL to pi_ref, in h")
     loss: Literal["bradley_terry", "plackett_luce"] = HfArg(
         default="bradley_terry", help="of pairs, or of rankings (column completions, best first)")
 
@@ -71,7 +71,7 @@ def dpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_r
 
 
 def plackett_luce_loss(policy_logps, ref_logps, beta):
-    """Sums of log-probs of K completions, best first: (B, K), (B, K) -> (B,). -log of eq. 20."""
+    """Sums of log-probs of K completions, best first: (B, K), (B, K) -> (B,). Ibidem, eq. 20."""
     rewards = beta * (policy_logps - ref_logps)
     rest = rewards.flip(1).logcumsumexp(1).flip(1)  # (B, K) log sum_{j >= k} exp h_j
     return (rest - rewards).sum(1)
@@ -89,21 +89,21 @@ def train(cfg):
     policy, tokenizer = load_policy(cfg.model or warm_start(cfg.seed, cfg.device), cfg.device)
     run.open(policy, tokenizer)
 
-    def data_logps(rows):  # (B, K), sums over tokens, of the completions in the data
+    def data_logps(asked):  # (B, K), sums over tokens, of the completions in the data
         return for_all_completions(lambda batch: all_logprobs(
-            policy, batch, cfg.micro_batch_size, temperature=1.0).sum(1), rows, cfg)
+            policy, batch, cfg.micro_batch_size, temperature=1.0).sum(1), asked, cfg)
 
-    known = draw_problems(problems, 0, min(cfg.steps * cfg.minibatch_size, len(problems)), cfg.seed)
-    known += [row for row in validation + test if "targets" in row]
-    for row, ref_logps in zip(known, data_logps(known).tolist()):
-        row["ref_logps"] = ref_logps  # (K,), from the policy before training or --resume
+    rated = draw_problems(problems, 0, min(cfg.steps * cfg.minibatch_size, len(problems)), cfg.seed)
+    rated += [problem for problem in validation + test if "targets" in problem]
+    for problem, ref_logps in zip(rated, data_logps(rated).tolist()):
+        problem["ref_logps"] = ref_logps  # (K,), of the initial policy: --resume loads below
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.99),
                                   weight_decay=cfg.weight_decay, fused=True)
     state = run.load(policy=policy, optimizer=optimizer)  # {}, or the checkpoint with --resume
 
-    def rate(rows):  # (B, K), their implicit rewards
-        ref_logps = torch.tensor([row["ref_logps"] for row in rows], device=cfg.device)
-        return cfg.beta * (data_logps(rows) - ref_logps)
+    def rate(asked):  # (B, K), their implicit rewards
+        ref_logps = torch.tensor([problem["ref_logps"] for problem in asked], device=cfg.device)
+        return cfg.beta * (data_logps(asked) - ref_logps)
     before = state.get("before") or evaluate(policy, tokenizer, test, cfg, rate=rate)
 
     for step in run.steps():
@@ -113,7 +113,7 @@ def train(cfg):
                            sum((problem["targets"] for problem in asked), []), cfg.device)
         mask = batch.mask                                       # (N, C), K rows of each prompt
         texts = [text for problem in asked for text in problem["completions"]]
-        ref_logps = torch.tensor([problem["ref_logps"] for problem in asked], device=mask.device)
+        ref_logps = torch.tensor([problem["ref_logps"] for problem in asked], device=cfg.device)
 
         # 2. Update. share: a micro-batch's part of the prompts.
         stats = Means()
@@ -122,9 +122,9 @@ def train(cfg):
             optimizer.zero_grad()
             for rows, _ in micro_batches(batch, minibatch, K * cfg.micro_batch_size,
                                          whole_groups=True):
-                share, of = len(rows) / len(minibatch), batch.owner[rows][::K]
-                logprobs = token_logprobs(policy, batch, rows, temperature=1.0)    # (R, C)
-                logps, ref = logprobs.sum(1).view(-1, K), ref_logps[of]            # (R / K, K)
+                share = len(rows) / len(minibatch)
+                logprobs = token_logprobs(policy, batch, rows, temperature=1.0)    # (R, C); 0: pad
+                logps, ref = logprobs.sum(1).view(-1, K), ref_logps[rows[::K] // K]    # (R / K, K)
                 if cfg.loss == "plackett_luce":
                     loss = plackett_luce_loss(logps, ref, cfg.beta).mean()
                 else:

@@ -5,12 +5,13 @@ Differs from dpo.py: the loss compares odds, which need no reference, and SFT's 
 
     p(y)      = exp(mean_t log pi(y_t | x, y_<t))            a probability per token: the mean
     odds(y)   = p(y) / (1 - p(y))
-    loss      = -mean_t log pi(chosen_t) - beta * log sigmoid(log(odds(chosen) / odds(rejected)))
+    loss      = -log p(chosen) - beta * log sigmoid(log(odds(chosen) / odds(rejected)))
 
-(eq. 6 and 7; beta is lambda in the paper.) The first mean is over all chosen tokens of a batch, but
-not those of the prompts (TRL counts them too). The gradient of the second term has the weight
-1 / (1 + OR), OR = odds(chosen) / odds(rejected), which fades once chosen is well ahead (the notes'
-1 + 1 / OR does not). Without the mean over tokens, p of a long text is 0, and its odds are just p.
+(eq. 6 and 7; beta is lambda in the paper.) The first term is SFT's: its mean is over all the chosen
+tokens of a batch, but not those of the prompts (TRL counts them too). The gradient of the second
+has the weight 1 / (1 + OR), OR = odds(chosen) / odds(rejected), which fades once chosen is well
+ahead (the notes' 1 + 1 / OR does not). Without the mean over tokens, p of a long text would be 0,
+and its odds just p.
 
     python orpo.py                                      the toy, offline: 2 minutes
     python orpo.py --model Qwen/Qwen2.5-0.5B --data trl-lib/ultrafeedback_binarized
@@ -26,7 +27,6 @@ import torch
 import torch.nn.functional as F
 
 from common import HfArg, Means, RunConfig, fill, learning_rate, main, mini_batches, require_finite
-from common import masked_mean
 from data import draw_problems
 from evaluation import evaluate, preference_stats, report, validate
 from model import save_policy
@@ -38,8 +38,8 @@ from sft import warm_start
 
 @dataclass
 class Config(RunConfig):
-    minibatch_size: Optional[int] = HfArg(default=None, help="pairs per optimizer step")
-    micro_batch_size: Optional[int] = HfArg(default=None, help="pairs per pass: memory only")
+    minibatch_size: Optional[int] = HfArg(default=None, help="rows of data per optimizer step")
+    micro_batch_size: Optional[int] = HfArg(default=None, help="rows of data per pass: memory only")
     epochs: int = HfArg(default=1, help="passes over the data, where --steps are not given")
     prompts: Optional[int] = HfArg(default=None, help="toy, words: prompts to make preferences of")
     beta: float = HfArg(default=0.1, help="weight of the odds ratio, lambda in the paper")
@@ -57,7 +57,7 @@ def odds_ratio_loss(chosen_mean_logps, rejected_mean_logps):
     """-log sigmoid(log odds ratio) of mean log-probs: (B,), (B,) -> (B,). arXiv 2403.07691, eq. 7.
 
     log(1 - p) as log(-expm1(log p)), which keeps its digits where p is near 1; at p = 1 itself it
-    would be -inf: p stays one rounding step below.
+    would be -inf: log p stays a rounding step below 0.
     """
     def log_odds(logps):
         logps = logps.clamp(max=-torch.finfo(logps.dtype).eps)
@@ -69,6 +69,7 @@ def train(cfg):
     fill(cfg, TOY, HUB, CPU)
     run = Run(cfg, "orpo")
     problems, validation, test = load_preferences(cfg)
+    K = 2  # chosen, rejected
     cfg.steps = cfg.steps or math.ceil(cfg.epochs * len(problems) / cfg.minibatch_size)
     policy, tokenizer = load_policy(cfg.model or warm_start(cfg.seed, cfg.device), cfg.device)
     run.open(policy, tokenizer)
@@ -76,12 +77,10 @@ def train(cfg):
                                   weight_decay=cfg.weight_decay, fused=True)
     state = run.load(policy=policy, optimizer=optimizer)  # {}, or the checkpoint with --resume
 
-    def rate(rows):  # (B, 2), mean log-probs of the completions in the data
-        def mean_logps(batch):
-            logprobs = all_logprobs(policy, batch, cfg.micro_batch_size, temperature=1.0)
-            return logprobs.sum(1) / batch.mask.sum(1)
-        return for_all_completions(mean_logps, rows, cfg)
-
+    def rate(asked):  # (B, K), mean log-probs of the completions in the data
+        return for_all_completions(lambda batch: all_logprobs(
+            policy, batch, cfg.micro_batch_size, temperature=1.0).sum(1) / batch.mask.sum(1),
+            asked, cfg)
     before = state.get("before") or evaluate(policy, tokenizer, test, cfg, rate=rate)
 
     for step in run.steps():
@@ -89,22 +88,21 @@ def train(cfg):
         asked = draw_problems(problems, step, cfg.minibatch_size, cfg.seed)
         batch = make_batch([problem["ids"] for problem in asked],
                            sum((problem["targets"] for problem in asked), []), cfg.device)
-        mask = batch.mask                                       # (N, C), 2 rows of each prompt
+        mask = batch.mask                                       # (N, C), K rows of each prompt
         texts = [text for problem in asked for text in problem["completions"]]
 
         # 2. Update. share: a micro-batch's part of the prompts.
         stats = Means()
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg, cfg.lr)
-        for minibatch in mini_batches(len(mask), 2 * cfg.minibatch_size, group_size=2, epochs=1):
+        for minibatch in mini_batches(len(mask), K * cfg.minibatch_size, group_size=K, epochs=1):
             optimizer.zero_grad()
-            for rows, _ in micro_batches(batch, minibatch, 2 * cfg.micro_batch_size,
+            for rows, _ in micro_batches(batch, minibatch, K * cfg.micro_batch_size,
                                          whole_groups=True):
-                share, m = len(rows) / len(minibatch), mask[rows]
-                logprobs = token_logprobs(policy, batch, rows, temperature=1.0)    # (R, C)
-                mean_logps = (logprobs.sum(1) / m.sum(1)).view(-1, 2)              # (R / 2, 2)
-                nll = -masked_mean(logprobs[::2], m[::2])
-                tokens = m[::2].sum() / mask[::2].sum()  # nll is a mean of tokens, not of pairs
-                loss = nll * tokens / share + cfg.beta * odds_ratio_loss(*mean_logps.T).mean()
+                share = len(rows) / len(minibatch)
+                logprobs = token_logprobs(policy, batch, rows, temperature=1.0)    # (R, C); 0: pad
+                mean_logps = (logprobs.sum(1) / mask[rows].sum(1)).view(-1, K)     # (R / K, K)
+                nll = -logprobs[::K].sum() / mask[minibatch][::K].sum()  # this part of the mean
+                loss = nll / share + cfg.beta * odds_ratio_loss(*mean_logps.T).mean()
                 require_finite(loss, "loss", step, texts, rows, logprobs)
                 (loss * share).backward()
                 stats.add(share, loss=loss, **preference_stats(mean_logps))

@@ -54,7 +54,7 @@ def load_preferences(cfg, kind="pairs"):
     if made:
         tokenizer = load_tokenizer(cfg.model)[0]
         for i, split in enumerate(("validation", "test")):
-            known = {row["prompt"]: row for row in reversed(held_out[i])}  # the first of each
+            known = {row["prompt"]: row for row in held_out[i]}  # one pair of each prompt
             asked = encode(toy.problems(cfg.data, split, cfg.eval_prompts), tokenizer)
             held_out[i] = [known.get(row["prompt"], row) for row in asked]
     sizes = {len(row["targets"]) for row in train + held_out[0] + held_out[1] if "targets" in row}
@@ -76,7 +76,7 @@ def to_ranking(row, kind, where):
         if row.get("prompt") is None or whole and len(pair[0]) > 1:  # the prompt is in both
             row["prompt"], pair = split_prompt(*pair)
         if not row["prompt"]:
-            fail(f"{where} has no prompt, and its chosen and rejected begin differently; mend it")
+            fail(f"{where} has no prompt, and its chosen and rejected do not begin alike; mend it")
         row["completions"] = pair
     texts = row.get("completions")
     if not isinstance(texts, list) or len(texts) < 2 or kind == "pairs" and len(texts) > 2:
@@ -100,7 +100,7 @@ def split_prompt(chosen, rejected):
     n = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected)))
     if isinstance(chosen, str):
         inside = any(re.match(r"\w\w", text[max(n - 1, 0):]) for text in (chosen, rejected))
-        n = re.search(r"\s?\w*$" if inside else r"\s?$", chosen[:n]).start() or n
+        n = re.search(r"\s?\w*\Z" if inside else r"\s?\Z", chosen[:n]).start()
     return chosen[:n], [chosen[n:], rejected[n:]]
 
 
@@ -130,15 +130,15 @@ def make_preferences(cfg, kind):
     splits = {split: [row for row in rows if row["split"] == split]
               for split in ("train", "validation", "test")}
     if not splits["train"]:
-        fail(f"--data {cfg.data}: no {kind} could be made, because {source} is right always, or "
-             "never; take more --prompts, or another --model")
+        fail(f"--data {cfg.data}: no {kind} could be made of what {source} answers: all is right, "
+             "all is wrong, or all the same; take more --prompts, or another --model")
     return {split: rows for split, rows in splits.items() if rows}
 
 
 def sample_answers(policy, tokenizer, cfg):
     """-> yields each problem with its answers and their grades; those cut short are left out."""
     generator = torch.Generator(policy.device).manual_seed(cfg.seed)
-    held_out = cfg.eval_prompts // 2
+    held_out = cfg.eval_prompts // 2  # enough to see whether held-out pairs are told apart
     sizes = dict(train=cfg.prompts, validation=held_out, test=held_out)
     problems = [dict(row, split=split) for split, n in sizes.items()
                 for row in toy.problems(cfg.data, split, n)]
@@ -156,15 +156,17 @@ def sample_answers(policy, tokenizer, cfg):
 def grade(row, text, data):
     """1 for the right answer; of the toy also up to a half for the work that is shown and right."""
     right = last_number([row["prompt"]], [text], [row["answer"]], [True])[0]
-    steps = toy.check_steps(row["prompt"], text) if data == "toy" else []
+    if data != "toy":
+        return right
+    steps = toy.check_steps(row["prompt"], text)
     return right + sum(step for _, step in steps) / len(re.findall("[+-]", row["prompt"])) / 2
 
 
 def to_pairs(found):
-    """A right answer is better than a wrong one; as many pairs of each prompt as possible."""
+    """A right answer is better than a wrong one; no answer is in two pairs."""
     for row, answers in found:
-        right = [text for text, grade in answers if grade >= 1]
-        wrong = [text for text, grade in answers if grade < 1]
+        right = [text for text, mark in answers if mark >= 1]
+        wrong = [text for text, mark in answers if mark < 1]
         for chosen, rejected in zip(right, wrong):
             yield dict(row, chosen=chosen, rejected=rejected)
 
@@ -172,23 +174,23 @@ def to_pairs(found):
 def to_rankings(found):
     """Of RANKED different answers, the higher grade first; those of one grade by chance."""
     for row, answers in found:
-        grades = dict(answers)
-        texts = list(grades)[:RANKED]
+        marks = dict(answers)
+        texts = list(marks)[:RANKED]
         random.Random(row["prompt"]).shuffle(texts)  # the likelier ones were sampled sooner
-        if len(texts) == RANKED and len({grades[text] for text in texts}) > 1:
-            yield dict(row, completions=sorted(texts, key=grades.get, reverse=True))
+        if len(texts) == RANKED and len({marks[text] for text in texts}) > 1:
+            yield dict(row, completions=sorted(texts, key=marks.get, reverse=True))
 
 
 # --------------------------------------------------------------------------------------------------
 # What a network thinks of them
 
 
-def for_all_completions(read, rows, cfg):
-    """read(batch) -> (N,), applied to the K `targets` of each of B rows -> (B, K)."""
+def for_all_completions(measure, rows, cfg):
+    """measure(batch) -> (N,), applied to the K `targets` of each of B rows -> (B, K)."""
     found = []
     for i in tqdm(range(0, len(rows), 64), "64 prompts", leave=False):
         part = rows[i : i + 64]
         batch = make_batch([row["ids"] for row in part], sum((row["targets"] for row in part), []),
                            cfg.device)
-        found.append(read(batch).view(len(part), -1))
+        found.append(measure(batch).view(len(part), -1))
     return torch.cat(found)

@@ -4,12 +4,12 @@ name of another method. Sample K completions of each prompt, keep the best, do S
 Differs from sft.py: the policy writes the demonstrations itself, and a reward chooses them.
 
     y*   = argmax of the scores of the K completions y_1, ..., y_K of a prompt
-    loss = -mean_t log pi(y*_t | x, y*_<t)
+    loss = -mean_t log pi(y*_t | x, y*_<t)        over the tokens of all y* of a mini-batch
 
 Against the online siblings: no advantage, no ratio and here no KL. The best completion becomes more
-likely, however little better it is, and no completion is pushed down. Of a prompt whose completions
-all have the same score none is the best: it is left out (the paper keeps one) and counted, as
-frac_zero_std.
+likely, however little better it is, and no completion is pushed down. Where all scores of a prompt
+are equal, none is the best: the prompt is left out (the paper keeps one), and frac_zero_std counts
+how many were.
 
     python raft.py                                      the toy, offline: 2 minutes
     python raft.py --model Qwen/Qwen2.5-0.5B-Instruct   a real model, on one CUDA GPU
@@ -42,12 +42,13 @@ class Config(RunConfig):  # the rest is in common.py: --steps, --lr, --minibatch
     epochs: int = HfArg(default=1, help="passes over the best of each batch")
 
 
-# Defaults: TOY; HUB: --model on a GPU; CPU: --model without. completions = prompts * group_size.
-TOY = dict(steps=60, lr=2e-4, completions=256, minibatch_size=64, micro_batch_size=64,
+# Defaults: TOY; HUB: --model on a GPU; CPU: --model without. completions = prompts * group_size, of
+# which a mini-batch sees one in group_size: so it is that much smaller than the siblings'.
+TOY = dict(steps=60, lr=2e-4, completions=256, minibatch_size=16, micro_batch_size=64,
            max_new_tokens=32, eval_prompts=512)
-HUB = dict(steps=200, lr=1e-6, completions=256, minibatch_size=128, micro_batch_size=8,
+HUB = dict(steps=200, lr=1e-6, completions=256, minibatch_size=32, micro_batch_size=8,
            max_new_tokens=256, eval_prompts=256)
-CPU = dict(HUB, steps=15, lr=1e-5, completions=32, minibatch_size=16, max_new_tokens=48,
+CPU = dict(HUB, steps=15, lr=1e-5, completions=32, minibatch_size=4, max_new_tokens=48,
            eval_prompts=64)
 
 
@@ -96,13 +97,13 @@ def train(cfg):
         stats = Means()
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg, cfg.lr)
         epochs = cfg.epochs if len(best) else 0
-        for chosen in mini_batches(len(best), cfg.minibatch_size, group_size=1, epochs=epochs):
+        for minibatch in mini_batches(len(best), cfg.minibatch_size, group_size=1, epochs=epochs):
             optimizer.zero_grad()
-            for rows, share in micro_batches(batch, best[chosen], cfg.micro_batch_size):
+            for rows, share in micro_batches(batch, best[minibatch], cfg.micro_batch_size):
+                old, m = old_logprobs[rows], mask[rows]                          # R rows of each
                 logprobs = token_logprobs(policy, batch, rows, cfg.temperature)  # (R, C)
-                loss = -masked_mean(logprobs, mask[rows])
-                stats.add(share, **ratio_stats(logprobs, old_logprobs[rows], mask[rows]),
-                          clip_frac=0.0)  # nothing to clip
+                loss = -masked_mean(logprobs, m)
+                stats.add(share, **ratio_stats(logprobs, old, m), clip_frac=0.0)  # not in the loss
                 require_finite(loss, "loss", step, texts, rows, logprobs)
                 (loss * share).backward()
                 stats.add(share, loss=loss)

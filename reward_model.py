@@ -8,7 +8,7 @@ Differs from dpo.py: the score is a network's own output, and not a policy's log
     loss = -log sigmoid(s(chosen) - s(rejected))
 
 (The notes have a line -E[1 / log(1 + exp(s_l - s_w))]; it is E[log(1 + exp(s_l - s_w))].) Only
-differences within a prompt are learned: scores of different prompts may be shifted by anything.
+differences within a prompt are learned: scores of two prompts cannot be compared.
 
     python reward_model.py                                      the toy, offline: 2 minutes
     python reward_model.py --model Qwen/Qwen2.5-0.5B-Instruct --data trl-lib/ultrafeedback_binarized
@@ -36,8 +36,8 @@ from sft import warm_start
 
 @dataclass
 class Config(RunConfig):
-    minibatch_size: Optional[int] = HfArg(default=None, help="pairs per optimizer step")
-    micro_batch_size: Optional[int] = HfArg(default=None, help="pairs per pass: memory only")
+    minibatch_size: Optional[int] = HfArg(default=None, help="rows of data per optimizer step")
+    micro_batch_size: Optional[int] = HfArg(default=None, help="rows of data per pass: memory only")
     epochs: int = HfArg(default=1, help="passes over the data, where --steps are not given")
     prompts: Optional[int] = HfArg(default=None, help="toy, words: prompts to make preferences of")
 
@@ -59,6 +59,7 @@ def train(cfg):
     fill(cfg, TOY, HUB, CPU)
     run = Run(cfg, "reward_model")
     problems, validation, test = load_preferences(cfg)
+    K = 2  # chosen, rejected
     cfg.steps = cfg.steps or math.ceil(cfg.epochs * len(problems) / cfg.minibatch_size)
     policy, tokenizer = load_policy(cfg.model or warm_start(cfg.seed, cfg.device), cfg.device)
     scorer = make_scorer(policy, tokenizer, cfg.model)
@@ -68,9 +69,9 @@ def train(cfg):
                                   weight_decay=cfg.weight_decay, fused=True)
     state = run.load(policy=scorer, optimizer=optimizer)  # {}, or the checkpoint with --resume
 
-    def rate(rows):  # (B, 2), scores of the completions in the data
+    def rate(asked):  # (B, K), scores of the completions in the data
         return for_all_completions(lambda batch: all_scores(
-            scorer, batch, cfg.micro_batch_size), rows, cfg)
+            scorer, batch, cfg.micro_batch_size), asked, cfg)
     before = state.get("before") or evaluate(scorer, tokenizer, test, cfg, rate=rate)
 
     for step in run.steps():
@@ -78,18 +79,18 @@ def train(cfg):
         asked = draw_problems(problems, step, cfg.minibatch_size, cfg.seed)
         batch = make_batch([problem["ids"] for problem in asked],
                            sum((problem["targets"] for problem in asked), []), cfg.device)
-        mask = batch.mask                                       # (N, C), 2 rows of each prompt
+        mask = batch.mask                                       # (N, C), K rows of each prompt
         texts = [text for problem in asked for text in problem["completions"]]
 
         # 2. Update. share: a micro-batch's part of the prompts.
         stats = Means()
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg, cfg.lr)
-        for minibatch in mini_batches(len(mask), 2 * cfg.minibatch_size, group_size=2, epochs=1):
+        for minibatch in mini_batches(len(mask), K * cfg.minibatch_size, group_size=K, epochs=1):
             optimizer.zero_grad()
-            for rows, _ in micro_batches(batch, minibatch, 2 * cfg.micro_batch_size,
+            for rows, _ in micro_batches(batch, minibatch, K * cfg.micro_batch_size,
                                          whole_groups=True):
                 share = len(rows) / len(minibatch)
-                scores = sequence_scores(scorer, batch, rows).view(-1, 2)          # (R / 2, 2)
+                scores = sequence_scores(scorer, batch, rows).view(-1, K)          # (R / K, K)
                 loss = bradley_terry_loss(*scores.T).mean()
                 require_finite(loss, "loss", step, texts, rows, scores.flatten())
                 (loss * share).backward()

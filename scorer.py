@@ -22,7 +22,7 @@ def make_scorer(policy, tokenizer, name):
     config = copy.deepcopy(policy.config)
     config.num_labels = 1
     try:
-        scorer = AutoModelForSequenceClassification.from_config(config)
+        scorer = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
         scorer.base_model.load_state_dict(policy.base_model.state_dict())
         torch.nn.init.zeros_(scorer.score.weight)
     except (ValueError, AttributeError, RuntimeError):  # no such class, head, or backbone
@@ -37,7 +37,7 @@ def sequence_scores(scorer, batch, rows):
     """s(x, y) of completions `rows` (R,) -> (R,), fp32, with gradient.
 
     The last token is known from the mask. The classifier's own forward looks for the last id that
-    is not pad, and where pad is the EOS, it misses it.
+    is not pad: where pad is the EOS, that is the token before it.
     """
     scorer.train(recomputes(scorer))
     prompt_ids, valid = pad_left([batch.prompts[i] for i in batch.owner[rows].tolist()],
@@ -48,10 +48,10 @@ def sequence_scores(scorer, batch, rows):
     valid = torch.cat([valid, mask], 1)
     with precision(ids.device):
         hidden = scorer.base_model(**inputs(scorer, ids, valid), use_cache=False).last_hidden_state
-        last = valid.cumsum(1).argmax(1)  # the first column with the full count
-        scores = scorer.score(hidden[torch.arange(len(rows), device=ids.device), last])
     scorer.eval()
-    return scores.float().squeeze(-1)
+    last = valid.cumsum(1).argmax(1)  # the first column with the full count
+    hidden = hidden[torch.arange(len(rows), device=ids.device), last]            # (R, d)
+    return scorer.score(hidden.float()).squeeze(-1)
 
 
 @torch.no_grad()
@@ -72,7 +72,7 @@ def load_scorer(folder, cfg):
         tokenizer = AutoTokenizer.from_pretrained(inside, trust_remote_code=False)
         missing = [*info["missing_keys"], *info["mismatched_keys"]]
     except Exception as error:  # no model, a torn file, ...
-        missing = str(error).splitlines()[:1]
+        missing = (str(error).strip() or type(error).__name__).splitlines()[:1]
     if missing:
         fail(f"--reward {folder}: no reward model can be loaded from it ({missing[0]}); name the "
              "folder of a finished run of reward_model.py")
@@ -80,12 +80,12 @@ def load_scorer(folder, cfg):
 
     def learned(prompts, completions, finished, **columns):
         rows = [dict(prompt=prompt, completion=text) for prompt, text in zip(prompts, completions)]
-        encode_completions(encode(rows, tokenizer), tokenizer)
+        rows = encode_completions(encode(rows, tokenizer), tokenizer)
         targets = [row["targets"][0] if done else row["targets"][0][:-1]  # cut short: without EOS
                    for row, done in zip(rows, finished)]
         batch = make_batch([row["ids"] for row in rows], targets, cfg.device)
         longest = max(len(row["ids"]) + len(target) for row, target in zip(rows, targets))
         if longest > (context := getattr(scorer.config, "max_position_embeddings", longest)):
-            raise ValueError(f"{longest} tokens, but it reads {context}: lower --max_new_tokens")
+            raise ValueError(f"{longest} tokens, but it can read {context}: lower --max_new_tokens")
         return all_scores(scorer, batch, cfg.micro_batch_size).tolist()
     return learned

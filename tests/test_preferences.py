@@ -37,6 +37,8 @@ def asks(text):
     ("\u6211\u3002\u5929\u84dd", "\u6211\u3002\u5929\u7eff", "\u6211\u3002",  # as one word
      ["\u5929\u84dd", "\u5929\u7eff"]),
     ("yes", "no", "", ["yes", "no"]),
+    ("This is", "That is", "", ["This is", "That is"]), (" a", " b", "", [" a", " b"]),
+    ("abc\nd e", "abc\nf", "abc", ["\nd e", "\nf"]),
     ([asks("hm?"), says("yes")], [asks("hm?"), says("no")], [asks("hm?")],
      [[says("yes")], [says("no")]])])
 def test_the_prompt_is_what_both_begin_with(chosen, rejected, prompt, rests):
@@ -108,7 +110,7 @@ P, C, R = dict(prompt="1+2="), dict(chosen="3"), dict(rejected="4")
     ([{**P, **C}], "pairs", ["row 1 of train", "chosen, prompt", "chosen and rejected"]),
     ([{**P, "completions": ["1", "2", "3"]}], "pairs", ["plackett_luce"]),
     ([{**P, "completions": ["1"]}], "rankings", ["completions, a list, best first"]),
-    ([dict(chosen="3", rejected="4")], "pairs", ["row 1 of train", "begin differently"]),
+    ([dict(chosen="3", rejected="4")], "pairs", ["row 1 of train", "begin alike"]),
     ([{**P, "chosen": "3", "rejected": [says("4")]}], "pairs", ["row 1", "both be text"]),
     ([{**P, "chosen": 3, "rejected": 4}], "pairs", ["row 1", "both be text"]),
     ([{**P, "completions": ["1", 2]}], "rankings", ["completions of row 1", "must be text"]),
