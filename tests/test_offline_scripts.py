@@ -223,6 +223,17 @@ def test_a_reward_model_is_a_reward(folders, here, capsys):
     assert "sampled" in test["after"]  # the true score, beside the model's
 
 
+def test_a_text_too_long_for_the_reward_model_is_one_sentence(folders, here, capsys):
+    train("reward_model", folders("gpt2"), out_dir="judge")
+    cfg = quick_online("reinforce_pp", folders("llama"), reward="judge")
+    loaded = rewards.load_rewards(cfg, [dict(prompt="1+2=")] * 2)
+    row = dict(prompt="1+2=", ids=[1])
+    with pytest.raises(SystemExit):
+        rewards.judge("judge", loaded["judge"], [row], ["7" * 5000], [True], [[1]])
+    error = capsys.readouterr().err
+    assert "--reward judge raised ValueError" in error and "--max_new_tokens" in error
+
+
 def test_a_reward_model_starts_without_an_opinion(folders, here):
     train("reward_model", folders("llama"))
     first, *_ = metrics("run")
