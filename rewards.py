@@ -61,7 +61,7 @@ def load_rewards(cfg, problems):
     rewards = {}
     for spec in cfg.reward.split(","):
         file, colon, name = spec.strip().rpartition(":")
-        if not colon and name not in REWARDS and not Path(name).is_dir():
+        if not colon and name not in REWARDS and not (name and Path(name).is_dir()):
             fail(f"--reward {name}: there is no such reward; choose {', '.join(REWARDS)}, the "
                  "folder of a reward model, or one of your own, file.py:function")
         if name in rewards:

@@ -94,10 +94,11 @@ def test_resume_is_bit_for_bit(folders, here, name, variant):
 
 @each_variant
 def test_micro_batches_and_memory_flags_do_not_matter(folders, here, name, variant):
-    train(name, folders("llama"), **variant, minibatch_size=8, micro_batch_size=8, out_dir="whole")
+    model = folders("gpt2" if name == "reward_model" else "llama")  # one has dropout
+    train(name, model, **variant, minibatch_size=8, micro_batch_size=8, out_dir="whole")
     for i, flags in enumerate((dict(micro_batch_size=3),
                                dict(micro_batch_size=3, gradient_checkpointing=True))):
-        train(name, folders("llama"), **variant, minibatch_size=8, **flags, out_dir=f"run{i}")
+        train(name, model, **variant, minibatch_size=8, **flags, out_dir=f"run{i}")
         same_but_for_rounding("whole", f"run{i}", but={"accuracy"})  # of margins near 0: a coin
 
 
@@ -166,8 +167,27 @@ def test_dpo_begins_at_the_reference(folders, here, model, kind, loss, expected)
     assert abs(second["margin"]) > 1e-4  # the reference stayed where it was
 
 
-def test_without_odds_orpo_is_sft_on_the_chosen(folders, here):
-    """The same gradient as sft.py's line, a micro-batch of 3 pairs at a time."""
+def test_held_out_margins_are_those_of_the_implicit_rewards(folders, here):
+    """From the saved model and the initial one, pair by pair."""
+    train("dpo", folders("llama"), steps=5, lr=1e-2, beta=0.7)
+    cfg = quick("dpo", folders("llama"))
+    test = dpo.load_preferences(cfg)[2]
+    h = []
+    for model in ("run/model", folders("llama")):
+        policy = load_policy(model, "cpu")[0]
+        h.append([[token_logprobs(policy, make_batch([row["ids"]], [target], "cpu"),
+                                  torch.tensor([0]), 1.0).sum().item() for target in row["targets"]]
+                  for row in test])
+    h = 0.7 * (torch.tensor(h[0]) - torch.tensor(h[1]))
+    found = json.loads(Path("run/test.json").read_text())
+    assert found["before"]["margin"][0] == pytest.approx(0, abs=3e-6)
+    assert found["after"]["margin"][0] == pytest.approx((h[:, 0] - h[:, 1]).mean().item(), abs=1e-4)
+    assert abs(found["after"]["margin"][0]) > 0.1 and found["after"]["n_rated"] == len(test) > 2
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.7])
+def test_orpo_is_sft_on_the_chosen_and_the_odds(folders, here, beta):
+    """A micro-batch of 3 pairs at a time; against each text alone, and without odds sft.py's line."""
     gradients, real = [], torch.nn.utils.clip_grad_norm_
 
     def spy(parameters, *args, **kwargs):
@@ -178,13 +198,19 @@ def test_without_odds_orpo_is_sft_on_the_chosen(folders, here):
     here.setattr(torch.nn.utils, "clip_grad_norm_", spy)
     seen, real_batch = [], orpo.make_batch
     here.setattr(orpo, "make_batch", lambda *args: seen.append(real_batch(*args)) or seen[-1])
-    train("orpo", folders("llama"), beta=0.0, minibatch_size=8, micro_batch_size=3, steps=1)
+    train("orpo", folders("llama"), beta=beta, minibatch_size=8, micro_batch_size=3, steps=1)
     policy = load_policy(folders("llama"), "cpu")[0]
     rows = torch.arange(0, 16, 2)
     loss = -masked_mean(token_logprobs(policy, seen[0], rows, 1.0), seen[0].mask[rows])
+    for i in range(0, 16, 2) if beta else ():
+        p = [torch.stack([token_logprobs(policy, seen[0], torch.tensor([j]), 1.0)[0, t]
+                          for t in range(int(seen[0].mask[j].sum()))]).mean().exp()
+             for j in (i, i + 1)]
+        odds = [one / (1 - one) for one in p]
+        loss = loss - beta * torch.log(torch.sigmoid(torch.log(odds[0] / odds[1]))) / 8
     loss.backward()
     ours = torch.cat([p.grad.flatten() for p in policy.parameters()])
-    torch.testing.assert_close(gradients[0], ours, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(gradients[0], ours, rtol=1e-4, atol=1e-5)
     assert metrics("run")[0]["loss"] == pytest.approx(loss.item(), abs=1e-5)
 
 
