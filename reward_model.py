@@ -13,7 +13,7 @@ differences within a prompt are learned: scores of two prompts cannot be compare
     python reward_model.py                                      the toy, offline: 2 minutes
     python reward_model.py --model Qwen/Qwen2.5-0.5B-Instruct --data trl-lib/ultrafeedback_binarized
 
-What to expect of the toy, whose pairs are a right and a wrong answer of the warmed-up policy: 0.8
+What to expect of the toy, whose pairs are a right and a wrong answer of the warmed-up policy: 0.9
 of the held-out pairs in the right order.
 """
 import math
