@@ -42,13 +42,12 @@ class Config(RunConfig):  # the rest is in common.py: --steps, --lr, --minibatch
     epochs: int = HfArg(default=1, help="passes over the best of each batch")
 
 
-# Defaults: TOY; HUB: --model on a GPU; CPU: --model without. completions = prompts * group_size, of
-# which a mini-batch sees one in group_size: so it is that much smaller than the siblings'.
-TOY = dict(steps=60, lr=2e-4, completions=256, minibatch_size=16, micro_batch_size=64,
+# Defaults: TOY; HUB: --model on a GPU; CPU: --model without. completions = prompts * group_size.
+TOY = dict(steps=60, lr=2e-4, completions=256, minibatch_size=64, micro_batch_size=64,
            max_new_tokens=32, eval_prompts=512)
-HUB = dict(steps=200, lr=1e-6, completions=256, minibatch_size=32, micro_batch_size=8,
+HUB = dict(steps=200, lr=1e-6, completions=256, minibatch_size=128, micro_batch_size=8,
            max_new_tokens=256, eval_prompts=256)
-CPU = dict(HUB, steps=15, lr=1e-5, completions=32, minibatch_size=4, max_new_tokens=48,
+CPU = dict(HUB, steps=15, lr=1e-5, completions=32, minibatch_size=16, max_new_tokens=48,
            eval_prompts=64)
 
 
@@ -96,8 +95,9 @@ def train(cfg):
         # 4. Update, once per mini-batch. share: a micro-batch's part of the mini-batch's tokens.
         stats = Means()
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg, cfg.lr)
+        size = cfg.minibatch_size // cfg.group_size  # the best of as many as a sibling's mini-batch
         epochs = cfg.epochs if len(best) else 0
-        for minibatch in mini_batches(len(best), cfg.minibatch_size, group_size=1, epochs=epochs):
+        for minibatch in mini_batches(len(best), size, group_size=1, epochs=epochs):
             optimizer.zero_grad()
             for rows, share in micro_batches(batch, best[minibatch], cfg.micro_batch_size):
                 old, m = old_logprobs[rows], mask[rows]                          # R rows of each
