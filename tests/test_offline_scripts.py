@@ -200,7 +200,7 @@ def test_held_out_margins_are_those_of_the_implicit_rewards(folders, here):
 
 @pytest.mark.parametrize("beta", [0.0, 0.7])
 def test_orpo_is_sft_on_the_chosen_and_the_odds(folders, here, beta):
-    """A micro-batch of 3 pairs at a time; against each text alone, and without odds sft.py's line."""
+    """Three pairs per micro-batch; against each text alone, and without odds sft.py's line."""
     gradients, real = [], torch.nn.utils.clip_grad_norm_
 
     def spy(parameters, *args, **kwargs):
