@@ -68,8 +68,8 @@ def read(data, held_out):
         return {split: list(rows) for split, rows in found.items() if split in wanted}
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        fail(f"--data {data}: {reason}; name a .jsonl file, a folder that `datasets` can load, "
-             "or a hub name[:configuration]")
+        fail(f"--data {data}: {reason}; name toy, words, a .jsonl file, a folder that `datasets` "
+             "can load, or a hub name[:configuration]")
 
 
 def read_jsonl(path):

@@ -67,7 +67,7 @@ def load_rewards(cfg, problems):
         if name in rewards:
             fail(f"--reward {cfg.reward}: two are called {name}; rename one")
         rewards[name] = function = load_function(file, name) if colon else \
-            REWARDS[name] if name in REWARDS else load_scorer(Path(name), cfg)
+            REWARDS.get(name) or load_scorer(Path(name), cfg)
         if function is last_number:
             wrong = [row.get("answer") for row in problems if as_number(row.get("answer")) is None]
             if wrong:

@@ -1,14 +1,12 @@
 """reward_model, dpo and orpo: in process, on tiny models and data that the tests make."""
 import json
 import math
-import sys
 import zlib
 from pathlib import Path
 
 import pytest
 import torch
 
-import common
 import dpo
 import orpo
 import preferences
@@ -20,8 +18,8 @@ from common import masked_mean
 from conftest import CONFIGS, TEMPLATE, save_folder, write_jsonl
 from rollout import load_policy, make_batch, token_logprobs
 from test_command_line import metrics, same_weights
+from test_scripts import each_is_one_sentence, same_but_for_rounding
 from test_scripts import quick as quick_online
-from test_scripts import same_but_for_rounding
 
 SCRIPTS = dict(reward_model=reward_model, dpo=dpo, orpo=orpo)
 VARIANTS = [("reward_model", {}), ("dpo", {}), ("dpo", dict(loss="plackett_luce")), ("orpo", {})]
@@ -332,13 +330,4 @@ OWN = dict(reward_model=[("--beta 1", ["no flag --beta"])],
 def test_wrong_input_is_one_sentence(here, capsys, name):
     write_jsonl("columns.jsonl", [dict(prompt="1+1=", better="2", worse="3")] * 3)
     write_jsonl("empty.jsonl", [])
-    before = {path: path.read_bytes() for path in Path().rglob("*")}
-    for flags, words in BAD + OWN[name]:
-        here.setattr(sys, "argv", [f"{name}.py", *flags.split()])
-        with pytest.raises(SystemExit) as stop:
-            common.main(SCRIPTS[name].Config, SCRIPTS[name].train)
-        error = capsys.readouterr().err
-        assert stop.value.code == 2, flags
-        assert error.startswith("error: ") and error.count("\n") == 1, error
-        assert all(word in error for word in words), error
-    assert before == {path: path.read_bytes() for path in Path().rglob("*")}
+    each_is_one_sentence(BAD + OWN[name], SCRIPTS[name], here, capsys)

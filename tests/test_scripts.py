@@ -280,20 +280,25 @@ ALL = [("--temperature 0", ["--temperature 0", "above 0"]), ("--steps 1.5", ["--
        ("--model no_model", ["--model", "no_model"]), ("--device tpu", ["--device tpu"])]
 
 
-@each_script
-def test_wrong_input_is_one_sentence_in_every_script(here, capsys, name):
-    write_jsonl("sums.jsonl", [dict(prompt=f"{i}+1=", answer=i + 1) for i in range(30)])
-    write_jsonl("bare.jsonl", [dict(prompt=f"{i}+1=") for i in range(30)])
+def each_is_one_sentence(cases, script, monkeypatch, capsys):
+    """cases: (flags, words that the sentence has). And nothing is written or changed."""
     before = {path: path.read_bytes() for path in Path().rglob("*")}
-    for flags, words in ALL + BAD[name]:
-        here.setattr(sys, "argv", [f"{name}.py", *flags.split()])
+    for flags, words in cases:
+        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *flags.split()])
         with pytest.raises(SystemExit) as stop:
-            common.main(SCRIPTS[name].Config, SCRIPTS[name].train)
+            common.main(script.Config, script.train)
         error = capsys.readouterr().err
         assert stop.value.code == 2, flags
         assert error.startswith("error: ") and error.count("\n") == 1, error
         assert all(word in error for word in words), error
     assert before == {path: path.read_bytes() for path in Path().rglob("*")}
+
+
+@each_script
+def test_wrong_input_is_one_sentence_in_every_script(here, capsys, name):
+    write_jsonl("sums.jsonl", [dict(prompt=f"{i}+1=", answer=i + 1) for i in range(30)])
+    write_jsonl("bare.jsonl", [dict(prompt=f"{i}+1=") for i in range(30)])
+    each_is_one_sentence(ALL + BAD[name], SCRIPTS[name], here, capsys)
 
 
 @each_script
