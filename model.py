@@ -159,6 +159,16 @@ def check_saving(model, tokenizer, folder, networks=1):
              f"{free / 1e9:.1f} GB are free; choose a folder on a larger disk")
 
 
+def check_memory(model, bytes_each, remedy):
+    """Find out before the training if a model is too large for it: bytes per parameter, at least."""
+    size, have = sum(p.numel() for p in model.parameters()), \
+        torch.cuda.mem_get_info(model.device)[1] if model.device.type == "cuda" else \
+        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if (need := bytes_each * size) > have:
+        fail(f"--model: at least {need / 1e9:.0f} GB are needed for {size:,} parameters, and there "
+             f"are {have / 1e9:.0f} GB; {remedy}")
+
+
 def save_policy(policy, tokenizer, folder):
     """Write folder/model, fp32, for from_pretrained; an old one goes when the new one is whole."""
     if not all(parameter.isfinite().all() for parameter in policy.parameters()):

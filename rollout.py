@@ -1,5 +1,5 @@
 """
-Tokens <-> model: load_policy(), sample(), token_logprobs().
+Tokens <-> model: load_policy(), sample(), token_logprobs(), token_logits().
 
 The only file that knows padding, positions and key/value caches. Three facts shape it:
 - The distribution that is sampled must be the one that is differentiated: softmax(logits / T), and
@@ -91,8 +91,8 @@ def plain_logprobs(policy, batch, temperature):
 # One forward pass over prompts, one over completions that share them
 
 
-def precision(device):
-    return torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(device))
+def precision(device, fp32=False):
+    return torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(device) and not fp32)
 
 
 def attention_mask(policy, valid, at):
@@ -162,8 +162,8 @@ def recomputes(policy):
         getattr(module, "gradient_checkpointing", False) for module in policy.modules())
 
 
-def per_token(model, batch, rows, read):
-    """read(outputs, tokens) for the tokens of completions `rows` (R,) -> (R, C), 0 on padding.
+def per_token(model, batch, rows, read, fp32=False):
+    """read(outputs, tokens) for the tokens of completions `rows` -> (R, C, ...), 0 on padding.
 
     The outputs of a column are about the token after it: the only shift by one in this suite. And
     so the last completion token is not forwarded. A prompt that several rows share is forwarded
@@ -177,7 +177,7 @@ def per_token(model, batch, rows, read):
     prompts, owner = batch.owner[rows].unique(return_inverse=True)
     prompt_ids, valid = pad_left([batch.prompts[i] for i in prompts.tolist()], ids.device)
     everything = torch.cat([valid[owner], mask[:, :-1]], 1)
-    with precision(ids.device):
+    with precision(ids.device, fp32):
         if model.training or len(prompts) == len(rows):  # prompt and completion in one forward
             ids_in = torch.cat([prompt_ids[owner], ids[:, :-1]], 1)
             result = read(forward(model, ids_in, everything, keep=width), ids)
@@ -190,7 +190,9 @@ def per_token(model, batch, rows, read):
                 rest = forward(model, ids[:, :-1], everything, cache)
                 result = torch.cat([result, read(rest, ids[:, 1:])], 1)
     model.eval()
-    return F.pad(torch.where(mask, result, 0), (0, batch.mask.shape[1] - width))
+    more = [1] * (result.dim() - 2)  # of token_logits: the vocabulary
+    result = torch.where(mask.view(*mask.shape, *more), result, 0)
+    return F.pad(result, [0, 0] * len(more) + [0, batch.mask.shape[1] - width])
 
 
 def token_logprobs(policy, batch, rows, temperature):
@@ -198,6 +200,11 @@ def token_logprobs(policy, batch, rows, temperature):
     def read(logits, tokens):
         return pick_in_chunks(logits, tokens, temperature)
     return per_token(policy, batch, rows, read)
+
+
+def token_logits(policy, batch, rows, temperature):
+    """logits / temperature of all tokens that could have stood at y_t -> (R, C, V); always fp32."""
+    return per_token(policy, batch, rows, lambda logits, tokens: logits / temperature, fp32=True)
 
 
 def token_values(critic, batch, rows):
