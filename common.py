@@ -161,10 +161,10 @@ def main(config_class, train):
 
 
 # A number must be above 0, except where 0 has a meaning; and some have an upper end.
-ZERO_IS_FINE = {"lr", "critic_lr", "warmup_steps", "critic_warmup", "weight_decay", "eval_every",
-                "seed", "kl_coef", "reward_clip", "gamma", "lam", "decay", "beta", "damping"}
-AT_MOST = dict(gamma=1, lam=1, decay=1, max_grad_norm=math.inf, clip_eps=math.inf,
-               value_clip=math.inf, reward_clip=math.inf, fisher_fraction=1, backtrack=1)
+ZERO_IS_FINE = set("lr critic_lr prm_lr warmup_steps critic_warmup weight_decay eval_every seed "
+                   "kl_coef reward_clip gamma lam decay beta damping accuracy_filter".split())
+AT_MOST = dict(gamma=1, lam=1, decay=1, backtrack=1, fisher_fraction=1, accuracy_filter=0.5) | \
+    dict.fromkeys(("max_grad_norm", "clip_eps", "value_clip", "reward_clip"), math.inf)
 
 
 def check_ranges(cfg):

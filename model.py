@@ -160,13 +160,14 @@ def check_saving(model, tokenizer, folder, networks=1):
 
 
 def check_memory(model, bytes_each, remedy):
-    """Find out before the training if a model is too large for it: bytes per parameter, at least."""
-    size, have = sum(p.numel() for p in model.parameters()), \
-        torch.cuda.mem_get_info(model.device)[1] if model.device.type == "cuda" else \
-        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if (need := bytes_each * size) > have:
-        fail(f"--model: at least {need / 1e9:.0f} GB are needed for {size:,} parameters, and there "
-             f"are {have / 1e9:.0f} GB; {remedy}")
+    """Find out before the training if a model is too large: it takes bytes_each per parameter."""
+    if model.device.type == "cuda":
+        have = torch.cuda.mem_get_info(model.device)[1]
+    else:
+        have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if (need := bytes_each * sum(p.numel() for p in model.parameters())) > have:
+        fail(f"--model: it is too large, {need / 1e9:.1f} GB would be needed, and there are "
+             f"{have / 1e9:.1f}; {remedy}")
 
 
 def save_policy(policy, tokenizer, folder):

@@ -1,20 +1,18 @@
 """
 PRIME (Cui et al., arXiv 2502.01456): a reward for every token, learned from outcomes alone.
 Against rloo.py: a second network, the implicit reward model prm, starts as the reference and learns
-to tell right answers from wrong ones. How much likelier than the reference it finds a token is then
-that token's reward, a process reward for which nobody has labelled a single step:
+to tell right answers from wrong ones. How much likelier than the reference it finds a token is that
+token's reward, a process reward, for which nobody has labelled a step; there is no other KL:
 
     q_t  = beta * log(prm / ref)                              implicit reward of a token
-    prm_loss = -mean_i s_i log p_i + (1 - s_i) log(1 - p_i)   p_i = sigmoid(sum_t q_t): is i right?
-    R_i  = s_i - kl_coef * sum_t kl_t                         outcome; s_i is its score, from 0 to 1
-    A_t  = sum_{u >= t} gamma^(u - t) (q_u - mean of mean_t q_j) + R_i - mean of R_j
-           means over the other answers j to the same prompt: leave one out, for each part apart
+    p_i  = sigmoid(sum_t q_t)                                 is i right? s_i: its score, 0 to 1
+    prm_loss = -mean_i [s_i log p_i + (1 - s_i) log(1 - p_i)]
+    A_t  = sum_{u >= t} gamma^(u - t) (q_u - mean of the others' mean q)  +  s_i - mean of others' s
     loss = -mean_t min(ratio_t A_t, clip(ratio_t, 1 - eps, 1 + eps) A_t)     ratio_t = pi / pi_old
 
-Why would it find the wrong step? sum_{u <= t} q_u is the model's opinion of the answer so far, as
-log-odds of its being right (with beta = 1; arXiv 2412.01981), and a token's reward is what it adds.
-The mean of the others' q is no pure baseline: each token pays it, so that it prefers short answers
-if it is positive, and long ones if not.
+Why should it find the wrong step? What it has summed up to a token is what it expects of the answer
+so far, were the reference to go on (arXiv 2412.01981); so a token's q is what the token changes.
+The others' mean q is paid once per token: if positive, it makes answers shorter.
 
     python prime.py                                      the toy, offline: 3 minutes
     python prime.py --model Qwen/Qwen2.5-0.5B-Instruct   a real model, on one CUDA GPU
@@ -27,10 +25,9 @@ from dataclasses import dataclass
 from typing import Optional
 
 import torch
-import torch.nn.functional as F
 
 from common import HfArg, Means, RunConfig, fill, learning_rate, main, mini_batches, require_finite
-from common import fail, kl_estimate, masked_mean, ppo_clip_loss, returns_to_go
+from common import fail, kl_estimate, ppo_clip_loss, returns_to_go
 from data import draw_problems, load_problems
 from evaluation import batch_stats, check_first_step, evaluate, ratio_stats, report, validate
 from model import save_policy
@@ -48,71 +45,78 @@ class Config(RunConfig):  # the rest is in common.py: --steps, --lr, --minibatch
     group_size: Optional[int] = HfArg(default=None, help="completions per prompt, K")
     temperature: float = HfArg(default=1.0, help="of the sampling, and of all log-probs with it")
     epochs: int = HfArg(default=1, help="passes over each rollout batch")
-    kl_coef: Optional[float] = HfArg(default=None, help="weight of the KL (beta in most papers)")
     clip_eps: float = HfArg(default=0.2, help="clip range of the ratio")
     gamma: float = HfArg(default=1.0, help="discount per token of the implicit rewards")
     beta: float = HfArg(default=0.05, help="of the implicit reward, beta * log(prm / ref)")
     prm_lr: Optional[float] = HfArg(default=None, help="AdamW learning rate of the reward model")
-    accuracy_filter: bool = HfArg(default=False, help="only prompts answered right at times")
+    accuracy_filter: float = HfArg(default=0.0, help="drop prompts solved less, or 1 - it more")
 
 
 # Defaults: TOY; HUB: --model on a GPU; CPU: --model without. completions = prompts * group_size.
 TOY = dict(steps=60, lr=2e-4, completions=256, minibatch_size=64, micro_batch_size=64,
-           max_new_tokens=32, kl_coef=0.01, eval_prompts=512, prm_lr=1e-3)
+           max_new_tokens=32, eval_prompts=512, prm_lr=1e-3)
 HUB = dict(steps=200, lr=5e-7, completions=256, minibatch_size=128, micro_batch_size=8,
-           max_new_tokens=256, kl_coef=0.0, eval_prompts=256, prm_lr=1e-6)
+           max_new_tokens=256, eval_prompts=256, prm_lr=1e-6)
 CPU = dict(HUB, steps=15, lr=1e-5, completions=32, minibatch_size=16, max_new_tokens=48,
            eval_prompts=64, prm_lr=1e-5)
 
 
 def implicit_rewards(prm_logprobs, ref_logprobs, beta):
-    """q_t = beta * log(prm / ref): (N, C), (N, C) -> (N, C); on padding whatever. PRIME, eq. 3."""
+    """q_t = beta * log(prm / ref): (N, C), (N, C) -> (N, C). PRIME, eq. 3. It takes no mask."""
     return beta * (prm_logprobs - ref_logprobs)
 
 
 def implicit_reward_loss(prm_logprobs, ref_logprobs, mask, labels, beta):
-    """Cross-entropy of sigmoid(sum_t q_t) and labels (N,), 0 to 1; the others (N, C) -> scalar.
+    """Cross-entropy of sigmoid(sum_t q_t) and labels (N,), 0 to 1; others (N, C) -> scalar. Eq. 4.
 
-    PRIME, eq. 4; mean over completions. From the logits, because a sigmoid of 1 has no logarithm.
+    From sum_t q_t itself: of a sigmoid that has been rounded to 0 or 1 there is no logarithm.
     """
-    rewards = implicit_rewards(prm_logprobs, ref_logprobs, beta)
-    logits = torch.where(mask.bool(), rewards, 0).sum(dim=1)                  # (N,)
-    return F.binary_cross_entropy_with_logits(logits, labels)
+    q = torch.where(mask.bool(), implicit_rewards(prm_logprobs, ref_logprobs, beta), 0)
+    return torch.nn.functional.binary_cross_entropy_with_logits(q.sum(dim=1), labels)
 
 
 def prime_advantages(process_rewards, scores, mask, group_size, gamma=1.0):
-    """Leave one out, for both parts: q (N, C), scores (N,), mask (N, C) -> (N, C). PRIME, eq. 5.
+    """A_t, leaving one out in both parts: q (N, C), (N,), (N, C) -> (N, C). PRIME, eq. 5.
 
-    The authors' code multiplies q_t by K / (K - 1) and subtracts the mean of all K, itself included;
-    that is the same for the scores, but it stretches the differences between the tokens of one
-    answer. It also discounts the outcome, and whitens the sum; the paper does neither.
+    The authors' code has q_t K / (K - 1) - mean of all K q: the same for scores, but it stretches
+    the differences within an answer. It also discounts the outcome, and whitens A.
     """
     q = torch.where(mask.bool(), process_rewards, 0)
-    means = q.sum(dim=1) / mask.sum(dim=1).clamp(min=1)                       # (N,)
-    others = means - leave_one_out_advantages(means, group_size)              # their means' mean
+    means = q.sum(dim=1) / mask.sum(dim=1).clamp(min=1)                           # (N,)
+    others = means - leave_one_out_advantages(means, group_size)
     process = returns_to_go(q - others[:, None], mask, gamma)
     outcome = leave_one_out_advantages(scores, group_size)
     return torch.where(mask.bool(), process + outcome[:, None], 0)
 
 
-def solved_at_times(scores, group_size, low=0.2, high=0.8):
-    """Indices (M,) of the completions of prompts with a mean score from low to high: (N,) -> (M,)."""
-    accuracy = scores.view(-1, group_size).mean(dim=1, keepdim=True).expand(-1, group_size)
-    return ((accuracy >= low) & (accuracy <= high)).flatten().nonzero().flatten()
+def solved_at_times(scores, group_size, margin):
+    """Completions (M,) of prompts with a mean score from margin to 1 - margin: (N,) -> indices."""
+    means = scores.view(-1, group_size).mean(dim=1).repeat_interleave(group_size)
+    return ((means >= margin) & (means <= 1 - margin)).nonzero().flatten()
 
 
-def find_wrong_steps(process_rewards, step_rewards, step_ends):
-    """Is the step of the lowest reward the first wrong one? Of answers with 2 steps and a wrong one.
+def prm_stats(q, scores, step_rewards=(), step_ends=()):
+    """For the log: q (N, C), scores (N,), what score_steps found, if anything -> dict of scalars.
 
-    -> (share, what chance would give, their number) 
+    Of wrong answers of several steps: has the first wrong one the lowest q? Would a guess hit it?
     """
     found, chance = [], []
-    for q, right, ends in zip(process_rewards.cumsum(1), step_rewards, step_ends):
-        if len(right) > 1 and 0 in right:
-            sums = q[ends].diff(prepend=q.new_zeros(1))
-            found.append(float(sums.argmin() == right.index(0)))
+    for sums, right, ends in zip(q.cumsum(dim=1), step_rewards, step_ends):
+        if len(right) > 1 and right[-1] == 0:
+            lowest = sums[ends].diff(prepend=sums.new_zeros(1)).argmin()
+            found.append(float(lowest == right.index(0)))
             chance.append(1 / len(right))
-    return found, chance
+    n, stats = len(found), dict(prm_accuracy=((q.sum(dim=1) > 0) == (scores > 0.5)).float().mean())
+    if found:
+        stats.update(wrong_answers=n, step_found=sum(found) / n, step_chance=sum(chance) / n)
+    return stats
+
+
+def spell(batch, q, tokenizer, i):
+    """Completion i as a list of [token, its implicit reward]: for samples.jsonl."""
+    m = batch.mask[i].bool()
+    tokens = [tokenizer.decode([token]) for token in batch.completions[i][m].tolist()]
+    return list(zip(tokens, q[i][m].tolist()))
 
 
 def train(cfg):
@@ -124,10 +128,9 @@ def train(cfg):
     rewards = load_rewards(cfg, problems + validation + test)
     policy, tokenizer = load_policy(cfg.model or warm_start(cfg.seed, cfg.device), cfg.device)
     run.open(policy, tokenizer, networks=2)  # two to save: is there room on the disk?
-    ref_model = copy.deepcopy(policy).requires_grad_(False)
+    ref_model, prm = copy.deepcopy(policy).requires_grad_(False), copy.deepcopy(policy)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.99),
                                   weight_decay=cfg.weight_decay, fused=True)
-    prm = copy.deepcopy(policy)
     optimizer.add_param_group(dict(params=prm.parameters()))  # its group 1
     state = run.load(policy=policy, optimizer=optimizer, prm=prm)  # {}, or the checkpoint
     before = state.get("before") or evaluate(policy, tokenizer, test, cfg, rewards)
@@ -142,25 +145,20 @@ def train(cfg):
 
         # 2. Score: what each completion earned, and how far from the reference each token is.
         texts, scores, each = score(rewards, asked, batch, tokenizer, step)      # scores: (N,)
-        ref_logprobs, prm_logprobs = (                                           # (N, C)
-            all_logprobs(model, batch, cfg.micro_batch_size, cfg.temperature)
-            for model in (ref_model, prm))
-        kl = kl_estimate(old_logprobs, ref_logprobs, "k1")                       # (N, C) old - ref
+        if scores.min() < 0 or scores.max() > 1:
+            fail(f"--reward {cfg.reward}: PRIME takes scores from 0 to 1; scale it, or use rloo.py")
+        ref_logprobs, prm_logprobs = (all_logprobs(                              # (N, C)
+            model, batch, cfg.micro_batch_size, cfg.temperature) for model in (ref_model, prm))
+        kl = kl_estimate(old_logprobs, ref_logprobs, "k1")                       # only for the log
         q = implicit_rewards(prm_logprobs, ref_logprobs, cfg.beta)               # (N, C)
+        steps = score_steps(asked, batch, texts, scores, tokenizer) if cfg.data == "toy" else ()
+        each.update(prm_stats(q, scores, *steps))
         check_first_step(step, policy, batch, scores, kl, cfg)  # warns if the setup looks wrong
         run.lap("score")
 
         # 3. Advantages: how much better than usual did it go? No gradient flows through them.
-        outcomes = scores - cfg.kl_coef * kl.sum(dim=1)                          # (N,)
-        advantages = prime_advantages(q, outcomes, mask, cfg.group_size, cfg.gamma)
-        kept = solved_at_times(scores, cfg.group_size).cpu() if cfg.accuracy_filter else torch.arange(len(scores))
-        if cfg.data == "toy":
-            steps = score_steps(asked, batch, texts, scores, tokenizer)
-            found, chance = find_wrong_steps(q, *steps)
-            if found:
-                each.update(wrong_steps=len(found), wrong_step_found=sum(found)/len(found), chance=sum(chance)/len(chance))
-        right = (q.sum(1) > 0) == (scores > .5)
-        each.update(prm_accuracy=right.float().mean(), q_std=masked_mean(q**2, mask)**.5, auc=((q.sum(1)[scores>.5][:,None] > q.sum(1)[scores<.5][None]).float().mean()))
+        advantages = prime_advantages(q, scores, mask, cfg.group_size, cfg.gamma)
+        kept = solved_at_times(scores, cfg.group_size, cfg.accuracy_filter).cpu()
 
         # 4. Update, once per mini-batch. share: a micro-batch's part of the mini-batch's tokens.
         stats = Means()
@@ -173,15 +171,13 @@ def train(cfg):
                 logprobs = token_logprobs(policy, batch, rows, cfg.temperature)  # (R, C)
                 loss, clip_frac = ppo_clip_loss(logprobs, old, A, m, cfg.clip_eps)
                 stats.add(share, **ratio_stats(logprobs, old, m), clip_frac=clip_frac)
-                require_finite(loss, "loss", step, texts, rows, logprobs)
                 (loss * share).backward()
                 stats.add(share, loss=loss)
-                share = len(rows) / len(minibatch)
-                prm_logprobs = token_logprobs(prm, batch, rows, cfg.temperature)
-                error = implicit_reward_loss(prm_logprobs, ref_logprobs[rows], m, scores[rows], cfg.beta)
-                require_finite(error, "loss of the reward model", step, texts, rows, prm_logprobs)
-                (error * share).backward()
-                stats.add(share, prm_loss=error)
+                new = token_logprobs(prm, batch, rows, cfg.temperature)          # (R, C)
+                error = implicit_reward_loss(new, ref_logprobs[rows], m, scores[rows], cfg.beta)
+                require_finite(loss + error, "loss", step, texts, rows, logprobs + new)
+                (error * len(rows) / len(minibatch)).backward()  # a mean over completions
+                stats.add(len(rows), prm_loss=error)
             grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm,
                                                        error_if_nonfinite=True)
             torch.nn.utils.clip_grad_norm_(prm.parameters(), cfg.max_grad_norm,
@@ -190,8 +186,9 @@ def train(cfg):
             stats.add(1, grad_norm=grad_norm, lr=optimizer.param_groups[0]["lr"])
 
         # 5. Log. The loss is no measure of quality: what matters is its gradient.
-        run.log(step, **batch_stats(scores, kl, batch, cfg.group_size), **each, **stats())
-        run.show(step, asked, texts, scores)
+        run.log(step, **batch_stats(scores, kl, batch, cfg.group_size), **each,
+                **{"loss": 0.0, **stats()})
+        run.show(step, asked, texts, scores, token_rewards=lambda i: spell(batch, q, tokenizer, i))
         validate(run, step, policy, tokenizer, validation, cfg, rewards)
         run.save(step, policy=policy, optimizer=optimizer, before=before, prm=prm)
 

@@ -111,12 +111,13 @@ class Run:
     def speaks(self, step):
         return (step + 1) % self.cfg.log_every == 0 or step + 1 == self.cfg.steps
 
-    def show(self, step, asked, texts, scores):
+    def show(self, step, asked, texts, scores, **more):
         """Every --log_every steps: some completions into samples.jsonl, the first on the screen."""
         if self.speaks(step):
             for i in range(0, len(texts), max(1, len(texts) // 4)):
                 row = {k: v for k, v in asked[i * len(asked) // len(texts)].items() if k != "ids"}
                 row.update(completion=texts[i], score=scores[i].item())
+                row.update((key, value(i)) for key, value in more.items())
                 self.write("samples.jsonl", step, **row)
             prompt, text = (t if len(t) < 300 else t[:300] + "..."
                             for t in (repr(asked[0]["prompt"]), repr(texts[0])))

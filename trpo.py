@@ -50,7 +50,7 @@ class Config(RunConfig):  # the rest is in common.py: --steps, --max_new_tokens,
     kl_coef: Optional[float] = HfArg(default=None, help="weight of the KL (beta in most papers)")
     reward_clip: float = HfArg(default=5.0, help="clip z-scored scores to this; 0: raw scores")
     delta: Optional[float] = HfArg(default=None, help="largest KL of a step, nats per token")
-    damping: float = HfArg(default=0.1, help="added to the diagonal of the Fisher matrix F")
+    damping: Optional[float] = HfArg(default=None, help="added to the diagonal of the matrix F")
     fisher_fraction: float = HfArg(default=0.125, help="part of the batch that F is made from")
     cg_iterations: int = HfArg(default=10, help="products with F to find the step, at most")
     backtrack: float = HfArg(default=0.8, help="factor that shortens a step that went too far")
@@ -59,9 +59,9 @@ class Config(RunConfig):  # the rest is in common.py: --steps, --max_new_tokens,
 
 # Defaults: TOY; HUB: --model on a GPU; CPU: --model without. completions = prompts * group_size.
 TOY = dict(steps=30, completions=512, micro_batch_size=64, max_new_tokens=32, kl_coef=0.01,
-           eval_prompts=512, delta=0.005)
+           eval_prompts=512, delta=0.005, damping=1.0)
 HUB = dict(steps=200, completions=256, micro_batch_size=4, max_new_tokens=256, kl_coef=0.001,
-           eval_prompts=256, delta=0.001)
+           eval_prompts=256, delta=0.001, damping=0.1)
 CPU = dict(HUB, steps=15, completions=32, max_new_tokens=48, eval_prompts=64)
 
 
@@ -126,7 +126,7 @@ def train(cfg):
     rewards = load_rewards(cfg, problems + validation + test)
     policy, tokenizer = load_policy(cfg.model or warm_start(cfg.seed, cfg.device), cfg.device)
     policy.set_attn_implementation("eager")  # the default, sdpa, cannot be differentiated twice
-    check_memory(policy, 56, "take a smaller model, or reinforce_pp.py")
+    check_memory(policy, 59 if cfg.kl_coef else 55, "take a smaller one, or reinforce_pp.py")
     run.open(policy, tokenizer)
     ref_model = copy.deepcopy(policy).requires_grad_(False) if cfg.kl_coef else None
     old_policy, parameters = copy.deepcopy(policy), list(policy.parameters())
