@@ -1,6 +1,7 @@
 """All online scripts, one body per behaviour: in process, on a tiny model, in a fresh folder."""
 import ast
 import difflib
+import inspect
 import json
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import common
 import grpo
 import model as model_py
 import ppo
+import prime
 import raft
 import reinforce
 import reinforce_pp
@@ -20,38 +22,44 @@ import remax
 import rewards
 import rloo
 import toy
+import trpo
 from conftest import CONFIGS, HOSTILE, ROOT, TEMPLATE, make_model, save_folder, write_jsonl
 from evaluation import evaluate
 from rollout import load_policy
 from test_command_line import metrics, same_weights, weights
 
 SCRIPTS = dict(reinforce=reinforce, reinforce_pp=reinforce_pp, ppo=ppo, remax=remax, rloo=rloo,
-               grpo=grpo, raft=raft)
+               grpo=grpo, trpo=trpo, prime=prime, raft=raft)
+GROUPS, NO_KL = ("rloo", "grpo", "prime", "raft"), ("prime", "raft")
 VARIANTS = [("reinforce", {}), ("reinforce", dict(baseline="running_mean")), ("reinforce_pp", {}),
             ("reinforce_pp", dict(group_baseline=True, group_size=4)), ("ppo", {}),
             ("ppo", dict(critic_warmup=1)), ("remax", {}), ("remax", dict(group_size=2)),
             ("rloo", {}), ("rloo", dict(sequence_ratio=True)), ("grpo", {}),
             ("grpo", dict(process=True)), ("grpo", dict(aggregation="token")),
-            ("grpo", dict(aggregation="dr_grpo")), ("raft", {})]
+            ("grpo", dict(aggregation="dr_grpo")), ("trpo", {}), ("prime", {}), ("raft", {})]
 each_variant = pytest.mark.parametrize("name, variant", VARIANTS, ids=[
     " ".join([name, *(f"{k}={v}" for k, v in variant.items())]) for name, variant in VARIANTS])
 each_script = pytest.mark.parametrize("name", SCRIPTS)
-each_variant_with_kl = pytest.mark.parametrize("name, variant", VARIANTS[:-1])  # raft has none
-each_script_with_kl = pytest.mark.parametrize("name", [name for name in SCRIPTS if name != "raft"])
+each_variant_with_kl = pytest.mark.parametrize("name, variant", [
+    (name, variant) for name, variant in VARIANTS if name not in NO_KL])
+each_script_with_kl = pytest.mark.parametrize("name", sorted(set(SCRIPTS) - set(NO_KL)))
 
 
 def quick(name, model, prompts=8, **flags):
     """A config for 2 steps of 8 completions (reinforce: one mini-batch; the others: two)."""
-    groups = flags.get("group_size", 4 if name in ("rloo", "grpo", "raft") else 1)
+    groups = flags.get("group_size", 4 if name in GROUPS else 1)
     base = dict(model=model, data="toy", device="cpu", steps=2, group_size=groups,
                 prompts_per_step=prompts // groups, micro_batch_size=8, max_new_tokens=6,
                 eval_prompts=2, lr=1e-3, out_dir="run")
     if name != "reinforce":
         base["minibatch_size"] = min(8, prompts // 2)
+    if name == "trpo":  # fewer products, because on such a small model each costs as much as a step
+        base.update(delta=0.05, cg_iterations=3, fisher_fraction=1.0)
     base.update(flags)
-    if name == "raft":
-        base.pop("kl_coef", None)
-    return SCRIPTS[name].Config(**base)
+    config = SCRIPTS[name].Config
+    missing = set(base) - set(inspect.signature(config).parameters)
+    assert missing <= {"kl_coef", "lr", "minibatch_size"}, missing  # raft and prime; trpo
+    return config(**{key: value for key, value in base.items() if key not in missing})
 
 
 def train(name, *args, **flags):
@@ -59,7 +67,7 @@ def train(name, *args, **flags):
 
 
 def shorter(prompts, completions, **columns):
-    return [-len(text) / 8 for text in completions]
+    return [max(0.0, 1 - len(text) / 8) for text in completions]
 
 
 def blind(prompts, completions, **columns):
@@ -85,10 +93,14 @@ def test_it_runs_and_leaves_what_the_others_leave(folders, here, capsys, name, v
         "config.json", "metrics.jsonl", "samples.jsonl", "validation.jsonl", "checkpoint.pt",
         "model", "test.json"}
     row = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
-    expected = ("step score score_std kl entropy length truncated frac_zero_std approx_kl "
-                "ratio_max clip_frac grad_norm lr loss time_sample time_score time_update "
-                "time_step steps_per_s").split() + ["value_loss", "explained_var"] * (name == "ppo")
-    assert sorted(row) == sorted(expected)
+    expected = set("step score score_std kl entropy length truncated frac_zero_std approx_kl "
+                   "ratio_max clip_frac grad_norm lr loss time_sample time_score time_update "
+                   "time_step steps_per_s".split())
+    expected -= {"lr", "clip_frac"} if name == "trpo" else set()
+    more = dict(ppo="value_loss explained_var", trpo="kl_before kl_after backtracks predicted_gain "
+                "real_gain", prime="prm_loss prm_accuracy").get(name, "")
+    steps = {"wrong_answers", "step_found", "step_chance"}  # of prime, where there is a wrong one
+    assert set(row) - steps == expected | set(more.split())
     test = json.loads((folder / "test.json").read_text())
     assert f"{test['after']['sampled'][0]:.3f}" in screen and test["peak_memory"] > 1e8
     old, new = load_policy(model, "cpu")[0].state_dict(), load_policy("run", "cpu")[0].state_dict()
@@ -212,6 +224,11 @@ KNOBS = dict(reinforce=[dict(baseline="running_mean"), dict(decay=0.1), dict(gro
              rloo=RATIO + [dict(sequence_ratio=True), dict(group_size=2)],
              grpo=RATIO + [dict(process=True), dict(aggregation="token"), dict(group_size=2),
                            dict(aggregation="dr_grpo")],
+             trpo=[dict(delta=0.1), dict(damping=0.01), dict(fisher_fraction=0.5),
+                   dict(cg_iterations=5), dict(backtrack=0.5, delta=1e-7), dict(reward_clip=0.1),
+                   dict(max_backtracks=1, delta=1e-7), dict(group_size=2)],
+             prime=RATIO + [dict(gamma=0.5), dict(beta=0.5), dict(prm_lr=1e-2),
+                            dict(accuracy_filter=0.4), dict(group_size=2)],
              raft=[dict(epochs=2), dict(minibatch_size=4), dict(group_size=2)])
 
 
@@ -219,16 +236,16 @@ KNOBS = dict(reinforce=[dict(baseline="running_mean"), dict(decay=0.1), dict(gro
 def test_every_knob_does_something(folders, here, name):
     """Against a run without it, the weights after three steps differ."""
     here.setitem(rewards.REWARDS, "last_number", lambda prompts, completions, **columns: [
-        float(len(text) + 10 * (i == 0)) for i, text in enumerate(completions)])
+        (len(text) + 10 * (i == 0)) / 16 for i, text in enumerate(completions)])
     base = dict(steps=3, prompts=16, kl_coef=0.1)
     train(name, folders("llama"), **base, out_dir="base")
+    flags = inspect.signature(SCRIPTS[name].Config).parameters
     for i, knob in enumerate(COMMON + KNOBS[name]):
-        if knob == dict(kl_coef=1.0) and name == "raft":
+        if "prompts_per_step" in knob:
+            knob = dict(prompts_per_step=2) if name in GROUPS else \
+                dict(prompts_per_step=4) if name == "reinforce" else knob
+        if not set(knob) & set(flags):
             continue
-        if name == "reinforce":
-            knob = {key: value for key, value in knob.items() if key != "minibatch_size"}
-        if name in ("rloo", "grpo", "raft") and "prompts_per_step" in knob:
-            knob = dict(prompts_per_step=2)
         train(name, folders("llama"), **{**base, **knob}, out_dir=str(i))
         assert not same_weights("base", str(i)), knob
     known = {key for knob in COMMON + KNOBS[name] for key in knob} | {
@@ -271,6 +288,15 @@ BAD = {  # script: flags, words of the sentence
              ("--process --data sums.jsonl", ["--process", "--data toy"]),
              ("--process --aggregation dr_grpo", ["--process", "--aggregation dr_grpo"]),
              ("--aggregation mean", ["--aggregation", "mean", "dr_grpo", "--help"])],
+    "trpo": [("--lr 1e-3", ["no flag --lr"]), ("--minibatch_size 4", ["no flag --minibatch_size"]),
+             ("--delta 0", ["--delta 0", "above 0"]), ("--damping -1", ["--damping -1"]),
+             ("--backtrack 1.5", ["--backtrack 1.5", "at most 1"]),
+             ("--fisher_fraction 2", ["--fisher_fraction 2", "at most 1"]),
+             ("--cg_iterations 0", ["--cg_iterations 0", "above 0"])],
+    "prime": [("--group_size 1", ["--group_size 1", "take 4"]),
+              ("--kl_coef 0.1", ["no flag --kl_coef"]),
+              ("--prm_lr -1", ["--prm_lr -1", "at least 0"]),
+              ("--accuracy_filter 0.6", ["--accuracy_filter 0.6", "at most 0.5"])],
     "raft": [("--group_size 1", ["--group_size 1", "take 4"]),
              ("--kl_coef 0.1", ["no flag --kl_coef"])]}
 ALL = [("--temperature 0", ["--temperature 0", "above 0"]), ("--steps 1.5", ["--steps", "1.5"]),
@@ -305,7 +331,7 @@ def test_wrong_input_is_one_sentence_in_every_script(here, capsys, name):
 def test_own_data_and_rewards_and_every_kind_of_checkpoint(here, tmp_path, name):
     """bf16, a chat template, a hostile generation_config, two EOS ids, pad == eos; two rewards."""
     Path("mine.py").write_text("def short(prompts, completions, level, **columns):\n"
-                               "    return [-len(text) / n for text, n in zip(completions, level)]")
+                               "    return [0.1 / n for text, n in zip(completions, level)]")
     file = write_jsonl("sums.jsonl", [dict(prompt=f"{i}+{j}", answer=i + j, level=i + 1)
                                       for i in range(9) for j in range(9)])
     for kind in CONFIGS if name == "ppo" else ("llama", "gpt2"):  # ppo: whose critic is new in each
@@ -537,6 +563,9 @@ def test_same_story_in_the_same_words(name):
     if name == "raft":  # no reference; and it selects where the others compute advantages
         assert phases[1].split(":")[0] == "# 2. Score" and phases[2].startswith("# 3. Select")
         phases = phases[:1] + theirs[1:3] + phases[3:4] + theirs[4:]
+    if name == "trpo":  # no mini-batches
+        phases[3] = phases[3].replace("for the batch", "per mini-batch").replace(
+            "the batch's", "the mini-batch's")
     assert phases == theirs and len(phases) == 5
     docstring = ast.get_docstring(ast.parse((ROOT / f"{name}.py").read_text()))
     assert f"python {name}.py   " in docstring and "What to expect of the toy" in docstring
