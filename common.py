@@ -229,7 +229,7 @@ def learning_rate(step, cfg, peak):
 def mini_batches(n, minibatch_size, group_size, epochs):
     """Shuffled whole groups, all n completions `epochs` times over -> yields row indices (M,)."""
     parts = math.ceil(n // group_size / max(1, minibatch_size // group_size))
-    for _ in range(epochs):
+    for _ in range(epochs if n else 0):
         for groups in torch.randperm(n // group_size).tensor_split(parts):  # of nearly one size
             yield (groups[:, None] * group_size + torch.arange(group_size)).flatten()
 

@@ -1,7 +1,7 @@
 """
 All scripts from one starting policy, on the same budget of completions: the table of README.
 
-    python compare.py --seeds 1 2 3                        the toy: about 25 minutes on 2 cores
+    python compare.py --seeds 1 2 3                        the toy: about 40 minutes on 2 cores
     python compare.py --scripts rloo grpo --kl_coef 0      other flags go to every script
 
 Each run is a process of its own, one after the other, in runs/compare; one that is there already,
@@ -24,7 +24,8 @@ from common import fail
 from preferences import SAMPLES
 from sft import warm_start
 
-SCRIPTS = "reinforce", "reinforce_pp", "ppo", "remax", "rloo", "grpo", "raft", "dpo", "orpo"
+SCRIPTS = ("reinforce", "reinforce_pp", "trpo", "ppo", "remax", "rloo", "grpo", "prime", "raft",
+           "dpo", "orpo")
 
 
 def run(script, seed, flags):
@@ -51,7 +52,8 @@ def run(script, seed, flags):
         completions = len(log) * cfg["prompts_per_step"] * (cfg["group_size"] + (script == "remax"))
     else:
         completions = cfg["prompts"] * SAMPLES
-    measured = [row["kl"] for row in log[-5:]] if cfg.get("kl_coef") else []  # needs a reference
+    reference = cfg.get("kl_coef") or script == "prime"
+    measured = [row["kl"] for row in log[-5:]] if reference else []
     return dict(completions=completions, before=before, after=after[0], low=after[1], high=after[2],
                 greedy=test["after"]["greedy"][0], length=test["after"]["length"][0],
                 kl=sum(measured) / len(measured) if measured else None, seconds=seconds,
@@ -80,7 +82,8 @@ def main():
     parser.add_argument("--data", default="toy")
     args, flags = parser.parse_known_args()
     for script in args.scripts:  # not after twenty minutes
-        known = {field.name for field in fields(importlib.import_module(script).Config)}
+        config = importlib.import_module(script).Config
+        known = {field.name for field in fields(config) if field.init}  # trpo.py: no --lr
         for flag in (flag for flag in flags if flag.startswith("--")):
             if flag[2:].partition("=")[0].replace("-", "_") not in known:
                 fail(f"{flag}: {script}.py has no such flag; name --scripts that have it")

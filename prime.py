@@ -72,7 +72,7 @@ def implicit_reward_loss(prm_logprobs, ref_logprobs, mask, labels, beta):
     From sum_t q_t itself: of a sigmoid that has been rounded to 0 or 1 there is no logarithm.
     """
     q = torch.where(mask.bool(), implicit_rewards(prm_logprobs, ref_logprobs, beta), 0)
-    return torch.nn.functional.binary_cross_entropy_with_logits(q.sum(dim=1), labels)
+    return torch.nn.functional.binary_cross_entropy_with_logits(q.sum(dim=1), labels.to(q))
 
 
 def prime_advantages(process_rewards, scores, mask, group_size, gamma=1.0):

@@ -96,8 +96,7 @@ def train(cfg):
         stats = Means()
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg, cfg.lr)
         size = cfg.minibatch_size // cfg.group_size  # the best of as many as a sibling's mini-batch
-        epochs = cfg.epochs if len(best) else 0
-        for minibatch in mini_batches(len(best), size, group_size=1, epochs=epochs):
+        for minibatch in mini_batches(len(best), size, group_size=1, epochs=cfg.epochs):
             optimizer.zero_grad()
             for rows, share in micro_batches(batch, best[minibatch], cfg.micro_batch_size):
                 old, m = old_logprobs[rows], mask[rows]                          # R rows of each

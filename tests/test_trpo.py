@@ -97,7 +97,7 @@ def test_the_fisher_product_is_that_of_the_dense_hessian():
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
 def test_the_fisher_product_of_a_transformer_is_a_finite_difference(name):
-    """Through padding, shared prompts, positions: (grad KL(theta + h v) - grad KL(theta - h v)) / 2h.
+    """Through padding and shared prompts: (grad KL(theta + h v) - grad KL(theta - h v)) / 2h.
 
     And parameters that the KL does not depend on count as 0.
     """
@@ -205,7 +205,7 @@ def test_a_tiny_step_gains_what_was_predicted(folders, here):  # noqa: F811
 
 
 @pytest.mark.parametrize("flags", [dict(delta=1e-30), dict(kl_coef=0.0)])
-def test_a_step_that_is_not_accepted_leaves_everything_as_it_was(folders, here, flags):  # noqa: F811
+def test_a_step_that_is_refused_leaves_everything_as_it_was(folders, here, flags):  # noqa: F811
     """To the last bit: no length is short enough; or there is no advantage and so no direction."""
     here.setitem(rewards.REWARDS, "last_number", shorter if "delta" in flags else blind)
     train("trpo", folders("gpt2"), max_backtracks=3, **flags)
