@@ -5,7 +5,8 @@ What fits on one GPU? The memory of a training step, by formula: README's table.
     python memory.py --completions 512 --new_tokens 1024
 
 Always there, per parameter: 4 bytes for the weight, 4 for its gradient, 8 for AdamW's moments; 4
-for the reference, if there is one; 16 for PPO's critic; 2 for the bf16 copy in use. Beyond that
+for the reference, if there is one; 16 for PPO's critic or PRIME's reward model; 2 for the bf16 copy
+in use. (trpo.py: 59 in all, 55 without a reference, all in fp32.) Beyond that
 
     keys and values   tokens x layers x key/value width x 2 (keys, values) x 2 bytes (bf16), always
                       there, for the CUDA graph; and once more in its first rollout
@@ -29,7 +30,7 @@ MODELS = {
 }
 SCRIPTS = {  # bytes per parameter
     "no reference: sft, raft, or --kl_coef 0": 18, "reinforce, reinforce_pp, remax, rloo, grpo": 22,
-    "ppo.py: a critic as well": 38}
+    "ppo, prime: a second network as well": 38}
 
 
 def gigabytes(m, per_parameter, args, recompute):

@@ -1,10 +1,13 @@
 """
 Learning curves of one or several runs, from their metrics.jsonl. Needs matplotlib, which is in
-requirements-dev.txt and nowhere else.
+requirements-dev.txt and nowhere else. Or, without it, the implicit reward of every token of a wrong
+answer, from a run of prime.py: its last one in samples.jsonl with the most steps.
 
     python plot.py runs/reinforce_pp runs/reinforce_pp-2 --keys score length kl --out curves.svg
+    python plot.py runs/prime --tokens --out tokens.svg
 """
 import argparse
+import html
 import json
 import sys
 from pathlib import Path
@@ -25,13 +28,32 @@ def read(folder):
     return curves
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", help="run folders")
-    parser.add_argument("--keys", nargs="+", default=["score", "length", "kl"], help="what to draw")
-    parser.add_argument("--out", default="curves.svg", help="picture to write: svg, png or pdf")
-    args = parser.parse_args()
+def tokens(folder):
+    """-> an SVG: the prompt, then each token in a box, blue if its reward is above 0, red below."""
+    path = Path(folder, "samples.jsonl")
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    wrong = [row for row in rows if row["score"] == 0 and "token_rewards" in row]
+    if not wrong:
+        sys.exit(f"error: --tokens: no wrong answer with token_rewards in {path}; name a run of "
+                 "prime.py")
+    row = max(reversed(wrong), key=lambda row: row["completion"].count(","))
+    largest = max(abs(q) for _, q in row["token_rewards"]) or 1.0
+    prompt, x = html.escape(str(row["prompt"])), 14 + 9 * len(str(row["prompt"]))
+    parts = [f'<text x="8" y="24" font-size="15">{prompt}</text>']
+    for token, q in row["token_rewards"]:
+        width = 10 + max(9 * len(token), 26)
+        parts += [f'<rect x="{x}" y="6" width="{width}" height="44" stroke="#bbb" fill="'
+                  f'{"#2166ac" if q > 0 else "#b2182b"}" fill-opacity="{abs(q) / largest:.2f}"/>',
+                  f'<text x="{x + 5}" y="24" font-size="15">{html.escape(token)}</text>',
+                  f'<text x="{x + 3}" y="44" font-size="9">{q:+.3f}</text>']
+        x += width
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" width="{x + 8}" height="56" '
+            'font-family="monospace"><rect width="100%" height="100%" fill="white"/>\n'
+            + "\n".join(parts) + "\n</svg>\n")
+
+
+def draw(args):
+    """One panel for each of --keys, one line in it for each run."""
     try:
         import matplotlib
     except ImportError:
@@ -52,6 +74,20 @@ def main():
         axes[0][0].legend(fontsize=8)
     pyplot.tight_layout()
     pyplot.savefig(args.out)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", help="run folders")
+    parser.add_argument("--keys", nargs="+", default=["score", "length", "kl"], help="what to draw")
+    parser.add_argument("--tokens", action="store_true", help="token rewards instead of curves")
+    parser.add_argument("--out", default="curves.svg", help="picture to write: svg, png or pdf")
+    args = parser.parse_args()
+    if args.tokens:
+        Path(args.out).write_text(tokens(args.runs[0]))
+    else:
+        draw(args)
     print(f"wrote {args.out}")
 
 

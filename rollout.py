@@ -167,8 +167,8 @@ def per_token(model, batch, rows, read, fp32=False):
 
     The outputs of a column are about the token after it: the only shift by one in this suite. And
     so the last completion token is not forwarded. A prompt that several rows share is forwarded
-    once, and its keys and values copied to them: by index_select, whose backward adds in a fixed
-    order. That of plain indexing does not.
+    once, and its keys and values copied to them: by index_select, whose backward, unlike that of
+    plain indexing, adds in a fixed order.
     """
     model.train(recomputes(model))  # transformers recomputes in train mode only; no dropout here
     width = int(batch.mask[rows].sum(1).max())
@@ -179,8 +179,8 @@ def per_token(model, batch, rows, read, fp32=False):
     everything = torch.cat([valid[owner], mask[:, :-1]], 1)
     with precision(ids.device, fp32):
         if model.training or len(prompts) == len(rows):  # prompt and completion in one forward
-            ids_in = torch.cat([prompt_ids[owner], ids[:, :-1]], 1)
-            result = read(forward(model, ids_in, everything, keep=width), ids)
+            whole = torch.cat([prompt_ids[owner], ids[:, :-1]], 1)
+            result = read(forward(model, whole, everything, keep=width), ids)
         else:
             cache = DynamicCache()
             first = forward(model, prompt_ids, valid, cache, keep=1).index_select(0, owner)
@@ -190,9 +190,8 @@ def per_token(model, batch, rows, read, fp32=False):
                 rest = forward(model, ids[:, :-1], everything, cache)
                 result = torch.cat([result, read(rest, ids[:, 1:])], 1)
     model.eval()
-    more = [1] * (result.dim() - 2)  # of token_logits: the vocabulary
-    result = torch.where(mask.view(*mask.shape, *more), result, 0)
-    return F.pad(result, [0, 0] * len(more) + [0, batch.mask.shape[1] - width])
+    result = torch.where(mask.view(*mask.shape, *[1] * (result.dim() - 2)), result, 0)
+    return F.pad(result, [0, 0] * (result.dim() - 2) + [0, batch.mask.shape[1] - width])
 
 
 def token_logprobs(policy, batch, rows, temperature):

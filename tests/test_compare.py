@@ -13,7 +13,7 @@ def leave(folder, after, kl):
     folder.mkdir(parents=True)
     offline = folder.name[:3] in ("dpo", "orp")
     config = dict(prompts=1024) if offline else dict(prompts_per_step=64, group_size=4)
-    config.update({} if offline or folder.name[:4] == "raft" else dict(kl_coef=0.01))
+    config.update({} if offline or folder.name[:4] in ("raft", "prim") else dict(kl_coef=0.01))
     (folder / "config.json").write_text(json.dumps(config))
     interval = [after, after - 0.02, after + 0.02]
     test = dict(before=dict(sampled=[0.6, 0.5, 0.7]), after=dict(
@@ -45,14 +45,16 @@ def test_every_script_on_every_seed_from_one_start(tmp_path, monkeypatch, capsys
     table = capsys.readouterr().out.splitlines()
     assert len(table) == 2 + n and len({row.count("|") for row in table}) == 1
     assert ("| ppo.py | 1,536 | 0.600 | **0.915** (0.910, 0.920) | 0.895-0.935 | 0.980 | 0.50 "
-            "| 19.5 | 6 |") in table[4]
-    assert table[5].startswith("| remax.py | 1,920 |")  # and the greedy ones
+            "| 19.5 | 6 |") in table[2 + compare.SCRIPTS.index("ppo")]
+    remax, prime = (table[2 + compare.SCRIPTS.index(name)] for name in ("remax", "prime"))
+    assert remax.startswith("| remax.py | 1,920 |")  # and the greedy ones
+    assert "| 0.980 | 0.50 |" in prime  # it has a reference, for another purpose
     assert "| 0.980 |  | 19.5 | 0 | 0 | 18 |" in table[2 + n - 2]  # dpo.py: no KL, no sampling
     assert table[2 + n - 2].startswith("| dpo.py | 8,192 |")
 
     compare.main()  # nothing is repeated, and the table is the same
     assert len(calls) == 2 * n and capsys.readouterr().out.splitlines() == table
-    rloo = Path(calls[n + 4][-1])
+    rloo = Path(calls[n + compare.SCRIPTS.index("rloo")][-1])
     (rloo / "test.json").unlink()  # killed before its first checkpoint: begun anew
     monkeypatch.setattr(sys, "argv", ["compare.py", "--seeds", "1", "2", "--steps", "7"])
     compare.main()
@@ -86,7 +88,11 @@ def test_a_flag_that_one_of_them_lacks_is_said_at_once(tmp_path, monkeypatch, ca
     with pytest.raises(SystemExit) as stop:
         compare.main()
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and "--kl-coef=0.1: raft.py" in error and not calls
+    assert stop.value.code == 2 and "--kl-coef=0.1: prime.py" in error and not calls
     monkeypatch.setattr(sys, "argv", [*flags, "--scripts", "rloo", "grpo"])
     compare.main()
     assert calls == ["rloo", "grpo"]
+    monkeypatch.setattr(sys, "argv", ["compare.py", "--scripts", "trpo", "--lr", "1e-4"])
+    with pytest.raises(SystemExit):
+        compare.main()
+    assert "--lr: trpo.py has no such flag" in capsys.readouterr().err

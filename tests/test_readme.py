@@ -10,8 +10,10 @@ import sys
 import dpo
 import memory
 import ppo
+import prime
 import reinforce_pp
 import sft
+import trpo
 from conftest import ROOT, TEMPLATE, save_folder
 from test_offline_scripts import SCRIPTS as OFFLINE
 from test_scripts import CAPS, SCRIPTS
@@ -32,14 +34,14 @@ def block(start):
 
 def test_functions_have_the_arguments_that_readme_gives():
     table = re.findall(r"`(common|rollout|%s)\.(\w+)\(([^)]*)\)`" % "|".join(EVERY), README)
-    assert len(table) >= 27
+    assert len(table) >= 36
     for module, name, arguments in table:
         signature = inspect.signature(getattr(importlib.import_module(module), name))
         assert list(signature.parameters) == arguments.split(", "), name
 
 
 def test_flags_and_files_exist():
-    flags = FIELDS | {"keys", "out", "help", "seeds"}
+    flags = FIELDS | {"keys", "out", "help", "seeds", "tokens"}
     flags |= set(re.findall(r'"--(\w+)"', (ROOT / "bench.py").read_text()))
     flags |= {"prompts", "prompt_tokens", "new_tokens", "rounds"}  # of bench.py, too
     ours = README[: README.index("## When one GPU is not enough")].replace(" `--normalize", "")
@@ -53,7 +55,8 @@ def test_every_flag_is_in_the_table():
     table = README[README.index("## Every flag") : README.index("## How much memory")]
     for name in FIELDS:
         (default,) = re.findall(rf"^\| `--{name}` \|[^|]*\| ([^|]*)\|", table, re.M)
-        script = dict(critic_lr=ppo, prompts=dpo, beta=dpo).get(name, reinforce_pp)
+        script = dict(critic_lr=ppo, prompts=dpo, beta=dpo, prm_lr=prime, delta=trpo,
+                      damping=trpo).get(name, reinforce_pp)
         world = [row.get(name) for row in (script.TOY, script.HUB, script.CPU)]
         if None not in world:
             assert [float(value) for value in default.split(";")[0].split("/")] == world, name
@@ -96,13 +99,14 @@ def test_own_data_and_own_reward_as_readme_shows_them(tmp_path, monkeypatch):
 def test_every_log_key_is_explained():
     for key in ("score score_std kl entropy length truncated frac_zero_std approx_kl clip_frac "
                 "ratio_max grad_norm lr loss steps_per_s value_loss explained_var chosen rejected "
-                "margin accuracy").split():
+                "margin accuracy kl_before kl_after backtracks predicted_gain real_gain prm_loss "
+                "prm_accuracy step_found step_chance wrong_answers").split():
         assert f"`{key}`" in README, key
 
 
 def test_the_reading_order_is_that_of_the_tested_diffs():
     order = re.findall(r"^diff (\w+).py (\w+).py", README, re.M)
-    assert len(order) == len(set(order)) == 9 and set(order) <= set(CAPS)
+    assert len(order) == len(set(order)) == 11 and set(order) <= set(CAPS)
     assert {two for _, two in order} | {"reinforce", "sft"} == set(EVERY)
 
 

@@ -538,7 +538,8 @@ CAPS = {  # changed code lines, docstring aside: removed, added; README's readin
     ("reinforce", "reinforce_pp"): (36, 36), ("reinforce_pp", "ppo"): (33, 83),
     ("reinforce_pp", "rloo"): (28, 31), ("rloo", "grpo"): (31, 81), ("rloo", "remax"): (36, 17),
     ("grpo", "reinforce_pp"): (82, 29), ("rloo", "raft"): (47, 26), ("sft", "dpo"): (56, 84),
-    ("dpo", "orpo"): (50, 26), ("dpo", "reward_model"): (66, 34)}
+    ("dpo", "orpo"): (50, 26), ("dpo", "reward_model"): (66, 34),
+    ("reinforce_pp", "trpo"): (61, 115), ("rloo", "prime"): (44, 93)}
 
 
 def code(name):
