@@ -179,8 +179,8 @@ def per_token(model, batch, rows, read, fp32=False):
     everything = torch.cat([valid[owner], mask[:, :-1]], 1)
     with precision(ids.device, fp32):
         if model.training or len(prompts) == len(rows):  # prompt and completion in one forward
-            whole = torch.cat([prompt_ids[owner], ids[:, :-1]], 1)
-            result = read(forward(model, whole, everything, keep=width), ids)
+            ids_in = torch.cat([prompt_ids[owner], ids[:, :-1]], 1)
+            result = read(forward(model, ids_in, everything, keep=width), ids)
         else:
             cache = DynamicCache()
             first = forward(model, prompt_ids, valid, cache, keep=1).index_select(0, owner)
