@@ -1,4 +1,8 @@
 """The formula of memory.py: bytes counted on a model of SmolLM2's shape, with fewer layers."""
+import resource
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -7,8 +11,10 @@ import transformers
 
 import decode
 import memory
+import rewards
 import rollout
 import toy
+import trpo
 from model import checkpoint_activations
 from rollout import make_batch, sample, token_logprobs
 
@@ -82,3 +88,39 @@ def test_weights_and_cache():
         decode.Cache = real
     found = sum(t.nbytes for layer in caches[0] for t in (layer.keys, layer.values))
     assert 0.5 <= found / (6 * 30 * 4 * 3 * 64 * 2 * 4) <= 1  # 4 bytes on a CPU; finished rows go
+
+
+def take_one_step_of_trpo(folder):
+    """In a process of its own -> bytes per parameter that it took at most, the weights included."""
+    real, start = trpo.Run.open, {}
+
+    def note(self, policy, *args, **kwargs):
+        start["size"] = sum(p.numel() for p in policy.parameters())
+        start["bytes"] = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+        return real(self, policy, *args, **kwargs)
+
+    trpo.Run.open, trpo.evaluate = note, lambda *args: {"n": 1}
+    trpo.report = trpo.save_policy = trpo.Run.save = lambda *args, **kwargs: None
+    rewards.REWARDS["last_number"] = lambda prompts, completions, **columns: [
+        float(i % 2) for i in range(len(prompts))]
+    torch.set_num_threads(1)
+    trpo.train(trpo.Config(model=folder, data="toy", device="cpu", steps=1, prompts_per_step=4,
+                           max_new_tokens=2, eval_prompts=2, micro_batch_size=1, cg_iterations=2,
+                           out_dir=f"{folder}/run"))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print("bytes", (peak - start["bytes"]) / start["size"] + 4)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks /proc for the memory of a process")
+def test_bytes_per_parameter_of_trpo(tmp_path):
+    """What its docstring, its check of the model's size and README say."""
+    policy = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=18, hidden_size=768, intermediate_size=2048, num_hidden_layers=2,
+        num_attention_heads=8, bos_token_id=1, eos_token_id=2, pad_token_id=0))
+    policy.save_pretrained(tmp_path)
+    toy.make_tokenizer().save_pretrained(tmp_path)
+    code = f"import test_memory; test_memory.take_one_step_of_trpo({str(tmp_path)!r})"
+    done = subprocess.run([sys.executable, "-c", "import conftest; " + code], capture_output=True,
+                          text=True, cwd=Path(__file__).parent)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout.split("bytes ")[-1]) == pytest.approx(59, abs=3)

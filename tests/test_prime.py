@@ -3,10 +3,13 @@ import itertools
 import json
 import math
 import re
+import sys
+import xml.dom.minidom
 
 import pytest
 import torch
 
+import plot
 import prime
 import rewards
 from rollout import load_policy
@@ -221,3 +224,27 @@ def test_samples_show_each_token_with_its_reward(folders, here):  # noqa: F811
         tokens, q = zip(*row["token_rewards"])
         assert re.sub("<.*?>", "", "".join(tokens)) == row["completion"]
     assert max(abs(q) for row in rows[-4:] for _, q in row["token_rewards"]) > 1e-3
+
+
+def test_the_picture_of_a_wrong_answer(tmp_path, monkeypatch, capsys):
+    """The last of the wrong ones with most steps; a box for each token, red below 0, blue above."""
+    monkeypatch.chdir(tmp_path)
+
+    def row(completion, score, *q):
+        return dict(prompt="1+2<3=", completion=completion, score=score, token_rewards=list(q))
+
+    rows = [row("1,2", 0.0, ["1", 9.0]), row("1,2,3", 1.0, ["1", 9.0]), row("7", 0.0, ["7", 9.0]),
+            row("8,9", 0.0, ["8", 0.25], [",9", -0.5], ["<eos>", 0.0])]
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    monkeypatch.setattr(sys, "argv", ["plot.py", ".", "--tokens", "--out", "tokens.svg"])
+    plot.main()
+    drawn = xml.dom.minidom.parse("tokens.svg")
+    texts = [text.firstChild.data for text in drawn.getElementsByTagName("text")]
+    assert texts == ["1+2<3=", "8", "+0.250", ",9", "-0.500", "<eos>", "+0.000"]
+    boxes = [(box.getAttribute("fill"), box.getAttribute("fill-opacity"))
+             for box in drawn.getElementsByTagName("rect")[1:]]
+    assert boxes == [("#2166ac", "0.50"), ("#b2182b", "1.00"), ("#b2182b", "0.00")]
+    (tmp_path / "samples.jsonl").write_text(json.dumps(rows[1]) + "\n")
+    with pytest.raises(SystemExit) as stop:
+        plot.main()
+    assert "no wrong answer" in str(stop.value)
