@@ -1,8 +1,8 @@
 """
 PRIME (Cui et al., arXiv 2502.01456): a reward for every token, learned from outcomes alone.
-Against rloo.py: a second network, the implicit reward model prm, starts as the reference and learns
-to tell right answers from wrong ones. How much likelier than the reference it finds a token is that
-token's reward, a process reward, for which nobody has labelled a step; there is no other KL:
+Against rloo.py: no KL, but a second network, the implicit reward model prm. It starts as a copy of
+the reference and learns to tell right answers from wrong ones. What it then finds likelier than the
+reference does is rewarded, token by token, though nobody has labelled a step:
 
     q_t  = beta * log(prm / ref)                              implicit reward of a token
     p_i  = sigmoid(sum_t q_t)                                 is i right? s_i: its score, 0 to 1
@@ -10,9 +10,9 @@ token's reward, a process reward, for which nobody has labelled a step; there is
     A_t  = sum_{u >= t} gamma^(u - t) (q_u - mean of the others' mean q)  +  s_i - mean of others' s
     loss = -mean_t min(ratio_t A_t, clip(ratio_t, 1 - eps, 1 + eps) A_t)     ratio_t = pi / pi_old
 
-Why should it find the wrong step? What it has summed up to a token is what it expects of the answer
-so far, were the reference to go on (arXiv 2412.01981); so a token's q is what the token changes.
-The others' mean q is paid once per token: if positive, it makes answers shorter.
+Why single tokens, if only sums are trained? q summed up to a token is beta * log E[exp(Q / beta)],
+a soft mean of the final sum Q, were the reference to write the rest (arXiv 2412.01981): so q_t is
+what token t changes in it. The others' mean q is subtracted at every token: if > 0, answers shrink.
 
     python prime.py                                      the toy, offline: 3 minutes
     python prime.py --model Qwen/Qwen2.5-0.5B-Instruct   a real model, on one CUDA GPU
@@ -49,7 +49,7 @@ class Config(RunConfig):  # the rest is in common.py: --steps, --lr, --minibatch
     gamma: float = HfArg(default=1.0, help="discount per token of the implicit rewards")
     beta: float = HfArg(default=0.05, help="of the implicit reward, beta * log(prm / ref)")
     prm_lr: Optional[float] = HfArg(default=None, help="AdamW learning rate of the reward model")
-    accuracy_filter: float = HfArg(default=0.0, help="drop prompts solved less, or 1 - it more")
+    accuracy_filter: float = HfArg(default=0.0, help="drop mean scores < this or > 1 - this")
 
 
 # Defaults: TOY; HUB: --model on a GPU; CPU: --model without. completions = prompts * group_size.
@@ -62,14 +62,14 @@ CPU = dict(HUB, steps=15, lr=1e-5, completions=32, minibatch_size=16, max_new_to
 
 
 def implicit_rewards(prm_logprobs, ref_logprobs, beta):
-    """q_t = beta * log(prm / ref): (N, C), (N, C) -> (N, C). PRIME, eq. 3. It takes no mask."""
+    """q_t = beta * log(prm / ref): (N, C), (N, C) -> (N, C); 0 where both are. PRIME, eq. 3."""
     return beta * (prm_logprobs - ref_logprobs)
 
 
 def implicit_reward_loss(prm_logprobs, ref_logprobs, mask, labels, beta):
-    """Cross-entropy of sigmoid(sum_t q_t) and labels (N,), 0 to 1; others (N, C) -> scalar. Eq. 4.
+    """Cross-entropy of sigmoid(sum_t q_t): three (N, C), labels (N,) from 0 to 1 -> scalar. Eq. 4.
 
-    From sum_t q_t itself: of a sigmoid that has been rounded to 0 or 1 there is no logarithm.
+    From the sums themselves: a sigmoid that has been rounded to 0 has no logarithm.
     """
     q = torch.where(mask.bool(), implicit_rewards(prm_logprobs, ref_logprobs, beta), 0)
     return torch.nn.functional.binary_cross_entropy_with_logits(q.sum(dim=1), labels.to(q))
@@ -78,18 +78,18 @@ def implicit_reward_loss(prm_logprobs, ref_logprobs, mask, labels, beta):
 def prime_advantages(process_rewards, scores, mask, group_size, gamma=1.0):
     """A_t, leaving one out in both parts: q (N, C), (N,), (N, C) -> (N, C). PRIME, eq. 5.
 
-    The authors' code has q_t K / (K - 1) - mean of all K q: the same for scores, but it stretches
-    the differences within an answer. It also discounts the outcome, and whitens A.
+    The authors' code has (q_t - mean of all K mean q) K / (K - 1): the same for scores; but it
+    stretches the differences within an answer. It also discounts the outcome, and whitens A.
     """
     q = torch.where(mask.bool(), process_rewards, 0)
     means = q.sum(dim=1) / mask.sum(dim=1).clamp(min=1)                           # (N,)
-    others = means - leave_one_out_advantages(means, group_size)
+    others = means - leave_one_out_advantages(means, group_size)                  # their mean
     process = returns_to_go(q - others[:, None], mask, gamma)
     outcome = leave_one_out_advantages(scores, group_size)
     return torch.where(mask.bool(), process + outcome[:, None], 0)
 
 
-def solved_at_times(scores, group_size, margin):
+def filter_by_accuracy(scores, group_size, margin):
     """Completions (M,) of prompts with a mean score from margin to 1 - margin: (N,) -> indices."""
     means = scores.view(-1, group_size).mean(dim=1).repeat_interleave(group_size)
     return ((means >= margin) & (means <= 1 - margin)).nonzero().flatten()
@@ -98,7 +98,7 @@ def solved_at_times(scores, group_size, margin):
 def prm_stats(q, scores, step_rewards=(), step_ends=()):
     """For the log: q (N, C), scores (N,), what score_steps found, if anything -> dict of scalars.
 
-    Of wrong answers of several steps: has the first wrong one the lowest q? Would a guess hit it?
+    Of wrong answers of several steps: how often has the first wrong step the lowest sum of q?
     """
     found, chance = [], []
     for sums, right, ends in zip(q.cumsum(dim=1), step_rewards, step_ends):
@@ -158,7 +158,7 @@ def train(cfg):
 
         # 3. Advantages: how much better than usual did it go? No gradient flows through them.
         advantages = prime_advantages(q, scores, mask, cfg.group_size, cfg.gamma)
-        kept = solved_at_times(scores, cfg.group_size, cfg.accuracy_filter).cpu()
+        kept = filter_by_accuracy(scores, cfg.group_size, cfg.accuracy_filter).cpu()
 
         # 4. Update, once per mini-batch. share: a micro-batch's part of the mini-batch's tokens.
         stats = Means()
@@ -171,7 +171,7 @@ def train(cfg):
                 logprobs = token_logprobs(policy, batch, rows, cfg.temperature)  # (R, C)
                 loss, clip_frac = ppo_clip_loss(logprobs, old, A, m, cfg.clip_eps)
                 stats.add(share, **ratio_stats(logprobs, old, m), clip_frac=clip_frac)
-                (loss * share).backward()
+                (loss * share).backward()  # now, to free the policy's activations
                 stats.add(share, loss=loss)
                 new = token_logprobs(prm, batch, rows, cfg.temperature)          # (R, C)
                 error = implicit_reward_loss(new, ref_logprobs[rows], m, scores[rows], cfg.beta)

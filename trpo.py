@@ -1,16 +1,16 @@
 """
 TRPO (Schulman et al., arXiv 1502.05477): as far uphill as a KL of delta from the old policy allows.
-Against reinforce_pp.py: for clip and AdamW, which imitate it, one step per batch, the solution of
+Against reinforce_pp.py: instead of clip and AdamW, one step per batch, the approximate solution of
 
     maximise  L = mean_t ratio_t A_t                          ratio_t = pi / pi_old; A as there
-    while     KL = mean_t KL(pi_old || pi) <= delta           of the whole vocabulary, at each token
-    by        pi = pi_old + sqrt(2 delta / x^T (F + damping) x) x         x = (F + damping)^-1 g
+    while     KL = mean_t KL(pi_old || pi) <= delta           of whole vocabularies, at each token
+    by        theta = theta_old + sqrt(2 delta / x^T (F + damping) x) x   x = (F + damping)^-1 g
 
-Near pi_old, L is a slope, its gradient g, and KL a bowl, its Hessian F: x is the direction that
-gains most for its KL, and the root makes that KL delta. F, the Fisher matrix, is never built:
-conjugate gradients need products F v alone, each the gradient of (gradient of KL) . v. The step is
-then shortened until the true KL is at most delta and L has grown, or not made. The price: fp32, no
-fast attention, which cannot be differentiated twice, 25 backward passes, 60 bytes per parameter.
+g is the gradient of L, F the Hessian of KL: a small step s gains g . s, at a KL of s^T F s / 2. x
+gains most (for KL + damping |s|^2 / 2), and the root makes that delta. F, the Fisher matrix, is
+never built: conjugate gradients need products F v alone, each the gradient of (gradient of KL) . v.
+The step is then shortened until the true KL is at most delta and L has grown, or not made. The
+price: unfused attention, fp32, two dozen backward passes, and 60 bytes per parameter.
 
     python trpo.py                                      the toy, offline: 3 minutes
     python trpo.py --model Qwen/Qwen2.5-0.5B-Instruct   a real model, on one CUDA GPU
@@ -53,7 +53,7 @@ class Config(RunConfig):  # the rest is in common.py: --steps, --max_new_tokens,
     damping: Optional[float] = HfArg(default=None, help="added to the diagonal of the matrix F")
     fisher_fraction: float = HfArg(default=0.125, help="part of the batch that F is made from")
     cg_iterations: int = HfArg(default=10, help="products with F to find the step, at most")
-    backtrack: float = HfArg(default=0.8, help="factor that shortens a step that went too far")
+    backtrack: float = HfArg(default=0.8, help="factor that shortens a step not accepted")
     max_backtracks: int = HfArg(default=10, help="tries, after which no step is made")
 
 
@@ -81,7 +81,7 @@ def mean_kl(old_logits, logits, mask):
 def fisher_vector_product(kl, parameters, vector, damping):
     """(F + damping) v: scalar with graph, P numbers in all, (P,), float -> (P,). TRPO, appendix C.
 
-    F is the Hessian of kl; where pi = pi_old, it is the Fisher matrix, and kl's gradient is 0.
+    F is the Hessian of kl. At pi_old, kl's gradient is 0, but along v it grows by F v. Keeps kl.
     """
     gradient = torch.autograd.grad(kl, parameters, create_graph=True, materialize_grads=True)
     slope = torch.cat([g.flatten() for g in gradient]).dot(vector)
@@ -92,7 +92,7 @@ def fisher_vector_product(kl, parameters, vector, damping):
 def conjugate_gradient(matvec, b, iterations=10, tolerance=1e-10):
     """x with A x = b, A symmetric, positive definite and known by matvec(v) = A v: (P,) -> (P,).
 
-    Ends when |b - A x|^2 < tolerance: to go on would be 0 / 0, at once if b is 0.
+    Ends when |b - A x|^2 < tolerance, else there might be 0 / 0; so at once if b is 0.
     """
     x, residual, direction = torch.zeros_like(b), b, b
     for _ in range(iterations):
@@ -158,7 +158,7 @@ def train(cfg):
         for rows, share in micro_batches(batch, everything, cfg.micro_batch_size):
             logits = token_logits(policy, batch, rows, cfg.temperature)          # (R, C, V)
             logprobs = pick(logits, batch.completions[rows], 1.0)                # (R, C)
-            L = surrogate(logprobs, logprobs.detach(), advantages[rows], mask[rows])
+            L = surrogate(logprobs, logprobs.detach(), advantages[rows], mask[rows])  # at pi_old
             parts = torch.autograd.grad(L * share, parameters, materialize_grads=True)
             gradient += torch.cat([part.flatten() for part in parts])            # (P,), uphill
 
@@ -173,12 +173,12 @@ def train(cfg):
         x = conjugate_gradient(matvec, gradient, cfg.cg_iterations)
         full = x * (2 * cfg.delta / x.dot(matvec(x)).clamp(min=1e-8)).sqrt()
         if not full.isfinite().all():
-            fail(f"step {step + 1}: gradient or F are not finite; take a larger --damping", code=1)
+            fail(f"in step {step + 1}, no direction is finite; take a larger --damping", code=1)
         old_policy.load_state_dict(policy.state_dict())
         tries, sizes = [], [p.numel() for p in parameters]
         for scale in [cfg.backtrack**i for i in range(cfg.max_backtracks)] + [0]:  # 0: none
             for p, old, part in zip(parameters, old_policy.parameters(), full.split(sizes)):
-                p.data.copy_(old + scale * part.view_as(p) if scale else old)
+                p.data.copy_(old + scale * part.view_as(p))
             tries.append(compare(policy, old_policy, batch, advantages, cfg))
             if tries[-1]["kl_after"] <= cfg.delta and tries[-1]["real_gain"] > 0:
                 break
@@ -186,7 +186,7 @@ def train(cfg):
                      predicted_gain=scale * gradient.dot(full), grad_norm=gradient.norm(),
                      loss=-tries[-1]["real_gain"])
 
-        # 5. Log. The loss is no measure of quality: what matters is its gradient.
+        # 5. Log. The loss is minus what L has gained, measured after the step.
         run.log(step, **batch_stats(scores, kl, batch, cfg.group_size), **each, **stats)
         run.show(step, asked, texts, scores)
         validate(run, step, policy, tokenizer, validation, cfg, rewards)

@@ -185,9 +185,9 @@ def test_a_batch_is_judged_by_the_model_from_before_it(folders, here):  # noqa: 
 def test_the_filter_by_accuracy(folders, here):  # noqa: F811
     """Groups of 4 with 0 to 3 right ones. Those with none are left out; of the best too, at 0.3."""
     scores = torch.tensor([0.0, 0, 0, 0, 1, 0, 0, 0, 1, 1, 0, 0, 1, 1, 1, 0])
-    assert prime.solved_at_times(scores, 4, 0.0).tolist() == list(range(16))
-    assert prime.solved_at_times(scores, 4, 0.2).tolist() == list(range(4, 16))
-    assert prime.solved_at_times(scores, 4, 0.3).tolist() == list(range(8, 12))
+    assert prime.filter_by_accuracy(scores, 4, 0.0).tolist() == list(range(16))
+    assert prime.filter_by_accuracy(scores, 4, 0.2).tolist() == list(range(4, 16))
+    assert prime.filter_by_accuracy(scores, 4, 0.3).tolist() == list(range(8, 12))
     seen, real = [], prime.token_logprobs
     here.setattr(prime, "token_logprobs", lambda net, batch, rows, T: seen.extend(
         rows.tolist()) or real(net, batch, rows, T))
