@@ -18,6 +18,7 @@ from ppo import gae
 from reinforce import ema_baseline, reinforce_loss, running_mean_baseline
 from remax import remax_advantages
 from rloo import leave_one_out_advantages
+from trpo import surrogate
 
 torch.manual_seed(0)
 PREFIXES = [p for n in range(3) for p in itertools.product((1, 2), repeat=n)]
@@ -91,6 +92,13 @@ def ppo(logprobs, rows, values=0.0, lam=1.0):
     return clip_loss(logprobs, advantages, mask)
 
 
+def trpo(logprobs, rows):
+    """The direction before F^-1; TRPO maximises. Token mean turned back into a sum, no z-score."""
+    kl, mask = kl_of(logprobs, rows), MASK[rows]
+    advantages = returns_to_go(token_rewards(SCORES[rows], kl, mask, KL_COEF), mask)
+    return -surrogate(logprobs, logprobs.detach(), advantages, mask) * mask.sum() / len(mask)
+
+
 def remax(logprobs, rows):
     greedy = SCORES[GREEDY].expand(len(rows))
     kl = kl_of(logprobs, rows)
@@ -140,6 +148,8 @@ UNBIASED = {
     "REINFORCE++, batches of two": (reinforce_pp, 2),
     "PPO, lam 1, no critic": (ppo, 1),
     "PPO, lam 1, any critic": (lambda logprobs, rows: ppo(logprobs, rows, VALUES[rows]), 2),
+    "TRPO, its surrogate": (trpo, 1),
+    "TRPO, batches of two": (trpo, 2),
     "ReMax": (remax, 1),
     "ReMax, batches of two": (remax, 2),
     "RLOO, pairs": (rloo, 2),

@@ -102,26 +102,17 @@ def test_the_expected_gradient_is_that_of_outcome_and_process_less_a_price_per_t
     assert abs(b) > 0.05 and (ours - unpriced).abs().max() > 0.01
 
 
-def test_the_best_implicit_reward_model_knows_the_odds_of_each_beginning():
-    """What the summed q is: with a table for a model, at every token the soft expectation of how
-    right the answer will be, beta log E_ref[exp(r / beta)], r being the log-odds in all (less what
-    nothing can learn, a constant). Trained on the outcome alone; shown by solving for it."""
-    r, beta = torch.linspace(-1, 1, len(SEQUENCES)).double(), 0.5
-    ref = (REF_LOGPROBS * MASK).sum(1).exp()  # of whole sequences; then prm = ref exp(r / beta) / Z
-    prm = ref * (r / beta).exp() / (ref * (r / beta).exp()).sum()
-
-    def beginning(y, n, p):
-        return sum(p[i] for i, other in enumerate(SEQUENCES) if other[:n] == y[:n])
-
-    Z = (ref * (r / beta).exp()).sum()
-    for i, y in enumerate(SEQUENCES):
-        tokens = [(beginning(y, n + 1, w) / beginning(y, n, w)).log() for n in range(len(y))
-                  for w in (prm, ref)]
-        q = prime.implicit_rewards(torch.stack(tokens[::2]), torch.stack(tokens[1::2]), beta)
+def test_a_partial_sum_of_q_is_a_soft_mean_of_the_final_sums():
+    """beta log E_ref[exp(Q / beta) | the beginning], by enumeration of all ends; for any prm."""
+    torch.manual_seed(2)
+    beta, ref = 0.5, (REF_LOGPROBS * MASK).sum(1).exp()
+    prm = logprobs_of(torch.randn(len(THETA), 3).double().log_softmax(-1))
+    q = prime.implicit_rewards(prm, REF_LOGPROBS, beta) * MASK
+    for y, row in zip(SEQUENCES, q):
         for n in range(1, len(y) + 1):
-            soft = beginning(y, n, ref * (r / beta).exp()) / beginning(y, n, ref)
-            assert q[:n].sum().item() == pytest.approx(beta * (soft / Z).log().item(), abs=1e-9)
-        assert q.sum().item() == pytest.approx(r[i].item() - beta * Z.log().item(), abs=1e-9)
+            ends = [i for i, other in enumerate(SEQUENCES) if other[:n] == y[:n]]
+            mean = sum(ref[i] * (q[i].sum() / beta).exp() for i in ends) / sum(ref[i] for i in ends)
+            assert row[:n].sum().item() == pytest.approx(beta * mean.log().item(), abs=1e-12)
 
 
 # --------------------------------------------------------------------------------- the reward model
