@@ -79,7 +79,7 @@ def mean_kl(old_logits, logits, mask):
 
 
 def fisher_vector_product(kl, parameters, vector, damping):
-    """(F + damping) v: scalar with graph, P numbers in all, (P,), float -> (P,). TRPO, appendix C.
+    """(F + damping) v: scalar with graph, list of tensors, (P,), float -> (P,). TRPO, appendix C.
 
     F is the Hessian of kl. At pi_old, kl's gradient is 0, but along v it grows by F v. Keeps kl.
     """
