@@ -1,7 +1,7 @@
 """
 Learning curves of one or several runs, from their metrics.jsonl. Needs matplotlib, which is in
 requirements-dev.txt and nowhere else. Or, without it, the implicit reward of every token of a wrong
-answer, from a run of prime.py: its last one in samples.jsonl with the most steps.
+answer in a run of prime.py: of those with most steps in samples.jsonl, the one with the lowest sum.
 
     python plot.py runs/reinforce_pp runs/reinforce_pp-2 --keys score length kl --out curves.svg
     python plot.py runs/prime --tokens --out tokens.svg
@@ -36,7 +36,8 @@ def tokens(folder):
     if not wrong:
         sys.exit(f"error: --tokens: no wrong answer with token_rewards in {path}; name a run of "
                  "prime.py")
-    row = max(reversed(wrong), key=lambda row: row["completion"].count(","))
+    row = max(wrong, key=lambda row: (row["completion"].count(","),
+                                      -sum(q for _, q in row["token_rewards"])))
     largest = max(abs(q) for _, q in row["token_rewards"]) or 1.0
     prompt, x = html.escape(str(row["prompt"])), 14 + 9 * len(str(row["prompt"]))
     parts = [f'<text x="8" y="24" font-size="15">{prompt}</text>']

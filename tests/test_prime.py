@@ -218,14 +218,14 @@ def test_samples_show_each_token_with_its_reward(folders, here):  # noqa: F811
 
 
 def test_the_picture_of_a_wrong_answer(tmp_path, monkeypatch, capsys):
-    """The last of the wrong ones with most steps; a box for each token, red below 0, blue above."""
+    """Of the wrong ones with most steps, that of the lowest sum; a box each, red below 0, or blue."""
     monkeypatch.chdir(tmp_path)
 
     def row(completion, score, *q):
         return dict(prompt="1+2<3=", completion=completion, score=score, token_rewards=list(q))
 
     rows = [row("1,2", 0.0, ["1", 9.0]), row("1,2,3", 1.0, ["1", 9.0]), row("7", 0.0, ["7", 9.0]),
-            row("8,9", 0.0, ["8", 0.25], [",9", -0.5], ["<eos>", 0.0])]
+            row("8,9", 0.0, ["8", 0.25], [",9", -0.5], ["<eos>", 0.0]), row("5,6", 0.0, ["5", 0.0])]
     (tmp_path / "samples.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     monkeypatch.setattr(sys, "argv", ["plot.py", ".", "--tokens", "--out", "tokens.svg"])
     plot.main()
