@@ -51,7 +51,7 @@ class Config(RunConfig):  # the rest is in common.py: --steps, --max_new_tokens,
     reward_clip: float = HfArg(default=5.0, help="clip z-scored scores to this; 0: raw scores")
     delta: Optional[float] = HfArg(default=None, help="largest KL of a step, nats per token")
     damping: Optional[float] = HfArg(default=None, help="added to the diagonal of the matrix F")
-    fisher_fraction: float = HfArg(default=0.125, help="part of the batch that F is made from")
+    fisher_fraction: Optional[float] = HfArg(default=None, help="part of the batch that makes F")
     cg_iterations: int = HfArg(default=10, help="products with F to find the step, at most")
     backtrack: float = HfArg(default=0.8, help="factor that shortens a step not accepted")
     max_backtracks: int = HfArg(default=10, help="tries, after which no step is made")
@@ -59,9 +59,9 @@ class Config(RunConfig):  # the rest is in common.py: --steps, --max_new_tokens,
 
 # Defaults: TOY; HUB: --model on a GPU; CPU: --model without. completions = prompts * group_size.
 TOY = dict(steps=30, completions=512, micro_batch_size=64, max_new_tokens=32, kl_coef=0.01,
-           eval_prompts=512, delta=0.005, damping=1.0)
+           eval_prompts=512, delta=0.005, damping=1.0, fisher_fraction=0.0625)
 HUB = dict(steps=200, completions=256, micro_batch_size=4, max_new_tokens=256, kl_coef=0.001,
-           eval_prompts=256, delta=0.001, damping=0.1)
+           eval_prompts=256, delta=0.001, damping=0.1, fisher_fraction=0.125)
 CPU = dict(HUB, steps=15, completions=32, max_new_tokens=48, eval_prompts=64)
 
 

@@ -225,7 +225,8 @@ def test_the_picture_of_a_wrong_answer(tmp_path, monkeypatch, capsys):
         return dict(prompt="1+2<3=", completion=completion, score=score, token_rewards=list(q))
 
     rows = [row("1,2", 0.0, ["1", 9.0]), row("1,2,3", 1.0, ["1", 9.0]), row("7", 0.0, ["7", 9.0]),
-            row("8,9", 0.0, ["8", 0.25], [",9", -0.5], ["<eos>", 0.0]), row("5,6", 0.0, ["5", 0.0])]
+            row("8,9", 0.0, ["8", 0.25], [",9", -0.5], ["<eos>", 0.0]),
+            row("5,6", 0.0, ["5", 0.0])]
     (tmp_path / "samples.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     monkeypatch.setattr(sys, "argv", ["plot.py", ".", "--tokens", "--out", "tokens.svg"])
     plot.main()

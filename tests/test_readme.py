@@ -56,7 +56,7 @@ def test_every_flag_is_in_the_table():
     for name in FIELDS:
         (default,) = re.findall(rf"^\| `--{name}` \|[^|]*\| ([^|]*)\|", table, re.M)
         script = dict(critic_lr=ppo, prompts=dpo, beta=dpo, prm_lr=prime, delta=trpo,
-                      damping=trpo).get(name, reinforce_pp)
+                      damping=trpo, fisher_fraction=trpo).get(name, reinforce_pp)
         world = [row.get(name) for row in (script.TOY, script.HUB, script.CPU)]
         if None not in world:
             assert [float(value) for value in default.split(";")[0].split("/")] == world, name
