@@ -218,7 +218,7 @@ def test_samples_show_each_token_with_its_reward(folders, here):  # noqa: F811
 
 
 def test_the_picture_of_a_wrong_answer(tmp_path, monkeypatch, capsys):
-    """Of the wrong ones with most steps, that of the lowest sum; a box each, red below 0, or blue."""
+    """Of the wrong ones with most steps, that of the lowest sum; red boxes below 0, else blue."""
     monkeypatch.chdir(tmp_path)
 
     def row(completion, score, *q):
