@@ -1,5 +1,6 @@
 """TRPO: the step by oracle, closed form and finite differences; the line search in real runs."""
 import json
+import math
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from conftest import CONFIGS, make_model
 from rollout import load_policy, make_batch, plain_logprobs, token_logits
 from test_command_line import metrics, weights
 from test_exact_gradient import MASK, PREFIXES, SEQUENCES, THETA
-from test_mathematics import T, cases, same
+from test_mathematics import T, cases, check_padding, same
 from test_scripts import blind, here, shorter, train  # noqa: F401
 
 
@@ -132,6 +133,20 @@ def test_the_fisher_product_of_a_transformer_is_a_finite_difference(name):
     assert (ours[-3:] == 0).all()
 
 
+@pytest.mark.parametrize("garbage", [1e30, math.inf, math.nan])
+def test_padding_changes_nothing(garbage):
+    """Neither the values nor the gradients."""
+    def every_function(mask, logprobs, old, A):
+        leaf = logprobs.clone().requires_grad_()
+        logits, old_logits = (torch.stack([x, 2 * x, 3 - x], -1) for x in (leaf, old))
+        L, kl = trpo.surrogate(leaf, old, A, mask), trpo.mean_kl(old_logits, logits, mask)
+        yield L.detach()
+        yield kl.detach()
+        yield torch.autograd.grad(L + kl, leaf)[0]
+
+    check_padding(every_function, garbage)
+
+
 def test_conjugate_gradients():
     torch.manual_seed(0)
     half, b, calls = torch.randn(8, 8).double(), torch.randn(8).double(), []
@@ -196,9 +211,15 @@ def test_after_every_step_the_kl_is_at_most_delta(folders, here, name):  # noqa:
 
 
 def test_a_tiny_step_gains_what_was_predicted(folders, here):  # noqa: F811
-    """Where L is a straight slope and KL a parabola: delta, less the part that is damping."""
+    """Where L is a straight slope and KL a parabola: delta, less the part that is damping.
+
+    Also with advantages that are not centred: L before the step is their mean, not 0.
+    """
+    real = trpo.reinforce_pp_advantages
+    here.setattr(trpo, "reinforce_pp_advantages", lambda *args: real(*args) + 3 * args[2])
     here.setitem(rewards.REWARDS, "last_number", shorter)
-    train("trpo", folders("llama"), steps=1, prompts=32, delta=1e-6, damping=1e-3, cg_iterations=20)
+    train("trpo", folders("llama"), steps=1, prompts=32, delta=1e-6, damping=1e-3, cg_iterations=20,
+          temperature=0.6)
     (row,) = metrics("run")
     assert row["real_gain"] == pytest.approx(row["predicted_gain"], rel=0.05)
     assert row["backtracks"] <= 1 and row["kl_before"] == pytest.approx(1e-6, rel=0.15)
