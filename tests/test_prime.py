@@ -119,7 +119,7 @@ def test_a_partial_sum_of_q_is_a_soft_mean_of_the_final_sums():
 
 def test_the_step_with_the_lowest_reward():
     """Steps of 2 tokens. Found; not found; right after all; of one step only."""
-    q = torch.tensor([[0, 1, -1, -1, 0, 0.5], [-3, 0, 1, 0, 0, 0], [-5, 0, 0, 0, 0, 0],
+    q = torch.tensor([[0, 1, -1, -1, 0, 0.5], [-3, 0, 0.5, 0, 1, 0], [-5, 0, 0, 0, 0, 0],
                       [-1, 0, 0, 0, 0, 0]])
     steps = [[1.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.0, 1.0, 1.0], [0.0]], [[1, 3, 5]] * 3 + [[5]]
     stats = prime.prm_stats(q, torch.tensor([0.0, 0, 1, 0]), *steps)
@@ -150,6 +150,20 @@ def test_outcomes_alone_say_which_token_matters(folders, here):  # noqa: F811
     assert good.mean() > 0.1 > 0 > other.mean(), (good.mean(), other.mean())
     rows = metrics("run")
     assert rows[-1]["prm_loss"] < 0.8 * rows[0]["prm_loss"] and rows[-1]["prm_accuracy"] > 0.8
+
+
+def test_micro_batches_do_not_matter_to_the_reward_model(folders, here):  # noqa: F811
+    """Its loss is a mean over completions, however long they are. The policy stays as it is."""
+    here.setitem(rewards.REWARDS, "last_number", has_a_plus)
+    for size in (16, 3):
+        train("prime", folders("llama", hostile=True), prompts=16, micro_batch_size=size, lr=0.0,
+              prm_lr=1e-2, beta=0.5, max_new_tokens=24, steps=3, out_dir=f"run{size}")
+    one, two = ([row["prm_loss"] for row in metrics(f"run{size}")] for size in (16, 3))
+    assert one == pytest.approx(two, rel=2e-4)
+    one, two = (torch.load(f"run{size}/checkpoint.pt", weights_only=False)["prm"]
+                for size in (16, 3))
+    gaps = torch.cat([(one[key] - two[key]).abs().flatten() for key in one])
+    assert gaps.mean() < 0.02 * 1e-2
 
 
 def test_a_batch_is_judged_by_the_model_from_before_it(folders, here):  # noqa: F811
@@ -224,7 +238,7 @@ def test_the_picture_of_a_wrong_answer(tmp_path, monkeypatch, capsys):
     def row(completion, score, *q):
         return dict(prompt="1+2<3=", completion=completion, score=score, token_rewards=list(q))
 
-    rows = [row("1,2", 0.0, ["1", 9.0]), row("1,2,3", 1.0, ["1", 9.0]), row("7", 0.0, ["7", 9.0]),
+    rows = [row("1,2", 0.0, ["1", 9.0]), row("1,2,3", 1.0, ["1", 9.0]), row("7", 0.0, ["7", -9.0]),
             row("8,9", 0.0, ["8", 0.25], [",9", -0.5], ["<eos>", 0.0]),
             row("5,6", 0.0, ["5", 0.0])]
     (tmp_path / "samples.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
