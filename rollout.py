@@ -9,6 +9,7 @@ The only file that knows padding, positions and key/value caches. Three facts sh
 - Layout: prompts are padded on the left to P columns, completions follow in columns P, P+1, ..., so
   that all rows write the same column at the same time. Positions count real tokens only.
 """
+import contextlib
 from dataclasses import dataclass
 from typing import Optional
 
@@ -91,8 +92,8 @@ def plain_logprobs(policy, batch, temperature):
 # One forward pass over prompts, one over completions that share them
 
 
-def precision(device, fp32=False):
-    return torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(device) and not fp32)
+def precision(device):
+    return torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(device))
 
 
 def attention_mask(policy, valid, at):
@@ -177,7 +178,7 @@ def per_token(model, batch, rows, read, fp32=False):
     prompts, owner = batch.owner[rows].unique(return_inverse=True)
     prompt_ids, valid = pad_left([batch.prompts[i] for i in prompts.tolist()], ids.device)
     everything = torch.cat([valid[owner], mask[:, :-1]], 1)
-    with precision(ids.device, fp32):
+    with contextlib.nullcontext() if fp32 else precision(ids.device):
         if model.training or len(prompts) == len(rows):  # prompt and completion in one forward
             ids_in = torch.cat([prompt_ids[owner], ids[:, :-1]], 1)
             result = read(forward(model, ids_in, everything, keep=width), ids)

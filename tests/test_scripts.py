@@ -147,7 +147,8 @@ def same_but_for_rounding(one, two, lr=1e-3, but=()):
 
 @each_variant
 def test_micro_batches_do_not_matter(folders, here, name, variant):
-    here.setitem(rewards.REWARDS, "last_number", shorter)
+    here.setitem(rewards.REWARDS, "last_number", lambda prompts, completions, **columns: [
+        1 / (1 + len(text)) for text in completions])
     for size in (16, 3):
         train(name, folders("llama", hostile=True), **variant, prompts=16, micro_batch_size=size,
               kl_coef=0.1, max_new_tokens=24, out_dir=f"run{size}")  # two EOS ids: ragged lengths
