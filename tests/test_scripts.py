@@ -239,7 +239,7 @@ def test_every_knob_does_something(folders, here, name):
     """Against a run without it, the weights after three steps differ."""
     here.setitem(rewards.REWARDS, "last_number", lambda prompts, completions, **columns: [
         (len(text) + 10 * (i == 0)) / 16 for i, text in enumerate(completions)])
-    base = dict(steps=3, prompts=16, kl_coef=0.1)
+    base = dict(steps=2 if name in ("trpo", "prime") else 3, prompts=16, kl_coef=0.1)
     if name == "trpo":
         base.update(delta=0.5, damping=0.01, fisher_fraction=0.1)  # so far, that it is shortened
     train(name, folders("llama"), **base, out_dir="base")
@@ -544,7 +544,7 @@ CAPS = {  # changed code lines, docstring aside: removed, added; README's readin
     ("reinforce_pp", "rloo"): (28, 31), ("rloo", "grpo"): (31, 81), ("rloo", "remax"): (36, 17),
     ("grpo", "reinforce_pp"): (82, 29), ("rloo", "raft"): (47, 26), ("sft", "dpo"): (56, 84),
     ("dpo", "orpo"): (50, 26), ("dpo", "reward_model"): (66, 34),
-    ("reinforce_pp", "trpo"): (61, 115), ("rloo", "prime"): (44, 93)}
+    ("reinforce_pp", "trpo"): (62, 116), ("rloo", "prime"): (45, 94)}
 
 
 def code(name):
