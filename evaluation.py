@@ -2,7 +2,6 @@
 Looking at a policy: what the log says of a step, and how it fares on held-out problems.
 """
 import json
-import resource
 import sys
 from pathlib import Path
 
@@ -166,13 +165,21 @@ def report(before, after, folder):
                                            for results in (before, after)))
     results = dict(before=before, after=after, peak_memory=peak_memory())
     Path(folder, "test.json").write_text(json.dumps(results, indent=1))
-    print(f"\nPeak memory: {results['peak_memory'] / 1e9:.2f} GB. The trained model is in "
-          f"{folder / 'model'}, the log in {folder / 'metrics.jsonl'}.")
+    peak = results["peak_memory"]
+    memory = f"Peak memory: {peak / 1e9:.2f} GB. " if peak else ""
+    print(f"\n{memory}The trained model is in {folder / 'model'}, the log in "
+          f"{folder / 'metrics.jsonl'}.")
 
 
 def peak_memory():
-    """The most bytes that tensors took on the GPU; without one, that this process took."""
+    """The most bytes that tensors took on the GPU; without one, that this process took.
+
+    0 on Windows, where Python's library cannot tell.
+    """
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated()
+    if sys.platform == "win32":
+        return 0
+    import resource  # here, because Windows has no such module
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak  # Linux counts in kilobytes

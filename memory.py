@@ -8,14 +8,18 @@ Always there, per parameter: 4 bytes for the weight, 4 for its gradient, 8 for A
 for the reference, if there is one; 16 for PPO's critic or PRIME's reward model; 2 for the bf16 copy
 in use. (trpo.py: 59 in all, 55 without a reference, all in fp32.) Beyond that
 
-    keys and values   tokens x layers x key/value width x 2 (keys, values) x 2 bytes (bf16), always
-                      there, for the CUDA graph; and once more in its first rollout
-    sampler           completions x vocabulary x 22 bytes, while sampling
+    prompts           prompt tokens x (8 x MLP width + 16 x width + 6 x layers x key/value width)
+                      bytes, while the prompts of a step are read
+    keys and values   tokens x layers x key/value width x 2 (keys, values) x 2 bytes (bf16), while
+                      sampling
+    sampler           completions x vocabulary x 22 bytes, likewise
     activations       tokens x layers x (34.5 x width + 8 x MLP width) bytes in bf16, while
                       updating; with --gradient_checkpointing 4 x width instead
-    logits            completion tokens x vocabulary x 4 bytes (bf16, and their gradient), likewise
+    logits            completion tokens x vocabulary x 4 bytes (bf16, and their gradient), likewise,
+                      and 16 bytes for 1,024 tokens at a time (the log-softmax and its gradient)
 
-of which the larger phase counts. Tokens while updating: those of --micro_batch_size completions.
+of which the largest phase counts. Each completion is taken to have a prompt of its own. Tokens
+while updating: those of --micro_batch_size completions.
 """
 import argparse
 from collections import namedtuple
@@ -34,14 +38,15 @@ SCRIPTS = {  # bytes per parameter
 
 
 def gigabytes(m, per_parameter, args, recompute):
-    """Static, and the larger of sampling and updating."""
-    tokens = args.prompt_tokens + args.new_tokens
-    cache = args.completions * tokens * m.layers * m.kv_width * 4
-    sampling = cache + args.completions * m.vocabulary * 22
+    """What is always there, and the largest phase."""
+    tokens, kv_width = args.prompt_tokens + args.new_tokens, m.layers * m.kv_width
+    reading = args.completions * args.prompt_tokens * (8 * m.mlp + 16 * m.width + 6 * kv_width)
+    sampling = args.completions * (tokens * kv_width * 4 + m.vocabulary * 22)
     layer = 4 * m.width if recompute else 34.5 * m.width + 8 * m.mlp
-    updating = args.micro_batch_size * (
-        tokens * m.layers * layer + args.new_tokens * m.vocabulary * 4)
-    return (m.parameters * per_parameter + cache + max(sampling, updating)) / 1e9
+    targets = args.micro_batch_size * args.new_tokens
+    updating = args.micro_batch_size * tokens * m.layers * layer + m.vocabulary * (
+        4 * targets + 16 * min(targets, 1024))
+    return (m.parameters * per_parameter + max(reading, sampling, updating)) / 1e9
 
 
 def main():

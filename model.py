@@ -9,6 +9,7 @@ import math
 import os
 import re
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -163,6 +164,8 @@ def check_memory(model, bytes_each, remedy):
     """Find out before the training if a model is too large: it takes bytes_each per parameter."""
     if model.device.type == "cuda":
         have = torch.cuda.mem_get_info(model.device)[1]
+    elif sys.platform == "win32":  # where Python's library cannot tell
+        return
     else:
         have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if (need := bytes_each * sum(p.numel() for p in model.parameters())) > have:

@@ -10,6 +10,8 @@ The only file that knows padding, positions and key/value caches. Three facts sh
   that all rows write the same column at the same time. Positions count real tokens only.
 """
 import contextlib
+import functools
+import inspect
 from dataclasses import dataclass
 from typing import Optional
 
@@ -19,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import DynamicCache
 
 from common import fail, use_bf16
-from decode import decoder
+from decode import Decoder
 from model import eos_ids, load_model, load_tokenizer
 
 
@@ -96,6 +98,14 @@ def precision(device):
     return torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(device))
 
 
+def without_gradient(device):
+    """Inference mode on a CPU, where it saves a tenth of the sampling; no_grad elsewhere.
+
+    Under inference mode, autocast keeps no bf16 weights: it would cast each of them at each token.
+    """
+    return torch.inference_mode() if device.type == "cpu" else torch.no_grad()
+
+
 def attention_mask(policy, valid, at):
     """Who sees whom: the columns `at` (q,) look back at those that `valid` (n, W) marks real.
 
@@ -118,22 +128,26 @@ def attention_mask(policy, valid, at):
     return additive(visible)
 
 
-def inputs(policy, ids, valid, at=None):
-    """What a model takes: `ids` (n, q) are the columns `at` (q,) of `valid` (n, W): the last.
-
-    Only a CUDA graph says where they are, because its W is fixed, and not all columns are written.
-    """
-    if at is None:
-        at = torch.arange(valid.shape[1] - ids.shape[1], valid.shape[1], device=ids.device)
+def inputs(policy, ids, valid):
+    """What a model takes: `ids` (n, q) are the last q columns of `valid` (n, W)."""
+    at = torch.arange(valid.shape[1] - ids.shape[1], valid.shape[1], device=ids.device)
     positions = (valid.cumsum(1) - 1).clamp(min=0)  # padding does not count: GPT-2 would notice
     return dict(input_ids=ids, attention_mask=attention_mask(policy, valid, at),
                 position_ids=positions.index_select(1, at))
 
 
-def forward(policy, ids, valid, cache=None, keep=0, at=None):
+@functools.cache
+def cache_argument(model_class):
+    """What forward() calls the cache: transformers 5.24 renamed `past_key_values` to `cache`."""
+    parameters = inspect.signature(model_class.forward).parameters
+    return "cache" if "cache" in parameters else "past_key_values"
+
+
+def forward(policy, ids, valid, cache=None, keep=0):
     """Logits (n, q or keep, V) of ids (n, q)."""
-    return policy(**inputs(policy, ids, valid, at), past_key_values=cache,
-                  use_cache=cache is not None, logits_to_keep=keep).logits
+    named_cache = {cache_argument(type(policy.base_model)): cache}
+    return policy(**inputs(policy, ids, valid), **named_cache, use_cache=cache is not None,
+                  logits_to_keep=keep).logits
 
 
 def pad_left(prompts, device):
@@ -265,14 +279,13 @@ def sample(policy, tokenizer, prompts, group_size, max_new_tokens, temperature, 
     stop = torch.tensor(eos_ids(policy, tokenizer), device=device)
     owner = torch.arange(len(prompts), device=device).repeat_interleave(group_size)
     ids = torch.zeros(len(owner), max_new_tokens, dtype=torch.long, device=device)
-    mask, logprobs = torch.zeros(2, *ids.shape, device=device)
+    mask, logprobs = torch.zeros(ids.shape, device=device), torch.zeros(ids.shape, device=device)
     finished = torch.zeros(len(owner), dtype=torch.bool, device=device)
     rows = torch.arange(len(owner), device=device)  # the completions that are still forwarded
-    # Inference mode is a tenth faster, but on a GPU autocast would cast each weight at each token.
-    with torch.no_grad(), torch.inference_mode(device.type == "cpu"), precision(device):
+    with without_gradient(device), precision(device):
         (prompt_ids, valid), cache = pad_left(prompts, device), DynamicCache()
         logits = forward(policy, prompt_ids, valid, cache, keep=1)[owner, -1]
-        decode = decoder(forward, policy, cache, owner, valid, max_new_tokens)  # decode.py
+        decode = Decoder(forward, policy, cache, owner, valid, max_new_tokens)
         for t in range(max_new_tokens):
             # The mask is what the sampler knows. It can't be read off the ids: pad may equal EOS.
             mask[rows, t] = (~finished[rows]).float()

@@ -1,10 +1,14 @@
-"""Tiny models and helpers of all tests. No network, no warm-up, CPU only."""
+"""Tiny models and helpers of all tests. No network, no warm-up; PAPER_CUDA=1: see paper_cuda.py."""
 import functools
 import json
 import os
 import sys
 import tempfile
 from pathlib import Path
+
+if os.environ.get("PAPER_CUDA"):
+    import paper_cuda  # before torch
+    paper_cuda.install()
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp()

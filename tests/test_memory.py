@@ -63,12 +63,19 @@ def test_the_sum_of_it():
     """A model of round numbers: 1,000 parameters, one layer; 10 completions of 3 + 7 tokens."""
     model = memory.Model(1000, 1, 100, 1000, 10, 50)
     args = SimpleNamespace(completions=10, micro_batch_size=2, prompt_tokens=3, new_tokens=7)
-    cache, sampler = 10 * 10 * 10 * 2 * 2, 10 * 50 * 22
-    activations, logits = 2 * 10 * (3450 + 8000), 2 * 7 * 50 * 4
+    activations, logits = 2 * 10 * (3450 + 8000), 2 * 7 * 50 * (4 + 16)
+    prompts = 10 * 3 * (8000 + 1600 + 60)
+    assert memory.gigabytes(model, 22, args, False) * 1e9 == pytest.approx(22_000 + prompts)
+    args.micro_batch_size = 4
     assert memory.gigabytes(model, 22, args, False) * 1e9 == pytest.approx(
-        22_000 + cache + activations + logits)
+        22_000 + 2 * (activations + logits))
+    args = SimpleNamespace(completions=10, micro_batch_size=2, prompt_tokens=1, new_tokens=900)
+    cache, sampler = 10 * 901 * 10 * 2 * 2, 10 * 50 * 22
+    activations, logits = 2 * 901 * 400, 50 * (2 * 900 * 4 + 1024 * 16)
     assert memory.gigabytes(model, 22, args, True) * 1e9 == pytest.approx(
-        22_000 + cache + max(cache + sampler, 2 * 10 * 400 + logits))
+        22_000 + activations + logits)
+    args.micro_batch_size = 0  # so that only the sampling is left
+    assert memory.gigabytes(model, 22, args, True) * 1e9 == pytest.approx(22_000 + cache + sampler)
 
 
 def test_weights_and_cache():

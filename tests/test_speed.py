@@ -1,13 +1,8 @@
 """Work is counted, because time is no matter for a test: tokens forwarded, rows decoded, passes."""
-import gc
-
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
-import decode
 import rollout
-from conftest import CONFIGS, make_model
 from rollout import Batch, load_policy, make_batch, micro_batches, sample, token_logprobs
 from test_scripts import SCRIPTS, quick
 
@@ -142,118 +137,17 @@ def test_scripts_skip_what_has_no_gradient(
     assert moved < 1e-5
 
 
-# ------------------------------------------------------------------ the arithmetic of CUDA graphs
+# ------------------------------------------------------------------ no gradient while sampling
 
-@pytest.fixture
-def graphs(monkeypatch):
-    """As on a GPU, but what would be replayed is computed. -> how often it was recorded."""
-    recorded = []
-
-    def record(step, device):
-        recorded.append(step)
-        return step
-    monkeypatch.setattr(decode, "use_graphs",
-                        lambda policy: decode.GRAPHS.get(policy, {}) is not None)
-    monkeypatch.setattr(decode, "record", record)
-    yield recorded
-    decode.GRAPHS.clear()
-
-
-def same_rollout(one, two):
-    assert torch.equal(one.mask, two.mask) and torch.equal(one.finished, two.finished)
-    assert torch.equal(one.completions * one.mask.long(), two.completions * two.mask.long())
-    torch.testing.assert_close(one.logprobs, two.logprobs, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_fixed_width_is_the_plain_way(name, tokenizer, graphs, monkeypatch):
-    """Several rollouts, with other prompts and weights, the last too wide for the first graph."""
-    policy = make_model(name).eval()
-    long = [[5, 6] * 20, [7] * 30]
-    cases = [(PROMPTS, 10), (PROMPTS[::-1], 10), ([[4, 5]] * 3, 7), (PROMPTS, 20)]
-    cases += [(long[:1] * 3, 20)] * 2
-    monkeypatch.setattr(decode, "WIDTH", 32)
-    for i, (prompts, longest) in enumerate(cases):
-        rollouts = []
-        for plainly in (True, False):
-            with monkeypatch.context() as patch:
-                if plainly:  # but no row is dropped, or the random numbers would go to others
-                    patch.setattr(decode, "use_graphs", lambda policy: False)
-                    patch.setattr(decode.Decoder, "drop", decode.GraphDecoder.drop)
-                rollouts.append(sample(policy, tokenizer, prompts, 2, longest, 1.0, seeded(i)))
-        same_rollout(*rollouts)
-        assert len(graphs) == (1 if i < 4 else 2)
-        with torch.no_grad():
-            for parameter in policy.parameters():
-                parameter.mul_(1.05)
-
-
-class Questions(TorchDispatchMode):
-    """Collects the operations for which a host would have to wait for its GPU."""
-
-    def __init__(self):
-        super().__init__()
-        self.found = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function._opname in ("item", "is_nonzero", "nonzero", "equal", "lift_fresh"):
-            self.found.append(function._opname)
-        return function(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_the_recorded_step_asks_the_gpu_nothing(name, tokenizer, graphs):
-    """A question midway ends the recording with an error of CUDA's."""
-    sample(make_model(name).eval(), tokenizer, PROMPTS, 2, 3, 1.0)
-    with torch.inference_mode(), Questions() as asked:
-        graphs[0]()
-        assert asked.found == []
-        torch.ones(1).item()
-    assert asked.found == ["item"]
-
-
-def shift(buffer, keys, values, *args, **kwargs):
-    """A cache that writes one column too far."""
-    buffer.keys.index_copy_(2, buffer.at + 1, keys)
-    buffer.values.index_copy_(2, buffer.at + 1, values)
-    return buffer.keys, buffer.values
-
-
-def test_a_graph_that_is_wrong_is_refused(policy, tokenizer, graphs, monkeypatch, capsys):
-    """Its first rollout is the plain one all the same, and a sentence says so, once."""
-    monkeypatch.setattr(decode.FixedBuffer, "update", shift)
-    monkeypatch.setattr(decode.Decoder, "drop", decode.GraphDecoder.drop)
-    first, second = (sample(policy, tokenizer, PROMPTS, 4, 10, 1.0, seeded()) for _ in range(2))
-    said = capsys.readouterr().err
-    assert said.count("without a CUDA graph") == 1 and "off by 0." in said
-    monkeypatch.setattr(decode, "use_graphs", lambda policy: False)
-    plain = sample(policy, tokenizer, PROMPTS, 4, 10, 1.0, seeded())
-    same_rollout(first, plain), same_rollout(second, plain)
-
-
-def test_a_graph_that_cannot_be_recorded_is_done_without(
-        policy, tokenizer, graphs, monkeypatch, capsys):
-    def record(step, device):
-        raise RuntimeError("operation not permitted when stream is capturing\nCUDA says more")
-    monkeypatch.setattr(decode, "record", record)
-    first, second = (sample(policy, tokenizer, PROMPTS, 4, 10, 1.0, seeded()) for _ in range(2))
-    same_rollout(first, second)
-    said = capsys.readouterr().err.splitlines()
-    assert len(said) == 1 and "RuntimeError: operation not permitted" in said[0]
-
-
-def test_graphs_go_with_their_policy(tokenizer, graphs, monkeypatch):
-    """A replay needs the addresses of the weights, and must not keep the weights."""
-    def record(step, device):
-        logits = step()
-        return lambda: logits
-    monkeypatch.setattr(decode, "record", record)
-    policy = make_model("llama").eval()
-    sample(policy, tokenizer, PROMPTS, 4, 3, 1.0)
-    assert len(decode.GRAPHS) == 1
-    del policy
-    gc.collect()
-    assert len(decode.GRAPHS) == 0
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_nothing_that_is_sampled_has_a_gradient(policy, tokenizer, forwards, monkeypatch, device):
+    """In the mode of either device; inference_mode(False) would switch gradients on."""
+    mode = rollout.without_gradient
+    monkeypatch.setattr(rollout, "without_gradient", lambda _: mode(torch.device(device)))
+    batch = sample(policy, tokenizer, PROMPTS, 2, 5, 1.0, seeded())
+    assert len(forwards) > 1 and not any(gradient for *_, gradient in forwards)
+    tensors = batch.owner, batch.completions, batch.mask, batch.logprobs, batch.finished
+    assert not any(tensor.requires_grad or tensor.is_inference() for tensor in tensors)
 
 
 def test_a_batch_can_be_trained_on(policy, tokenizer):

@@ -1,4 +1,4 @@
-"""The shape of the house: sizes, widths, and which file may know which."""
+"""The shape of the house: widths, the length of train(), and which file may know which."""
 import ast
 import re
 from pathlib import Path
@@ -6,26 +6,20 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-LIMITS = {"common.py": 260, "rollout.py": 320, "data.py": 230, "toy.py": 180, "run.py": 200,
-          "model.py": 185, "rewards.py": 180, "evaluation.py": 180, "ppo.py": 200, "grpo.py": 200,
-          "trpo.py": 200, "prime.py": 200,
-          "decode.py": 195, "preferences.py": 200, "bench.py": 400}
 LAYERS = ["common", "toy", "model", "run", "decode", "rollout", "data", "scorer",
           "rewards", "evaluation"]  # upwards
 FILES = sorted(path.name for path in ROOT.glob("*.py"))
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_sizes(name):
+def test_lines_are_narrow_and_the_story_is_short(name):
     source = (ROOT / name).read_text()
-    lines = source.splitlines()
-    assert len(lines) <= LIMITS.get(name, 150), f"{name} has {len(lines)} lines"
-    wide = [i for i, line in enumerate(lines, 1) if len(line) > 100]
+    wide = [i for i, line in enumerate(source.splitlines(), 1) if len(line) > 100]
     assert not wide, f"{name}: lines {wide} are wider than 100"
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.FunctionDef):
-            length, cap = node.end_lineno - node.lineno + 1, 75 if node.name == "train" else 30
-            assert length <= cap, f"{name}: {node.name}() has {length} lines"
+        if isinstance(node, ast.FunctionDef) and node.name == "train":
+            length = node.end_lineno - node.lineno + 1
+            assert length <= 80, f"{name}: train() has {length} lines"
 
 
 @pytest.mark.parametrize("name", FILES)

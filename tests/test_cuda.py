@@ -1,0 +1,307 @@
+"""
+What a GPU runs, within five minutes, without a network and without `datasets`:
+
+    python -m pytest tests/test_cuda.py
+
+Where there is no GPU, test_paper_cuda.py runs the same tests on the device of paper_cuda.py, and
+with them those that only that device can tell.
+"""
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+import common
+import grpo
+import memory
+import reward_model
+import rewards
+import rollout
+import sft
+import test_offline_scripts
+import test_scripts
+import toy
+from conftest import make_model, save_folder, write_jsonl
+from rollout import load_policy, make_batch, sample, token_logprobs
+from test_command_line import metrics
+
+PAPER = sys.modules.get("paper_cuda")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+on_paper = pytest.mark.skipif(not PAPER, reason="only the device of paper_cuda.py can tell")
+
+VARIANTS = [("sft", {}), *test_scripts.VARIANTS, *test_offline_scripts.VARIANTS,
+            *((name, dict(gradient_checkpointing=True)) for name in ("grpo", "trpo", "dpo")),
+            ("reinforce_pp", dict(reward="judge"))]
+each_variant = pytest.mark.parametrize("name, variant", VARIANTS, ids=[
+    " ".join([name, *(f"{k}={v}" for k, v in variant.items())]) for name, variant in VARIANTS])
+each_script = pytest.mark.parametrize("name", dict(VARIANTS))
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, few_problems):
+    """A folder with pairs and rankings in it; scores that differ, in whatever a model writes."""
+    monkeypatch.chdir(tmp_path)
+    texts = ["7", "12,1", "3,3,3,3"]
+    prompts = [f"{i}+{j}=" for i in range(10) for j in range(4)]
+    write_jsonl("pairs.jsonl", [dict(prompt=p, chosen="7", rejected="3,3,3,3") for p in prompts])
+    write_jsonl("rankings.jsonl", [dict(prompt=p, completions=texts) for p in prompts])
+    monkeypatch.setitem(rewards.REWARDS, "last_number", by_text)
+    return monkeypatch
+
+
+def by_text(prompts, completions, **columns):
+    """From 0 to 1, and never the same for two different texts."""
+    return [sum(ord(char) * 31**i for i, char in enumerate(text)) % 997 / 996
+            for text in completions]
+
+
+def large_model(folder):
+    """A Llama of 30M parameters with random weights; of paper, one of 1M."""
+    torch.manual_seed(0)
+    size = dict(vocab_size=24576, hidden_size=512, intermediate_size=1408, num_hidden_layers=6,
+                num_attention_heads=8, num_key_value_heads=2)
+    if PAPER:
+        size.update(vocab_size=1024, hidden_size=192, intermediate_size=512, num_hidden_layers=2)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        **size, tie_word_embeddings=True, pad_token_id=0, bos_token_id=1, eos_token_id=2))
+    model.save_pretrained(folder)
+    toy.make_tokenizer().save_pretrained(folder)
+    return str(folder), model.config
+
+
+SCRIPTS = {"sft": sft, **test_scripts.SCRIPTS, **test_offline_scripts.SCRIPTS}
+
+
+def config(name, model, **flags):
+    flags = {**dict(device="cuda", out_dir="run"), **flags}
+    if name in test_offline_scripts.SCRIPTS:
+        return test_offline_scripts.quick(name, model, **flags)
+    if name in test_scripts.SCRIPTS:
+        return test_scripts.quick(name, model, **flags)
+    return sft.Config(**{**dict(model=model, data="toy", steps=2, minibatch_size=8,
+                                micro_batch_size=4, max_new_tokens=24, eval_prompts=2, lr=1e-3),
+                         **flags})
+
+
+def train(name, model, **flags):
+    SCRIPTS[name].train(config(name, model, **flags))
+
+
+def finite(folder, steps):
+    rows = metrics(folder)
+    assert [row["step"] for row in rows] == list(range(1, steps + 1))
+    for row in rows:
+        assert all(torch.isfinite(torch.tensor(float(value))) for value in row.values()), row
+    return rows
+
+
+def moved(before, after):
+    """The share of the weights that a training has changed; both lie on the disk."""
+    old, new = (load_policy(folder, "cpu")[0].state_dict() for folder in (before, after))
+    return torch.cat([(old[key] != new[key]).flatten() for key in old]).float().mean()
+
+
+# ------------------------------------------------------------------ every script and every path
+
+@each_variant
+def test_it_trains_and_evaluates(folders, here, name, variant):
+    """Three steps of a model with the toy's vocabulary; what is saved loads on a CPU."""
+    model = folders("llama")
+    if variant.get("reward") == "judge":
+        reward_model.train(test_offline_scripts.quick("reward_model", model, device="cuda",
+                                                      out_dir="judge"))
+    train(name, model, **variant, steps=3, eval_every=2)
+    rows = finite("run", 3)
+    if "ratio_max" in rows[0] and name != "trpo":  # its step is as long as the KL allows
+        assert rows[0]["ratio_max"] < 1.5
+    if name != "reward_model":
+        assert moved(model, "run") > 0.9
+        assert json.loads(Path("run/test.json").read_text())["peak_memory"] > 1e5
+
+
+@each_script
+def test_a_larger_model_trains_in_bf16(tmp_path, here, capsys, name):
+    """A vocabulary larger than the tokenizer's, and prompts of different lengths."""
+    model, _ = large_model(tmp_path / "large")
+    train(name, model, steps=3)
+    assert "in bf16 over fp32 weights" in capsys.readouterr().out
+    finite("run", 3)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "qwen3"])
+@pytest.mark.parametrize("name", ["grpo", "trpo", "reward_model"])
+def test_other_architectures(folders, here, name, kind):
+    train(name, folders(kind), steps=2)
+    finite("run", 2)
+
+
+@pytest.mark.parametrize("name", ["reinforce_pp", "prime", "dpo"])
+def test_kill_and_resume(folders, here, name):
+    """The random numbers of a GPU have a state of their own, which the checkpoint has to hold."""
+    class Killed(BaseException):
+        pass
+
+    def kill(run, step, *args, **kwargs):
+        if step == 1:
+            raise Killed
+
+    train(name, folders("llama"), steps=3, save_every=1)
+    Path("run").rename("whole")
+    with here.context() as patch:
+        patch.setattr(SCRIPTS[name], "validate", kill)
+        with pytest.raises(Killed):
+            train(name, folders("llama"), steps=3, save_every=1)
+    torch.manual_seed(7)  # of both devices
+    train(name, folders("llama"), steps=3, save_every=1, resume=True)
+    for one, two in zip(finite("run", 3), finite("whole", 3)):
+        assert one == (two if PAPER else pytest.approx(two, rel=1e-2, abs=1e-3))
+
+
+# ------------------------------------------------------------------ the same numbers as on a CPU
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "large"])
+def test_log_probs_are_those_of_the_cpu(tmp_path, monkeypatch, kind, bf16):
+    if kind == "large":
+        model = load_policy(large_model(tmp_path)[0], "cpu")[0]
+    else:
+        model = make_model(kind, scale=0.1).eval()
+    monkeypatch.setattr(rollout, "use_bf16", lambda device: bf16 and device.type == "cuda")
+    generator, found = torch.Generator().manual_seed(0), []
+    ids = torch.randint(3, 18, (8, 20), generator=generator).tolist()
+    batch = make_batch([row[: 3 + i % 4] for i, row in enumerate(ids[:4])],
+                       [row[: 4 + 2 * i] for i, row in enumerate(ids)], "cpu")
+    for device in ("cpu", "cuda"):
+        there = rollout.Batch(batch.prompts, *(x.to(device) for x in (
+            batch.owner, batch.completions, batch.mask)))
+        with torch.no_grad():
+            found.append(token_logprobs(model.to(device), there, torch.arange(8), 0.7).cpu())
+    ratio = (found[1] - found[0])[batch.mask.bool()].exp()
+    if bf16:
+        assert 1e-5 < (ratio - 1).abs().mean() < 0.02
+    else:
+        torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
+
+
+def test_the_first_ratio_is_one(folders):
+    """The sampler's log-probs against the log-prob pass, both on the GPU, in bf16."""
+    policy, tokenizer = load_policy(folders("llama", scale=0.1), "cuda")
+    batch = sample(policy, tokenizer, [[5, 6, 7, 8, 9], [5, 6]], 16, 20, 1.0)
+    assert batch.logprobs.device.type == "cuda" and not batch.logprobs.requires_grad
+    logprobs = token_logprobs(policy, batch, torch.arange(32), 1.0)
+    ratio = (logprobs - batch.logprobs)[batch.mask.bool()].exp()
+    assert (ratio - 1).abs().mean() < 0.02 and abs(ratio.mean() - 1) < 0.01
+
+
+def without_adam(parameters, lr, **settings):
+    """Plain gradient descent: AdamW would turn a gradient of rounding errors into a full step."""
+    return torch.optim.SGD(parameters, lr)
+
+
+@on_paper
+@each_variant
+def test_same_metrics_as_on_a_cpu(folders, here, name, variant):
+    """In fp32, with the CPU's random numbers, of which each row gets its own if none is dropped."""
+    here.setattr(torch.cuda, "is_bf16_supported", lambda *args, **kwargs: False)
+    here.setattr(PAPER, "RANDOM", torch.default_generator)
+    here.setattr(torch.optim, "AdamW", without_adam)
+    here.setattr(rollout.Decoder, "drop", lambda self, rows, finished: rows)
+    model, found = folders("llama", scale=0.1), []
+    for device in ("cpu", "cuda"):
+        if variant.get("reward") == "judge":
+            reward_model.train(test_offline_scripts.quick(
+                "reward_model", model, device=device, out_dir=f"{device}/judge"))
+            variant = dict(reward=f"{device}/judge")
+        train(name, model, **dict(variant, device=device, out_dir=f"{device}/run", lr=0.3))
+        found.append([*metrics(f"{device}/run"), *results(f"{device}/run")])
+        for coin in ("accuracy", "prm_accuracy"):  # at first, what is compared differs by rounding
+            found[-1][0].pop(coin, None)
+    for one, two in zip(*found):
+        assert two == pytest.approx(one, rel=1e-5, abs=1e-5)
+
+
+def results(folder):
+    """What the table at the end says, before and after, as two flat dicts."""
+    test = json.loads(Path(folder, "test.json").read_text())
+    for part in (test["before"], test["after"]):
+        yield {f"{key} {i}": number for key, value in part.items()
+               for i, number in enumerate(value if isinstance(value, list) else [value])}
+
+
+# ------------------------------------------------------------------ waits and memory
+
+def waits(function, *args, **flags):
+    """-> how often the program waited for the GPU meanwhile, by kind."""
+    before = dict(PAPER.SYNCS)
+    function(*args, **flags)
+    return {kind: n - before.get(kind, 0) for kind, n in PAPER.SYNCS.items()
+            if n > before.get(kind, 0)}
+
+@on_paper
+def test_sampling_waits_only_when_it_asks_which_rows_have_ended(folders):
+    """That is every 16th token; and a constant number of times at the beginning and at the end."""
+    policy, tokenizer = load_policy(folders("gpt2", scale=0.02), "cuda")
+    tokenizer.eos_token_id = 9
+    policy.generation_config.eos_token_id = policy.config.eos_token_id = 9
+    with torch.no_grad():  # so that no row ends
+        policy.get_output_embeddings().weight[9] = -10 * policy.transformer.ln_f.weight
+        policy.transformer.ln_f.bias.copy_(policy.transformer.ln_f.weight)
+    found = [waits(sample, policy, tokenizer, [[5, 6, 7], [5]], 2, n, 1.0) for n in (9, 15, 31, 47)]
+    assert found[0] == found[1] and sum(found[0].values()) < 12
+    for i in (1, 2):
+        assert {kind: n - found[i].get(kind, 0) for kind, n in found[i + 1].items()} == {
+            **dict.fromkeys(found[i], 0), "nonzero": 1}
+
+
+@on_paper
+def test_a_log_prob_pass_and_its_backward_wait_a_known_number_of_times(folders):
+    policy, _ = load_policy(folders("llama"), "cuda")
+    batch = make_batch([[5, 6, 7], [5]], [[6] * n for n in (3, 9, 4, 4)], "cuda")
+
+    def update():
+        token_logprobs(policy, batch, torch.arange(4), 1.0).sum().backward()
+    assert waits(update) == {"item": 1, "unique": 1, "tolist": 1, "copy to GPU": 6}
+
+
+WAITS = dict(sft=32, reinforce=70, reinforce_pp=90, ppo=131, remax=110, rloo=93, grpo=91, trpo=160,
+             prime=141, raft=73, reward_model=23, dpo=26, orpo=26)
+
+
+@on_paper
+@each_script
+def test_a_training_step_waits_a_known_number_of_times(folders, here, name):
+    """The second step, without an evaluation. A change that adds a wait has to say so here."""
+    write_jsonl("sums.jsonl", [dict(prompt=f"{i}+1=", answer=i + 1, completion="7")
+                               for i in range(30)])
+    script, marks = SCRIPTS[name], []
+    here.setattr(script, "evaluate", lambda *args, **kwargs: {})
+    here.setattr(script, "report", lambda *args: None)
+    here.setattr(script, "validate", lambda *args, **kwargs: marks.append(
+        sum(PAPER.SYNCS.values())))
+    data = "pairs.jsonl" if name in test_offline_scripts.SCRIPTS else "sums.jsonl"
+    train(name, folders("llama", scale=0.1), data=data, log_every=9)
+    assert marks[1] - marks[0] == WAITS[name]
+
+
+def test_peak_memory_is_that_of_the_formula(tmp_path, here):
+    """reinforce_pp.py with its reference: 22 bytes per parameter, and the largest phase."""
+    folder, shape = large_model(tmp_path / "large")
+    prompt, new, completions, micro = (16, 48, 32, 16) if PAPER else (64, 128, 64, 16)
+    write_jsonl("long.jsonl", [dict(prompt=("12345678" * 8)[: prompt - 3] + f"{i:03d}", answer=i)
+                               for i in range(64)])
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    train("reinforce_pp", folder, data="long.jsonl", prompts_per_step=completions,
+          minibatch_size=completions, micro_batch_size=micro, max_new_tokens=new)
+    model = memory.Model(
+        sum(p.numel() for p in load_policy(folder, "cpu")[0].parameters()),
+        shape.num_hidden_layers, shape.hidden_size, shape.intermediate_size,
+        shape.num_key_value_heads * shape.hidden_size // shape.num_attention_heads,
+        shape.vocab_size)
+    args = common.argparse.Namespace(completions=completions, micro_batch_size=micro,
+                                     prompt_tokens=prompt, new_tokens=new)
+    found = torch.cuda.max_memory_allocated() - before
+    assert found == pytest.approx(1e9 * memory.gigabytes(model, 22, args, False), rel=0.15)

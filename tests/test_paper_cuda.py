@@ -1,0 +1,25 @@
+"""The tests of test_cuda.py on the CUDA device made of paper, in processes of their own."""
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+HEADERS = Path(torch.__file__).parent / "include/ATen/detail/CUDAHooksInterface.h"
+pytestmark = [
+    pytest.mark.skipif(not shutil.which("g++"), reason="there is no C++ compiler, g++"),
+    pytest.mark.skipif(not HEADERS.exists(), reason="this torch came without its headers")]
+
+
+@pytest.mark.parametrize("part", [
+    "trains", "same or other", "not trains and not same and not other"])
+def test_on_paper(part):
+    """In parts, so that two can run at the same time."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist",
+         Path(__file__).with_name("test_cuda.py"), "-k", part],
+        env=dict(os.environ, PAPER_CUDA="1", OMP_NUM_THREADS="1"), capture_output=True, text=True)
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr
