@@ -24,7 +24,7 @@ import sft
 import test_offline_scripts
 import test_scripts
 import toy
-from conftest import make_model, save_folder, write_jsonl
+from conftest import by_text, make_model, write_jsonl
 from rollout import load_policy, make_batch, sample, token_logprobs
 from test_command_line import metrics
 
@@ -50,12 +50,6 @@ def here(tmp_path, monkeypatch, few_problems):
     write_jsonl("rankings.jsonl", [dict(prompt=p, completions=texts) for p in prompts])
     monkeypatch.setitem(rewards.REWARDS, "last_number", by_text)
     return monkeypatch
-
-
-def by_text(prompts, completions, **columns):
-    """From 0 to 1, and never the same for two different texts."""
-    return [sum(ord(char) * 31**i for i, char in enumerate(text)) % 997 / 996
-            for text in completions]
 
 
 def large_model(folder):
@@ -196,18 +190,12 @@ def test_the_first_ratio_is_one(folders):
     assert (ratio - 1).abs().mean() < 0.02 and abs(ratio.mean() - 1) < 0.01
 
 
-def without_adam(parameters, lr, **settings):
-    """Plain gradient descent: AdamW would turn a gradient of rounding errors into a full step."""
-    return torch.optim.SGD(parameters, lr)
-
-
 @on_paper
 @each_variant
-def test_same_metrics_as_on_a_cpu(folders, here, name, variant):
+def test_same_metrics_as_on_a_cpu(folders, here, plain_descent, name, variant):
     """In fp32, with the CPU's random numbers, of which each row gets its own if none is dropped."""
     here.setattr(torch.cuda, "is_bf16_supported", lambda *args, **kwargs: False)
     here.setattr(PAPER, "RANDOM", torch.default_generator)
-    here.setattr(torch.optim, "AdamW", without_adam)
     here.setattr(rollout.Decoder, "drop", lambda self, rows, finished: rows)
     model, found = folders("llama", scale=0.1), []
     for device in ("cpu", "cuda"):

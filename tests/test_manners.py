@@ -1,17 +1,15 @@
 """Wrong input: one sentence that names flag and remedy, exit code 2, nothing trained, nothing lost.
 
-One subprocess per kind, on reinforce_pp.py; its siblings share the code and are called in process.
+Each kind in this process, on reinforce_pp.py; those that need an environment of their own (whether
+the hub may be asked is settled once per process) in a subprocess.
 """
 import http.server
 import json
 import os
-import shutil
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from subprocess import run
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import common
 import model as model_py
+import reinforce_pp
 import sft
 from conftest import ROOT, save_folder, write_jsonl
 
@@ -167,38 +166,48 @@ class Nothing(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture(scope="module")
-def outcomes(request, tmp_path_factory):
-    """The kinds asked for, each in a process and an empty folder of its own, two at a time."""
-    kinds = [item.callspec.params["kind"] for item in request.session.items
-             if item.originalname == "test_wrong_input_is_one_sentence_and_loses_nothing"]
-    props = tmp_path_factory.mktemp("props")
-    lay_out(props)
-    before = {path: path.lstat().st_mtime_ns for path in props.rglob("*")}
+def props(tmp_path_factory):
+    """The folder of props, in which nothing may change."""
+    folder = tmp_path_factory.mktemp("props")
+    lay_out(folder)
+    before = {path: path.lstat().st_mtime_ns for path in folder.rglob("*")}
+    yield folder
+    assert before == {path: path.lstat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def call(script, flags, monkeypatch, capsys):
+    """What `python SCRIPT.py FLAGS` does, in this process -> exit code, what stderr got."""
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *flags.split()])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        common.main(script.Config, script.train)
+    return stop.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", [kind for kind, row in KINDS.items() if len(row) == 2])
+def test_wrong_input_is_one_sentence_and_loses_nothing(
+        props, tmp_path, monkeypatch, capsys, few_problems, kind):
+    flags, words = KINDS[kind]
+    monkeypatch.chdir(tmp_path)
+    code, error = call(reinforce_pp, flags.format(props), monkeypatch, capsys)
+    assert code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
+    assert all(word in error for word in words), error
+    assert not list(tmp_path.rglob("*"))  # nothing was trained, and no folder made
+
+
+@pytest.mark.parametrize("kind", [kind for kind, row in KINDS.items() if len(row) == 3])
+def test_and_in_an_environment_of_its_own(tmp_path, kind):
+    flags, words, more = KINDS[kind]
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Nothing)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     hub = f"http://127.0.0.1:{server.server_address[1]}"
-
-    def start(kind):
-        flags, _, *more = KINDS[kind]
-        cwd = tmp_path_factory.mktemp("cwd")
-        more = {k: v.replace("{hub}", hub) for k, v in (more or [{}])[0].items()}
-        done = run([sys.executable, str(ROOT / "reinforce_pp.py"), *flags.format(props).split()],
-                   cwd=cwd, capture_output=True, text=True, timeout=120, env={**os.environ, **more})
-        return SimpleNamespace(code=done.returncode, error=done.stderr, left=list(cwd.rglob("*")))
-
-    with ThreadPoolExecutor(2) as pool:
-        yield dict(zip(kinds, pool.map(start, kinds)))
+    more = {key: value.replace("{hub}", hub) for key, value in more.items()}
+    done = run([sys.executable, str(ROOT / "reinforce_pp.py"), *flags.split()], cwd=tmp_path,
+               capture_output=True, text=True, timeout=120, env={**os.environ, **more})
     server.shutdown()
-    assert before == {path: path.lstat().st_mtime_ns for path in props.rglob("*")}
-    shutil.rmtree(props)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_wrong_input_is_one_sentence_and_loses_nothing(outcomes, kind):
-    code, error, left = vars(outcomes[kind]).values()
-    assert code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
-    assert all(word in error for word in KINDS[kind][1]), error
-    assert not left  # nothing was trained, and no folder made
+    assert done.returncode == 2 and done.stderr.startswith("error: "), done.stderr
+    assert done.stderr.count("\n") == 1 and all(word in done.stderr for word in words), done.stderr
+    assert not list(tmp_path.rglob("*"))
 
 
 def test_it_is_said_at_once(tmp_path, monkeypatch, capsys):
@@ -222,18 +231,13 @@ def test_it_is_said_at_once(tmp_path, monkeypatch, capsys):
     ("--data {}/sums.jsonl", ["completion", "answer, prompt"]),
     ("--model {}/no_eos", ["EOS"]), ("--out_dir {}/taken", ["not empty"]),
     ("--clip_eps 1", ["no flag --clip_eps"]), ("--resume", ["no checkpoint"])])
-def test_sft_has_the_same_manners(tmp_path, monkeypatch, capsys, flags, words):
-    lay_out(tmp_path)
-    capsys.readouterr()
-    (tmp_path / "cwd").mkdir()
-    monkeypatch.chdir(tmp_path / "cwd")
-    monkeypatch.setattr(sys, "argv", ["sft.py", *flags.format(tmp_path).split()])
-    with pytest.raises(SystemExit) as stop:
-        common.main(sft.Config, sft.train)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
+def test_sft_has_the_same_manners(
+        props, tmp_path, monkeypatch, capsys, few_problems, flags, words):
+    monkeypatch.chdir(tmp_path)
+    code, error = call(sft, flags.format(props), monkeypatch, capsys)
+    assert code == 2 and error.startswith("error: ") and error.count("\n") == 1
     assert all(word in error for word in words), error
-    assert not list(Path.cwd().rglob("*"))
+    assert not list(tmp_path.rglob("*"))
 
 
 def test_a_second_gpu_that_is_not_there(monkeypatch, capsys):

@@ -1,6 +1,5 @@
 """The formula of memory.py: bytes counted on a model of SmolLM2's shape, with fewer layers."""
 import re
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +14,7 @@ import rewards
 import rollout
 import toy
 import trpo
+import warm
 from model import checkpoint_activations
 from rollout import make_batch, sample, token_logprobs
 
@@ -131,7 +131,5 @@ def test_bytes_per_parameter_of_trpo(tmp_path):
     policy.save_pretrained(tmp_path)
     toy.make_tokenizer().save_pretrained(tmp_path)
     code = f"import test_memory; test_memory.take_one_step_of_trpo({str(tmp_path)!r})"
-    done = subprocess.run([sys.executable, "-c", "import conftest; " + code], capture_output=True,
-                          text=True, cwd=Path(__file__).parent)
-    assert done.returncode == 0, done.stderr
-    assert float(done.stdout.split("bytes ")[-1]) == pytest.approx(59, abs=3)
+    screen = warm.call("-c", code, cwd=tmp_path)
+    assert float(screen.split("bytes ")[-1]) == pytest.approx(59, abs=3)

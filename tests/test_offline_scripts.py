@@ -104,13 +104,15 @@ def test_resume_is_bit_for_bit(folders, here, name, variant):
 
 
 @each_variant
-def test_micro_batches_and_memory_flags_do_not_matter(folders, here, name, variant):
+def test_memory_flags_do_not_matter(folders, here, plain_descent, name, variant):
     model = folders("gpt2" if name == "reward_model" else "llama")  # one has dropout
-    train(name, model, **variant, minibatch_size=8, micro_batch_size=8, out_dir="whole")
-    for i, flags in enumerate((dict(micro_batch_size=3),
-                               dict(micro_batch_size=3, gradient_checkpointing=True))):
-        train(name, model, **variant, minibatch_size=8, **flags, out_dir=f"run{i}")
-        same_but_for_rounding("whole", f"run{i}", but={"accuracy"})  # of margins near 0: a coin
+    flags = dict(variant, steps=1, minibatch_size=8, lr=0.1)
+    train(name, model, **flags, micro_batch_size=8, out_dir="whole")
+    train(name, model, **flags, micro_batch_size=3, gradient_checkpointing=True)
+    if name == "reward_model":  # its network has other weights than the policy
+        assert metrics("run")[0] == pytest.approx(metrics("whole")[0], rel=1e-4, abs=1e-5)
+    else:
+        same_but_for_rounding(model, "whole", "run", but={"accuracy"})  # of margins near 0: a coin
 
 
 @each_variant
@@ -152,7 +154,7 @@ def test_every_knob_does_something(folders, here, name):
     assert known >= set(vars(quick(name, "x"))), "a flag without a test"
 
 
-def test_a_ranking_of_two_is_a_pair_all_the_way(folders, here):
+def test_a_ranking_of_two_is_a_pair_all_the_way(folders, here, plain_descent):
     """Of pairs both losses are the same; of three they are not."""
     for loss in ("bradley_terry", "plackett_luce"):
         for data in ("twos", "rankings") if loss == "plackett_luce" else ("twos",):

@@ -14,6 +14,7 @@ import prime
 import reinforce_pp
 import sft
 import trpo
+import warm
 from conftest import ROOT, TEMPLATE, save_folder
 from test_offline_scripts import SCRIPTS as OFFLINE
 from test_scripts import CAPS, SCRIPTS
@@ -71,13 +72,10 @@ def test_the_table_of_memory_is_what_the_command_prints(monkeypatch, capsys):
 
 def test_the_snippet_that_loads_a_model_runs(tmp_path):
     save_folder(tmp_path / "runs" / "reinforce_pp" / "model")
-    done = subprocess.run([sys.executable, "-c", block("from transformers import AutoModel")],
-                          cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0 and "8+9-5=" in done.stdout, done.stderr
+    assert "8+9-5=" in warm.call("-c", block("from transformers import AutoModel"), cwd=tmp_path)
     save_folder(tmp_path / "runs" / "reinforce_pp" / "model", template=TEMPLATE)
-    done = subprocess.run([sys.executable, "-c", block("from transformers import pipeline")],
-                          cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0 and "'role': 'assistant'" in done.stdout, done.stderr
+    assert "'role': 'assistant'" in warm.call(
+        "-c", block("from transformers import pipeline"), cwd=tmp_path)
 
 
 def test_own_data_and_own_reward_as_readme_shows_them(tmp_path, monkeypatch):

@@ -23,7 +23,8 @@ import rewards
 import rloo
 import toy
 import trpo
-from conftest import CONFIGS, HOSTILE, ROOT, TEMPLATE, make_model, save_folder, write_jsonl
+from conftest import (CONFIGS, HOSTILE, ROOT, TEMPLATE, by_text, make_model, save_folder,
+                      write_jsonl)
 from evaluation import evaluate
 from rollout import load_policy
 from test_command_line import metrics, same_weights, weights
@@ -132,28 +133,32 @@ def test_resume_is_bit_for_bit(folders, here, name, variant):
     assert metrics("run") == metrics("whole") and same_weights("run", "whole")
 
 
-def same_but_for_rounding(one, two, lr=1e-3, but=()):
-    """Adam turns the sign of a gradient that is only rounding into a step: so not weight by weight.
-
-    And metrics of the first step alone: after it, other tokens may be sampled.
-    """
+def same_but_for_rounding(model, one, two, but=(), limit=1e-3):
+    """The metrics and the weights of a step of two runs, which used plain_descent; the weights
+    differ by at most `limit` of how far they went. `but`: the sign of a rounding error decides."""
     first, second = ({key: value for key, value in metrics(name)[0].items() if key not in but}
                      for name in (one, two))
-    assert first == pytest.approx(second, rel=2e-3, abs=1e-4)
-    gaps = torch.cat([(a - b).abs().flatten() for a, b in zip(weights(one).values(),
-                                                              weights(two).values())])
-    assert gaps.mean() < 0.02 * lr
+    assert first == pytest.approx(second, rel=limit, abs=limit / 10)
+    old = load_policy(model, "cpu")[0].state_dict()
+    old, new, other = (torch.cat([part[key].flatten() for key in old])
+                       for part in (old, weights(one), weights(two)))
+    assert (new - other).abs().max() <= limit * (new - old).abs().max() > 0
 
 
 @each_variant
-def test_micro_batches_do_not_matter(folders, here, name, variant):
-    here.setitem(rewards.REWARDS, "last_number", lambda prompts, completions, **columns: [
-        1 / (1 + len(text)) for text in completions])
-    for size in (16, 3):
-        train(name, folders("llama", hostile=True), **variant, prompts=16, micro_batch_size=size,
-              kl_coef=0.1, max_new_tokens=24, out_dir=f"run{size}")  # two EOS ids: ragged lengths
-    assert metrics("run16")[0]["truncated"] < 0.8
-    same_but_for_rounding("run16", "run3", but=("prm_accuracy", "step_found"))  # at first, q is 0
+def test_memory_flags_do_not_matter(folders, here, plain_descent, name, variant):
+    """Micro-batches of ragged rows, and gradient checkpointing; in one step of two mini-batches."""
+    here.setitem(rewards.REWARDS, "last_number", by_text)
+    model = folders("llama", hostile=True)  # two EOS ids: rows of all lengths
+    steps = 1 + variant.get("critic_warmup", 0)  # during which the policy does not move
+    flags = dict(variant, steps=steps, prompts=16, max_new_tokens=24, lr=0.1)
+    if name not in NO_KL:
+        flags["kl_coef"] = 0.1
+    train(name, model, **flags, micro_batch_size=16, out_dir="whole")
+    train(name, model, **flags, micro_batch_size=3, gradient_checkpointing=True)
+    assert metrics("run")[0]["truncated"] < 0.8
+    same_but_for_rounding(model, "whole", "run", but=("prm_accuracy", "step_found"),
+                          limit=2e-2 if name == "trpo" else 1e-3)  # it solves a linear system
 
 
 @each_variant
@@ -264,14 +269,6 @@ def test_the_value_clip_does_something(folders, here):
     train("ppo", folders("llama"), **flags)
     train("ppo", folders("llama"), **flags, value_clip=1e-3, out_dir="clipped")
     assert metrics("run")[-1]["value_loss"] != metrics("clipped")[-1]["value_loss"]
-
-
-@each_script
-def test_memory_flags_change_memory_alone(folders, here, name):
-    here.setitem(rewards.REWARDS, "last_number", shorter)
-    train(name, folders("llama"), out_dir="plain")
-    train(name, folders("llama"), gradient_checkpointing=True, micro_batch_size=3)
-    same_but_for_rounding("plain", "run")
 
 
 BAD = {  # script: flags, words of the sentence
