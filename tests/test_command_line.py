@@ -3,6 +3,7 @@ import json
 import os
 import shlex
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -131,6 +132,18 @@ def test_ctrl_c_finishes_the_step_and_the_printed_command_goes_on(folders, tmp_p
     again = shlex.split(screen.strip().splitlines()[-1].partition("to go on: python ")[2])
     warm.call(*again, cwd=tmp_path)
     assert [row["step"] for row in metrics(tmp_path / "run")] == list(range(1, 61))
+
+
+def test_no_warning_is_printed(folders, tmp_path):
+    """In a process that imports everything itself, as a user's does."""
+    (tmp_path / "mine.py").write_text("def longer(prompts, completions, **columns):\n"
+                                      "    return [len(text) / 60 for text in completions]")
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "reinforce_pp.py"), "--model", folders("llama"), *SMALL,
+         "--max_new_tokens", "60", "--reward", "mine.py:longer"],
+        cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "warning" not in (done.stdout + done.stderr).lower(), done.stdout + done.stderr
 
 
 def test_help_and_dashes(tmp_path):

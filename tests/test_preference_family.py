@@ -34,7 +34,7 @@ def test_dpo_loss(x, y):
 
 def completion_logprobs(logits, ids, mask):
     """(N, T, V), (N, T), (N, T) with 1 on completion tokens -> (N, T - 1), 0 elsewhere."""
-    ids, mask = torch.tensor(ids)[:, 1:], torch.tensor(mask)[:, 1:]
+    ids, mask = torch.as_tensor(ids)[:, 1:], torch.as_tensor(mask)[:, 1:]
     return pick(T(logits)[:, :-1], ids, 1.0).double() * mask, mask
 
 
