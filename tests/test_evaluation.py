@@ -1,14 +1,18 @@
 """Looking at a policy: the log of a step, and the held-out problems."""
+import importlib.util
 import math
+import os
+import sys
 
 import pytest
 import torch
 
 import data
 import evaluation
+import model as model_py
 import rewards
 import toy
-from conftest import make_model
+from conftest import ROOT, make_model
 from rollout import sample
 
 
@@ -104,3 +108,18 @@ def test_nats_per_demonstration(tokenizer):
     spread = (sum((cost - mean) ** 2 for cost in costs) / 7) ** 0.5
     assert high - mean == pytest.approx(mean - low)
     assert high - mean == pytest.approx(1.96 * spread / 7**0.5, rel=1e-4)
+
+
+def test_windows_has_no_resource_and_no_sysconf(tmp_path, monkeypatch, capsys):
+    """Then the peak of memory is not known and not printed, and no model is called too large."""
+    monkeypatch.setitem(sys.modules, "resource", None)  # importing it fails
+    monkeypatch.delattr(os, "sysconf")
+    monkeypatch.setattr(sys, "platform", "win32")
+    spec = importlib.util.spec_from_file_location("anew", ROOT / "evaluation.py")
+    anew = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(anew)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    anew.report(dict(n=3), dict(n=3), tmp_path)
+    screen = capsys.readouterr().out
+    assert "The trained model is in" in screen and "Peak memory" not in screen
+    model_py.check_memory(make_model("llama"), 1e30, "take a smaller one")
