@@ -48,10 +48,15 @@ def same_weights(one, two):
     return all(torch.equal(a, b) for a, b in zip(weights(one).values(), weights(two).values()))
 
 
+LONGER = ("def longer(prompts, completions, **columns):\n"
+          "    return [len(text) / 60 for text in completions]")
+
+
 def test_a_run_and_what_it_leaves(folders, tmp_path):
     model = folders("llama", hostile=True, template=TEMPLATE)
+    (tmp_path / "mine.py").write_text(LONGER)
     screen = call("reinforce_pp.py", "--model", model, *SMALL, "--group-size", 2, "--eval_every", 3,
-                  "--kl-coef", 0.1, cwd=tmp_path)
+                  "--kl-coef", 0.1, "--reward", "mine.py:longer", cwd=tmp_path)
     folder = tmp_path / "runs" / "reinforce_pp"
     for word in ("parameters on cpu", "in fp32", "kl_coef=0.1", "score", "steps_per_s", "scores",
                  "before [95 % interval]", "exact match, sampled", "n = 5", "validation",
@@ -65,7 +70,7 @@ def test_a_run_and_what_it_leaves(folders, tmp_path):
     for key in ("score score_std kl approx_kl entropy length truncated clip_frac ratio_max "
                 "frac_zero_std grad_norm lr loss time_sample time_score time_update").split():
         assert all(isinstance(row[key], float) for row in rows), key
-    assert abs(rows[0]["kl"]) < 1e-4 < rows[-1]["kl"]  # starts as the reference, and leaves it
+    assert abs(rows[0]["kl"]) < 1e-4 < abs(rows[-1]["kl"])  # starts as the reference, and leaves
     for line in (folder / "samples.jsonl").read_text().splitlines():
         assert {"step", "prompt", "completion", "answer", "score"} <= set(json.loads(line))
     rows = (folder / "validation.jsonl").read_text().splitlines()
@@ -136,8 +141,7 @@ def test_ctrl_c_finishes_the_step_and_the_printed_command_goes_on(folders, tmp_p
 
 def test_no_warning_is_printed(folders, tmp_path):
     """In a process that imports everything itself, as a user's does."""
-    (tmp_path / "mine.py").write_text("def longer(prompts, completions, **columns):\n"
-                                      "    return [len(text) / 60 for text in completions]")
+    (tmp_path / "mine.py").write_text(LONGER)
     done = subprocess.run(
         [sys.executable, str(ROOT / "reinforce_pp.py"), "--model", folders("llama"), *SMALL,
          "--max_new_tokens", "60", "--reward", "mine.py:longer"],

@@ -115,7 +115,7 @@ def test_it_trains_and_evaluates(folders, here, name, variant):
     train(name, model, **variant, steps=steps, eval_every=2)
     finite("run", steps)
     if name != "reward_model":
-        assert moved(model, "run") > 0.9
+        assert moved(model, "run") > 0.5
         assert json.loads(Path("run/test.json").read_text())["peak_memory"] > 1e5
 
 
