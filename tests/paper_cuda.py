@@ -113,8 +113,8 @@ class Paper(torch.Tensor):
         return self.elem.tolist()
 
     def numpy(self, *args, **kwargs):
-        raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy "
-                        "it to host memory first.")
+        raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to "
+                        "copy it to host memory first.")
 
     def __reduce_ex__(self, protocol):
         return rebuild, (self.elem.detach(), self.requires_grad)
@@ -147,7 +147,7 @@ def each_tensor(function, x):
 
 
 def compute(func, args, kwargs):
-    """One operation: check the devices of its tensors, compute it on the CPU, wrap what it gives."""
+    """An operation: check the devices of its tensors, compute it on the CPU, wrap what it gives."""
     tensors = []
     each_tensor(tensors.append, (args, kwargs))
     papers = [x for x in tensors if isinstance(x, Paper)]

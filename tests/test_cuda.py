@@ -18,7 +18,6 @@ import torch
 import transformers
 
 import common
-import grpo
 import memory
 import reward_model
 import rewards

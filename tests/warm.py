@@ -1,8 +1,8 @@
 """
 What a user types, without waiting for imports: processes forked from one that has made them.
 
-`python SCRIPT FLAGS` takes five seconds to import torch and transformers, and a forked process none.
-Apart from that it is a process of its own: arguments, folder, screen, signals, exit code.
+`python SCRIPT FLAGS` takes five seconds to import torch and transformers; a forked process takes
+none. Apart from that it is a process of its own: arguments, folder, screen, signals, exit code.
 """
 import multiprocessing
 import os
@@ -10,15 +10,18 @@ import runpy
 import sys
 from pathlib import Path
 
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["reinforce_pp", "transformers.models.llama.modeling_llama",
-                              "transformers.models.gpt2.modeling_gpt2"])
+if sys.platform == "linux":
+    PROCESSES = multiprocessing.get_context("forkserver")
+    PROCESSES.set_forkserver_preload(["reinforce_pp", "transformers.models.llama.modeling_llama",
+                                      "transformers.models.gpt2.modeling_gpt2"])
+else:  # where a process that has imported torch had better not fork
+    PROCESSES = multiprocessing.get_context("spawn")
 
 
 def start(arguments, cwd, screen):
-    """What `python ARGUMENTS` starts in the folder `cwd`; it writes stdout and stderr to `screen`."""
+    """What `python ARGUMENTS` starts in the folder `cwd`; its stdout and stderr go to `screen`."""
     arguments = [str(argument) for argument in arguments]
-    process = FORKS.Process(target=execute, args=(arguments, str(cwd), str(screen)))
+    process = PROCESSES.Process(target=execute, args=(arguments, str(cwd), str(screen)))
     process.start()
     return process
 
