@@ -8,11 +8,15 @@ namespace {
 using c10::Device, c10::DeviceIndex, c10::DeviceType, c10::Stream;
 const Device cuda(DeviceType::CUDA, 0);
 
-struct Guard : c10::impl::NoOpDeviceGuardImpl<DeviceType::CUDA> {
+struct Guard : c10::impl::DeviceGuardImplInterface {
+  DeviceType type() const override { return DeviceType::CUDA; }
   DeviceIndex deviceCount() const noexcept override { return 1; }
   Device exchangeDevice(Device device) const override { return device; }
   Device getDevice() const override { return cuda; }
+  void setDevice(Device) const override {}
+  void uncheckedSetDevice(Device) const noexcept override {}
   Stream getStream(Device) const noexcept override { return Stream(Stream::DEFAULT, cuda); }
+  Stream getDefaultStream(Device) const override { return Stream(Stream::DEFAULT, cuda); }
   Stream exchangeStream(Stream stream) const noexcept override { return stream; }
   void record(void**, const Stream&, const DeviceIndex, const c10::EventFlag) const override {}
   void block(void*, const Stream&) const override {}
@@ -23,8 +27,8 @@ struct Guard : c10::impl::NoOpDeviceGuardImpl<DeviceType::CUDA> {
 
 struct CUDAHooks : at::CUDAHooksInterface {
   CUDAHooks(at::CUDAHooksArgs) {}
-  bool isBuilt() const override { return true; }
-  bool isAvailable() const override { return true; }
+  bool isBuilt() const { return true; }      // no `override`: torch 2.6 does not ask for these
+  bool isAvailable() const { return true; }
   bool hasCUDA() const override { return true; }
   bool hasPrimaryContext(DeviceIndex) const override { return true; }
   void init() const override {}

@@ -192,12 +192,16 @@ def test_logprobs_are_fp32_under_autocast(policy):
 def test_under_bf16_the_ratio_is_noisy_but_centred(name, tokenizer, monkeypatch):
     """What CUDA does, on a CPU: autocast around the passes, weights and log-probs in fp32."""
     monkeypatch.setattr(rollout, "precision", lambda device: torch.autocast("cpu", torch.bfloat16))
+    seen, real = [], rollout.pick
+    monkeypatch.setattr(rollout, "pick", lambda logits, *more: seen.append(logits.dtype) or real(
+        logits, *more))
     policy = make_model(name, scale=0.1).eval()
     batch = sample(policy, tokenizer, PROMPTS, 16, 20, 1.0, seeded())
     logprobs = token_logprobs(policy, batch, torch.arange(48), 1.0)
     ratio = (logprobs - batch.logprobs)[batch.mask.bool()].exp()
     assert logprobs.dtype == batch.logprobs.dtype == torch.float32
-    assert 1e-5 < (ratio - 1).abs().mean() < 0.05 and abs(ratio.mean() - 1) < 0.01
+    assert (ratio - 1).abs().mean() < 0.05 and abs(ratio.mean() - 1) < 0.01
+    assert set(seen) == {torch.bfloat16}  # of the logits that log-probs are taken of
     logprobs.sum().backward()
     assert all(p.grad is None or p.grad.dtype == torch.float32 for p in policy.parameters())
 

@@ -31,10 +31,11 @@ def execute(arguments, cwd, screen):
     file = os.open(screen, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1), os.dup2(file, 2)
     if arguments[0] == "-c":
-        sys.argv, sys.path[0] = ["-c", *arguments[2:]], ""
+        sys.argv = ["-c", *arguments[2:]]
         exec(compile(arguments[1], "<string>", "exec"), {"__name__": "__main__"})
     else:
-        sys.argv, sys.path[0] = arguments, str(Path(arguments[0]).resolve().parent)
+        sys.argv = arguments
+        sys.path.insert(0, str(Path(arguments[0]).resolve().parent))
         runpy.run_path(arguments[0], run_name="__main__")
 
 
