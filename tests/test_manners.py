@@ -189,6 +189,7 @@ def test_wrong_input_is_one_sentence_and_loses_nothing(
         props, tmp_path, monkeypatch, capsys, few_problems, kind):
     flags, words = KINDS[kind]
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(reinforce_pp, "warm_start", lambda *_: pytest.fail("it begins to train"))
     code, error = call(reinforce_pp, flags.format(props), monkeypatch, capsys)
     assert code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
     assert all(word in error for word in words), error
