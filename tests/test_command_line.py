@@ -200,7 +200,8 @@ def test_every_architecture_trains_saves_and_reloads(tmp_path, monkeypatch):
         row = metrics(name)[0]
         assert row["score"] == pytest.approx(row["reward_last_number"] + row["reward_short"])
     out = warm.call("-c", RELOAD, *(f"{name}/model" for name in CONFIGS), cwd=tmp_path)
-    for name, line in zip(CONFIGS, [row for row in out.splitlines() if row.startswith('["')]):
+    rows = [row for row in out.splitlines() if row.startswith('["')]
+    for name, line in zip(CONFIGS, rows, strict=True):
         dtype, template, pad, settings, logits = json.loads(line)
         policy, tokenizer = load_policy(name, "cpu")
         with torch.no_grad():

@@ -17,7 +17,7 @@ import scorer
 from common import masked_mean
 from conftest import CONFIGS, TEMPLATE, save_folder, write_jsonl
 from rollout import load_policy, make_batch, token_logprobs
-from test_command_line import metrics, same_weights
+from test_command_line import metrics, same_weights, weights
 from test_scripts import each_is_one_sentence, same_but_for_rounding
 from test_scripts import quick as quick_online
 
@@ -111,6 +111,8 @@ def test_memory_flags_do_not_matter(folders, here, plain_descent, name, variant)
     train(name, model, **flags, micro_batch_size=3, gradient_checkpointing=True)
     if name == "reward_model":  # its network has other weights than the policy
         assert metrics("run")[0] == pytest.approx(metrics("whole")[0], rel=1e-4, abs=1e-5)
+        for one, two in zip(weights("run").values(), weights("whole").values(), strict=True):
+            torch.testing.assert_close(one, two, rtol=0, atol=1e-5)
     else:
         same_but_for_rounding(model, "whole", "run", but={"accuracy"})  # of margins near 0: a coin
 
