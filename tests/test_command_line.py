@@ -25,9 +25,9 @@ from model import load_model
 from rollout import load_policy
 
 pytestmark = pytest.mark.usefixtures("few_problems")
-SMALL = ["--data", "toy", "--steps", "6", "--prompts_per_step", "8", "--minibatch_size", "4",
-         "--micro_batch_size", "3", "--max_new_tokens", "8", "--eval_prompts", "5",
-         "--save_every", "2", "--log_every", "2", "--lr", "1e-3"]
+SMALL = ["--device", "cpu", "--data", "toy", "--steps", "6", "--prompts_per_step", "8",
+         "--minibatch_size", "4", "--micro_batch_size", "3", "--max_new_tokens", "8",
+         "--eval_prompts", "5", "--save_every", "2", "--log_every", "2", "--lr", "1e-3"]
 
 
 def call(script, *flags, cwd, code=0):

@@ -10,6 +10,7 @@ import torch
 
 HEADERS = Path(torch.__file__).parent / "include/ATen/detail/CUDAHooksInterface.h"
 pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real GPU: test_cuda.py"),
     pytest.mark.skipif(not shutil.which("g++"), reason="there is no C++ compiler, g++"),
     pytest.mark.skipif(not HEADERS.exists(), reason="this torch came without its headers"),
     pytest.mark.skipif(not torch.compiled_with_cxx11_abi(),
