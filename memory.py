@@ -15,8 +15,9 @@ in use. (trpo.py: 59 in all, 55 without a reference, all in fp32.) Beyond that
     sampler           completions x vocabulary x 22 bytes, likewise
     activations       tokens x layers x (34.5 x width + 8 x MLP width) bytes in bf16, while
                       updating; with --gradient_checkpointing 4 x width instead
-    logits            completion tokens x vocabulary x 4 bytes (bf16, and their gradient), likewise,
-                      and 16 bytes for 1,024 tokens at a time (the log-softmax and its gradient)
+    logits            completion tokens x vocabulary x 4 bytes (bf16, and their gradient), likewise
+    log-softmax       1,024 tokens x vocabulary x 16 bytes (fp32, and its gradient), likewise; it is
+                      taken of 1,024 tokens at a time
 
 of which the largest phase counts. Each completion is taken to have a prompt of its own. Tokens
 while updating: those of --micro_batch_size completions.
