@@ -22,6 +22,7 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 
 import toy  # noqa: E402
+from model import load_model  # noqa: E402
 
 PLAIN = dict(vocab_size=18, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
 ROPE = dict(**PLAIN, intermediate_size=64, num_key_value_heads=2)
@@ -118,6 +119,12 @@ def few_problems(monkeypatch):
 
 
 toy_problems = functools.cache(toy.problems)
+
+
+def moved(before, after):
+    """The share of the weights that differ between two model folders or run folders."""
+    old, new = (load_model(str(folder)).state_dict() for folder in (before, after))
+    return torch.cat([(old[key] != new[key]).flatten() for key in old]).float().mean()
 
 
 def by_text(prompts, completions, **columns):

@@ -252,8 +252,8 @@ def reset_peak():
     Bytes.peak = Bytes.now
 
 
-def install(bf16=True):
-    """From here on there is one GPU. bf16=False: one without bf16, which computes all in fp32."""
+def install():
+    """From here on there is one GPU, which has bf16."""
     sdpa = torch.nn.functional.scaled_dot_product_attention
     torch.Generator = Generator
     for name in ("rand", "randn", "randint", "randperm"):
@@ -262,7 +262,7 @@ def install(bf16=True):
         attention if isinstance(query, Paper) else sdpa)(query, *args, **kwargs)
     answers = dict(
         _lazy_init=None, is_available=True, is_initialized=True, device_count=1, current_device=0,
-        is_bf16_supported=bf16, mem_get_info=(80 << 30, 80 << 30), empty_cache=None,
+        is_bf16_supported=True, mem_get_info=(80 << 30, 80 << 30), empty_cache=None,
         get_device_name="paper", get_device_capability=(9, 0),
         is_current_stream_capturing=False)
     for name, answer in answers.items():

@@ -20,8 +20,7 @@ import rewards
 import sft
 import toy
 import warm
-from conftest import CONFIGS, HOSTILE, ROOT, TEMPLATE, by_text, save_folder, write_jsonl
-from model import load_model
+from conftest import CONFIGS, HOSTILE, ROOT, TEMPLATE, by_text, moved, save_folder, write_jsonl
 from rollout import load_policy
 
 pytestmark = pytest.mark.usefixtures("few_problems")
@@ -89,9 +88,7 @@ def test_a_run_and_what_it_leaves(folders, tmp_path):
     with torch.no_grad():
         ours = policy(torch.tensor([tokenizer("8+9=").input_ids])).logits
     assert (dtype, template, top_k) == ("torch.float32", TEMPLATE, 2) and ours.tolist() == logits
-    before = load_policy(model, "cpu")[0].state_dict()
-    moved = torch.cat([(before[k] != v).flatten() for k, v in policy.state_dict().items()])
-    assert moved.float().mean() > 0.9
+    assert moved(model, folder) > 0.9
 
     # a second run takes the next number; plot.py draws both
     call("reinforce_pp.py", "--model", model, *SMALL, "--steps", 1, cwd=tmp_path)
@@ -194,9 +191,7 @@ def test_every_architecture_trains_saves_and_reloads(tmp_path, monkeypatch):
                              dtype=torch.bfloat16, pad="<eos>")
         reinforce_pp.train(quick(before, data=file, steps=3, group_size=2, minibatch_size=4,
                                  reward="last_number,mine.py:short", out_dir=name))
-        old, new = (load_model(folder).state_dict() for folder in (before, name))
-        moved = torch.cat([(old[key] != new[key]).flatten() for key in old])
-        assert moved.float().mean() > 0.9, name
+        assert moved(before, name) > 0.9, name
         row = metrics(name)[0]
         assert row["score"] == pytest.approx(row["reward_last_number"] + row["reward_short"])
     out = warm.call("-c", RELOAD, *(f"{name}/model" for name in CONFIGS), cwd=tmp_path)

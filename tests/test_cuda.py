@@ -26,7 +26,7 @@ import sft
 import test_offline_scripts
 import test_scripts
 import toy
-from conftest import by_text, make_model, write_jsonl
+from conftest import by_text, make_model, moved, write_jsonl
 from rollout import load_policy, make_batch, sample, token_logprobs
 from test_command_line import metrics
 
@@ -93,12 +93,6 @@ def finite(folder, steps):
     for row in rows:
         assert all(torch.isfinite(torch.tensor(float(value))) for value in row.values()), row
     return rows
-
-
-def moved(before, after):
-    """The share of the weights that a training has changed; both lie on the disk."""
-    old, new = (load_policy(folder, "cpu")[0].state_dict() for folder in (before, after))
-    return torch.cat([(old[key] != new[key]).flatten() for key in old]).float().mean()
 
 
 # ------------------------------------------------------------------ every script and every path
@@ -239,6 +233,7 @@ def waits(function, *args, **flags):
     return {kind: n - before.get(kind, 0) for kind, n in PAPER.SYNCS.items()
             if n > before.get(kind, 0)}
 
+
 @on_paper
 def test_sampling_waits_only_when_it_asks_which_rows_have_ended(folders):
     """That is every 16th token; and a constant number of times at the beginning and at the end."""
@@ -302,6 +297,6 @@ def test_peak_memory_is_that_of_the_formula(tmp_path, here):
         shape.num_key_value_heads * shape.hidden_size // shape.num_attention_heads,
         shape.vocab_size)
     args = argparse.Namespace(completions=completions, micro_batch_size=micro,
-                                     prompt_tokens=prompt, new_tokens=new)
+                              prompt_tokens=prompt, new_tokens=new)
     found = torch.cuda.max_memory_allocated() - before
     assert found == pytest.approx(1e9 * memory.gigabytes(model, 22, args, False), rel=0.15)

@@ -21,6 +21,7 @@ import model as model_py
 import reinforce_pp
 import sft
 from conftest import ROOT, save_folder, write_jsonl
+from test_scripts import each_is_one_sentence
 
 ONLINE = dict(HF_HUB_OFFLINE="0")
 KINDS = {  # name: (flags, words of the sentence, more environment); {} is the folder of props
@@ -175,25 +176,13 @@ def props(tmp_path_factory):
     assert before == {path: path.lstat().st_mtime_ns for path in folder.rglob("*")}
 
 
-def call(script, flags, monkeypatch, capsys):
-    """What `python SCRIPT.py FLAGS` does, in this process -> exit code, what stderr got."""
-    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *flags.split()])
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        common.main(script.Config, script.train)
-    return stop.value.code, capsys.readouterr().err
-
-
 @pytest.mark.parametrize("kind", [kind for kind, row in KINDS.items() if len(row) == 2])
 def test_wrong_input_is_one_sentence_and_loses_nothing(
         props, tmp_path, monkeypatch, capsys, few_problems, kind):
     flags, words = KINDS[kind]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(reinforce_pp, "warm_start", lambda *_: pytest.fail("it begins to train"))
-    code, error = call(reinforce_pp, flags.format(props), monkeypatch, capsys)
-    assert code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
-    assert all(word in error for word in words), error
-    assert not list(tmp_path.rglob("*"))  # nothing was trained, and no folder made
+    each_is_one_sentence([(flags.format(props), words)], reinforce_pp, monkeypatch, capsys)
 
 
 @pytest.mark.parametrize("kind", [kind for kind, row in KINDS.items() if len(row) == 3])
@@ -235,10 +224,7 @@ def test_it_is_said_at_once(tmp_path, monkeypatch, capsys):
 def test_sft_has_the_same_manners(
         props, tmp_path, monkeypatch, capsys, few_problems, flags, words):
     monkeypatch.chdir(tmp_path)
-    code, error = call(sft, flags.format(props), monkeypatch, capsys)
-    assert code == 2 and error.startswith("error: ") and error.count("\n") == 1
-    assert all(word in error for word in words), error
-    assert not list(tmp_path.rglob("*"))
+    each_is_one_sentence([(flags.format(props), words)], sft, monkeypatch, capsys)
 
 
 def test_a_second_gpu_that_is_not_there(monkeypatch, capsys):
