@@ -36,7 +36,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tqdm import tqdm
 
 import rollout
-from common import fail, seed_everything, use_bf16
+from common import fail, step_generator, use_bf16
 
 LLAMA, QWEN = transformers.LlamaConfig, transformers.Qwen2Config
 SIZES = {
@@ -167,9 +167,11 @@ class Stopwatch:
 
 
 def our_rollout(work, steps, clock):
-    for _ in range(steps):
+    for step in range(steps):
+        generator = step_generator(work.seed, step)
         clock.start()
-        clock.sample(work.policy, work.tokenizer, work.ids, work.args.group_size, work.longest, 1.0)
+        clock.sample(work.policy, work.tokenizer, work.ids, work.args.group_size, work.longest, 1.0,
+                     generator)
         clock.stop()
 
 
@@ -291,8 +293,9 @@ def measure(args):
     for turn, (row, who) in enumerate(tqdm(turns, desc="turns")):
         work, clock = works[row == NATURAL], Stopwatch(args.device)
         work.seed = 1 + turn // len(found)  # others in each round
-        seed_everything(work.seed, args.device)
+        transformers.set_seed(work.seed)  # for TRL's; ours seed themselves
         torch.use_deterministic_algorithms(who == "ours" and args.device == "cpu")
+        torch.utils.deterministic.fill_uninitialized_memory = False  # as run.py has it
         with contextlib.redirect_stdout(io.StringIO()):
             functions[row, who](work, args.steps + 1, clock)
         found[row, who] += clock.found[1:]
@@ -340,7 +343,9 @@ def correctness(args):
     """Beside the speed: sampler, passes and gradient against their definitions."""
     work = Work(args, natural=True)
     policy, prompts = work.policy, work.ids[:2]
-    batch = rollout.sample(policy, work.tokenizer, prompts, args.group_size, work.longest, 1.0)
+    generator = step_generator(0, "correctness")
+    batch = rollout.sample(policy, work.tokenizer, prompts, args.group_size, work.longest, 1.0,
+                           generator)
     valid = batch.mask.bool()
     plain = torch.cat(rollout.plain_logprobs(policy, batch, 1.0))
     shared = rollout.token_logprobs(policy, batch, torch.arange(len(valid)), 1.0)[valid]
@@ -354,7 +359,8 @@ def correctness(args):
           f"{(shared - plain).abs().max():.1e} in the shared-prompt pass, whose gradient is off by "
           f"{(gradients[1] - gradients[0]).norm() / gradients[0].norm():.1e} (relative norm).")
     logits, n = 2 * torch.randn(64, device=args.device), 200_000
-    tokens, _ = rollout.draw(logits.expand(n, -1), 1.0)
+    uniform = torch.rand(n, dtype=torch.float64, generator=generator).to(args.device)
+    tokens, _ = rollout.draw(logits.expand(n, -1), 1.0, uniform)
     expected = n * logits.softmax(-1)
     chi2 = ((torch.bincount(tokens, minlength=64) - expected) ** 2 / expected).sum()
     print(f"{n:,} draws from 64 tokens: chi-square {chi2:.0f}, at 63 degrees of freedom (103 would "

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Optional
 
 import torch
+import transformers
 from transformers.hf_argparser import HfArg, HfArgumentParser
 
 # --------------------------------------------------------------------------------------------------
@@ -211,12 +212,16 @@ def use_bf16(device):
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def seed_everything(seed, device):
-    """Same seed, same numbers: bit for bit on a CPU, nearly so on a GPU."""
-    random.seed(seed)
-    torch.manual_seed(seed)
-    torch.use_deterministic_algorithms(device.startswith("cpu"))
-    torch.utils.deterministic.fill_uninitialized_memory = False  # costs 3 %, and decides nothing
+def step_generator(seed, step):
+    """The random numbers of a step, as a function of seed and step alone -> torch.Generator.
+
+    It lies on the CPU, so that a GPU samples from the same numbers. It reads 32 bits of a seed;
+    these are a hash of both, because with seed + step, seed 2 would be seed 1 a step later.
+    The global generators (random, numpy, torch, CUDA) are seeded too: a reward may draw from them.
+    """
+    number = random.Random(f"{seed} {step}").getrandbits(32)
+    transformers.set_seed(number)
+    return torch.Generator().manual_seed(number)
 
 
 def learning_rate(step, cfg, peak):
@@ -226,11 +231,12 @@ def learning_rate(step, cfg, peak):
     return peak * (1 - 0.9 * (step - cfg.warmup_steps) / max(cfg.steps - 1 - cfg.warmup_steps, 1))
 
 
-def mini_batches(n, minibatch_size, group_size, epochs):
+def mini_batches(n, minibatch_size, group_size, epochs, generator):
     """Shuffled whole groups, all n completions `epochs` times over -> yields row indices (M,)."""
     parts = math.ceil(n // group_size / max(1, minibatch_size // group_size))
     for _ in range(epochs if n else 0):
-        for groups in torch.randperm(n // group_size).tensor_split(parts):  # of nearly one size
+        order = torch.randperm(n // group_size, generator=generator)
+        for groups in order.tensor_split(parts):  # of nearly one size
             yield (groups[:, None] * group_size + torch.arange(group_size)).flatten()
 
 

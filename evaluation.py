@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 import toy
-from common import kl_estimate, masked_mean, use_bf16
+from common import kl_estimate, masked_mean, step_generator, use_bf16
 from rewards import as_number, decode, last_number, score
 from rollout import all_logprobs, make_batch, sample, token_logprobs
 
@@ -78,15 +78,15 @@ def evaluate(policy, tokenizer, problems, cfg, rewards=None, rate=None):
     Sampled at temperature 1, and greedy: the exact match (last_number) where all answers are
     numbers, and the rewards where they say something else. Without rewards: the nats that a
     demonstration costs (SFT), or rate(rows) -> (B, K), where the best completion comes first and
-    should be rated highest. The random numbers come from a generator of their own, so that the run
-    goes on as if nobody had looked (unless a reward draws some).
+    should be rated highest. The random numbers are the same in every evaluation, and those of the
+    run do not depend on them.
     """
     exact, judges = {"last_number": last_number}, {}
     if all(as_number(problem.get("answer")) is not None for problem in problems):
         judges[""] = exact
     if rewards and rewards != exact:
         judges["score_"] = rewards
-    generator, results = torch.Generator(policy.device).manual_seed(0), {"n": len(problems)}
+    generator, results = step_generator(0, "evaluation"), {"n": len(problems)}
     for name, temperature in (("sampled", 1.0), ("greedy", 0.0)) if policy.can_generate() else ():
         found = look(policy, tokenizer, problems, cfg, judges, temperature, generator)
         for prefix in judges:

@@ -26,7 +26,8 @@ from typing import Optional
 
 import torch
 
-from common import HfArg, Means, RunConfig, fill, learning_rate, main, mini_batches, require_finite
+from common import (HfArg, Means, RunConfig, fill, learning_rate, main, mini_batches,
+                    require_finite, step_generator)
 from common import (fail, kl_estimate, masked_mean, ppo_clip_loss, returns_to_go, token_rewards,
                     whiten)
 from data import draw_problems, load_problems
@@ -136,9 +137,10 @@ def train(cfg):
 
     for step in run.steps():
         # 1. Sample: K completions of each prompt of this step, from softmax(logits / temperature).
+        generator = step_generator(cfg.seed, step)  # every random number of this step comes from it
         asked = draw_problems(problems, step, cfg.prompts_per_step, cfg.seed)
         batch = sample(policy, tokenizer, [problem["ids"] for problem in asked], cfg.group_size,
-                       cfg.max_new_tokens, cfg.temperature)
+                       cfg.max_new_tokens, cfg.temperature, generator)
         old_logprobs, mask = batch.logprobs, batch.mask  # N completions, C tokens; mask 0: padding
         run.lap("sample")
 
@@ -162,7 +164,8 @@ def train(cfg):
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg, cfg.lr)
         optimizer.param_groups[0]["lr"] *= step >= cfg.critic_warmup  # at first only V learns
         optimizer.param_groups[1]["lr"] = learning_rate(step, cfg, cfg.critic_lr)
-        for minibatch in mini_batches(len(scores), cfg.minibatch_size, cfg.group_size, cfg.epochs):
+        for minibatch in mini_batches(len(scores), cfg.minibatch_size, cfg.group_size, cfg.epochs,
+                                      generator):
             optimizer.zero_grad()
             for rows, share in micro_batches(batch, minibatch, cfg.micro_batch_size):
                 old, A, m = old_logprobs[rows], advantages[rows], mask[rows]     # R rows of each

@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 import toy
-from common import fail
+from common import fail, step_generator
 from data import encode, load_problems, read, read_jsonl
 from model import load_tokenizer
 from rewards import decode, last_number
@@ -137,7 +137,7 @@ def make_preferences(cfg, kind):
 
 def sample_answers(policy, tokenizer, cfg):
     """-> yields each problem with its answers and their grades; those cut short are left out."""
-    generator = torch.Generator(policy.device).manual_seed(cfg.seed)
+    generator = step_generator(cfg.seed, "preferences")
     held_out = cfg.eval_prompts // 2  # enough to see whether held-out pairs are told apart
     sizes = dict(train=cfg.prompts, validation=held_out, test=held_out)
     problems = [dict(row, split=split) for split, n in sizes.items()

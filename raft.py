@@ -22,7 +22,8 @@ from typing import Optional
 
 import torch
 
-from common import HfArg, Means, RunConfig, fill, learning_rate, main, mini_batches, require_finite
+from common import (HfArg, Means, RunConfig, fill, learning_rate, main, mini_batches,
+                    require_finite, step_generator)
 from common import fail, masked_mean
 from data import draw_problems, load_problems
 from evaluation import batch_stats, check_first_step, evaluate, ratio_stats, report, validate
@@ -76,9 +77,10 @@ def train(cfg):
 
     for step in run.steps():
         # 1. Sample: K completions of each prompt of this step, from softmax(logits / temperature).
+        generator = step_generator(cfg.seed, step)  # every random number of this step comes from it
         asked = draw_problems(problems, step, cfg.prompts_per_step, cfg.seed)
         batch = sample(policy, tokenizer, [problem["ids"] for problem in asked], cfg.group_size,
-                       cfg.max_new_tokens, cfg.temperature)
+                       cfg.max_new_tokens, cfg.temperature, generator)
         old_logprobs, mask = batch.logprobs, batch.mask  # N completions, C tokens; mask 0: padding
         run.lap("sample")
 
@@ -96,7 +98,7 @@ def train(cfg):
         stats = Means()
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg, cfg.lr)
         size = cfg.minibatch_size // cfg.group_size  # the best of as many as a sibling's mini-batch
-        for minibatch in mini_batches(len(best), size, group_size=1, epochs=cfg.epochs):
+        for minibatch in mini_batches(len(best), size, 1, cfg.epochs, generator):
             optimizer.zero_grad()
             for rows, share in micro_batches(batch, best[minibatch], cfg.micro_batch_size):
                 old, m = old_logprobs[rows], mask[rows]                          # R rows of each

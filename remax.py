@@ -28,7 +28,8 @@ from typing import Optional
 
 import torch
 
-from common import HfArg, Means, RunConfig, fill, learning_rate, main, mini_batches, require_finite
+from common import (HfArg, Means, RunConfig, fill, learning_rate, main, mini_batches,
+                    require_finite, step_generator)
 from common import kl_estimate, ppo_clip_loss, returns_to_go, token_rewards
 from data import draw_problems, load_problems
 from evaluation import batch_stats, check_first_step, evaluate, ratio_stats, report, validate
@@ -81,12 +82,13 @@ def train(cfg):
 
     for step in run.steps():
         # 1. Sample: K completions of each prompt of this step, from softmax(logits / temperature).
+        generator = step_generator(cfg.seed, step)  # every random number of this step comes from it
         asked = draw_problems(problems, step, cfg.prompts_per_step, cfg.seed)
         batch = sample(policy, tokenizer, [problem["ids"] for problem in asked], cfg.group_size,
-                       cfg.max_new_tokens, cfg.temperature)
+                       cfg.max_new_tokens, cfg.temperature, generator)
         old_logprobs, mask = batch.logprobs, batch.mask  # N completions, C tokens; mask 0: padding
         # And one greedy completion of each, which is only to be scored.
-        greedy = sample(policy, tokenizer, batch.prompts, 1, cfg.max_new_tokens, temperature=0)
+        greedy = sample(policy, tokenizer, batch.prompts, 1, cfg.max_new_tokens, 0, generator)
         run.lap("sample")
 
         # 2. Score: what each completion earned, and how far from the reference each token is.
@@ -105,7 +107,8 @@ def train(cfg):
         # 4. Update, once per mini-batch. share: a micro-batch's part of the mini-batch's tokens.
         stats = Means()
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg, cfg.lr)
-        for minibatch in mini_batches(len(scores), cfg.minibatch_size, cfg.group_size, cfg.epochs):
+        for minibatch in mini_batches(len(scores), cfg.minibatch_size, cfg.group_size, cfg.epochs,
+                                      generator):
             optimizer.zero_grad()
             for rows, share in micro_batches(batch, minibatch, cfg.micro_batch_size, advantages):
                 old, A, m = old_logprobs[rows], advantages[rows], mask[rows]     # R rows of each

@@ -23,7 +23,8 @@ from typing import Optional
 import torch
 import torch.nn.functional as F
 
-from common import HfArg, Means, RunConfig, fill, learning_rate, main, mini_batches, require_finite
+from common import (HfArg, Means, RunConfig, fill, learning_rate, main, mini_batches,
+                    require_finite, step_generator)
 from data import draw_problems
 from evaluation import evaluate, preference_stats, report, validate
 from model import save_policy
@@ -76,6 +77,7 @@ def train(cfg):
 
     for step in run.steps():
         # 1. Batch: completions of the data instead of samples, and nothing to score.
+        generator = step_generator(cfg.seed, step)  # every random number of this step comes from it
         asked = draw_problems(problems, step, cfg.minibatch_size, cfg.seed)
         batch = make_batch([problem["ids"] for problem in asked],
                            sum((problem["targets"] for problem in asked), []), cfg.device)
@@ -85,7 +87,7 @@ def train(cfg):
         # 2. Update. share: a micro-batch's part of the prompts.
         stats = Means()
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg, cfg.lr)
-        for minibatch in mini_batches(len(mask), K * cfg.minibatch_size, group_size=K, epochs=1):
+        for minibatch in mini_batches(len(mask), K * cfg.minibatch_size, K, 1, generator):
             optimizer.zero_grad()
             for rows, _ in micro_batches(batch, minibatch, K * cfg.micro_batch_size,
                                          whole_groups=True):

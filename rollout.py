@@ -249,31 +249,28 @@ def all_values(critic, batch, micro_batch_size):
 # Sampling
 
 
-def draw(logits, temperature, generator=None):
+def draw(logits, temperature, uniform):
     """One token per row of (n, V) from softmax(logits / temperature) -> tokens (n,), logprobs (n,).
 
-    By inverting the cumulative distribution: one uniform number per row, and the normaliser comes
-    for free. In float64, or the cumulative sum would lose the tail of a large vocabulary.
-    Temperature 0 takes the most likely token, with its log-prob at temperature 1.
+    By inverting the cumulative distribution at the numbers `uniform` (n,) from [0, 1); the
+    normaliser comes for free. In float64, or the sum would lose the tail of a large vocabulary.
     """
-    if temperature == 0:
-        tokens = logits.argmax(-1)
-        return tokens, pick(logits, tokens, 1.0)
     logits = logits.float() / temperature
     logits = logits - logits.amax(-1, keepdim=True)
     cumulative = logits.double().exp().cumsum(-1)
     total = cumulative[:, -1:]
-    uniform = torch.rand(total.shape, dtype=total.dtype, device=total.device, generator=generator)
     # right=True: the first token whose sum exceeds the number, which is none of probability 0
-    tokens = torch.searchsorted(cumulative, uniform * total, right=True)
+    tokens = torch.searchsorted(cumulative, uniform[:, None] * total, right=True)
     tokens = tokens.clamp(max=logits.shape[-1] - 1)  # only nan logits get here
     return tokens.squeeze(-1), (logits.gather(-1, tokens) - total.log()).float().squeeze(-1)
 
 
-def sample(policy, tokenizer, prompts, group_size, max_new_tokens, temperature, generator=None):
+def sample(policy, tokenizer, prompts, group_size, max_new_tokens, temperature, generator):
     """K = group_size completions of each of B prompts (lists of token ids) -> Batch of N = B * K.
 
-    Completion i belongs to prompt i // K. Temperature 0 decodes greedily.
+    Completion i belongs to prompt i // K. Every token has its random number before the first is
+    drawn, from `generator` on the CPU: so neither the device nor what other rows do changes a row.
+    Temperature 0 takes the most likely token, with its log-prob at temperature 1; it draws nothing.
     """
     device = policy.device
     stop = torch.tensor(eos_ids(policy, tokenizer), device=device)
@@ -282,6 +279,8 @@ def sample(policy, tokenizer, prompts, group_size, max_new_tokens, temperature, 
     mask, logprobs = torch.zeros(ids.shape, device=device), torch.zeros(ids.shape, device=device)
     finished = torch.zeros(len(owner), dtype=torch.bool, device=device)
     rows = torch.arange(len(owner), device=device)  # the completions that are still forwarded
+    if temperature > 0:
+        uniform = torch.rand(ids.shape, dtype=torch.float64, generator=generator).to(device)
     with without_gradient(device), precision(device):
         (prompt_ids, valid), cache = pad_left(prompts, device), DynamicCache()
         logits = forward(policy, prompt_ids, valid, cache, keep=1)[owner, -1]
@@ -289,8 +288,13 @@ def sample(policy, tokenizer, prompts, group_size, max_new_tokens, temperature, 
         for t in range(max_new_tokens):
             # The mask is what the sampler knows. It can't be read off the ids: pad may equal EOS.
             mask[rows, t] = (~finished[rows]).float()
-            ids[rows, t], logprobs[rows, t] = draw(logits, temperature, generator)
-            finished[rows] |= torch.isin(ids[rows, t], stop)
+            if temperature > 0:
+                tokens, chosen = draw(logits, temperature, uniform[rows, t])
+            else:
+                tokens = logits.argmax(-1)
+                chosen = pick(logits, tokens, 1.0)
+            ids[rows, t], logprobs[rows, t] = tokens, chosen
+            finished[rows] |= torch.isin(tokens, stop)
             if device.type == "cpu" or t % 16 == 15:  # asking a GPU makes it wait: ask seldom
                 rows = decode.drop(rows, finished)
             if len(rows) == 0 or t + 1 == max_new_tokens:

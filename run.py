@@ -6,7 +6,6 @@ timing, one line of JSON, one file. Nothing here touches the learning.
 """
 import json
 import os
-import random
 import shlex
 import signal
 import sys
@@ -18,7 +17,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from common import fail, seed_everything, use_bf16
+from common import fail, use_bf16
 from model import check_saving, checkpoint_activations
 
 # What --resume lets differ from the run's own: where, how long and in how much memory it runs, how
@@ -50,6 +49,8 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.cfg.out_dir = str(self.folder)
         check_saving(policy, tokenizer, self.folder, networks)
+        torch.use_deterministic_algorithms(policy.device.type == "cpu")  # to the last bit
+        torch.utils.deterministic.fill_uninitialized_memory = False  # costs 3 %, decides nothing
         if self.cfg.gradient_checkpointing:
             checkpoint_activations(policy)
         text = json.dumps(dict(script=self.name, **asdict(self.cfg)), indent=1)
@@ -131,19 +132,20 @@ class Run:
         """checkpoint.pt, when it is due: every --save_every steps, at the last, after Ctrl-C."""
         if self.stopping or (step + 1) % self.cfg.save_every == 0 or step + 1 == self.cfg.steps:
             state = {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in state.items()}
-            cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-            state.update(step=step + 1, rng=(random.getstate(), torch.get_rng_state(), cuda))
+            state.update(step=step + 1)
             write_atomically(self.folder / "checkpoint.pt", lambda path: torch.save(state, path))
             self.saved = step + 1
 
     def load(self, **objects):
-        """Seed everything -> {}; with --resume, checkpoint.pt into `objects` -> the whole of it."""
-        seed_everything(self.cfg.seed, self.cfg.device)
+        """-> {}; with --resume, checkpoint.pt into `objects` -> the whole of it.
+
+        It holds no random numbers: those of a step are a function of seed and step.
+        """
         if not self.cfg.resume:
             return {}
         path = self.folder / "checkpoint.pt"
         try:
-            state = torch.load(path, map_location="cpu", weights_only=False)
+            state = torch.load(path, map_location="cpu", weights_only=True)
             for name, thing in objects.items():
                 thing.load_state_dict(state[name])
             self.first = state["step"]
@@ -151,10 +153,6 @@ class Run:
             fail(f"--resume: {path} is torn, or not of this model; start anew in another --out_dir")
         if self.first > self.cfg.steps:
             fail(f"--steps {self.cfg.steps}: this run has made {self.first} already; ask for more")
-        random.setstate(state["rng"][0])
-        torch.set_rng_state(state["rng"][1])
-        if torch.cuda.is_available() and state["rng"][2]:
-            torch.cuda.set_rng_state_all(state["rng"][2])
         for path in filter(Path.exists, (self.folder / name for name in LOGS)):
             rows = path.read_text().splitlines(keepends=True)  # what came after will come again
             rows = [r for r in rows if r.endswith("\n") and json.loads(r)["step"] <= self.first]

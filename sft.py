@@ -25,7 +25,7 @@ import torch
 
 import toy
 from common import (HfArg, Means, RunConfig, fill, learning_rate, main, masked_mean, mini_batches,
-                    require_finite)
+                    require_finite, step_generator)
 from data import draw_problems, load_problems
 from evaluation import evaluate, report, validate
 from model import save_policy
@@ -79,6 +79,7 @@ def train(cfg):
 
     for step in run.steps():
         # 1. Batch: demonstrations instead of samples, and nothing to score.
+        generator = step_generator(cfg.seed, step)  # every random number of this step comes from it
         asked = draw_problems(problems, step, cfg.minibatch_size, cfg.seed)
         batch = make_batch([problem["ids"] for problem in asked],
                            [problem["targets"][0] for problem in asked], cfg.device)
@@ -88,7 +89,7 @@ def train(cfg):
         # 2. Update.
         stats = Means()
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg, cfg.lr)
-        for minibatch in mini_batches(len(mask), cfg.minibatch_size, group_size=1, epochs=1):
+        for minibatch in mini_batches(len(mask), cfg.minibatch_size, 1, 1, generator):
             optimizer.zero_grad()
             for rows, share in micro_batches(batch, minibatch, cfg.micro_batch_size):
                 logprobs = token_logprobs(policy, batch, rows, temperature=1.0)    # (R, C)

@@ -24,7 +24,7 @@ from typing import Optional
 
 import torch
 
-from common import HfArg, Means, RunConfig, fill, main
+from common import HfArg, Means, RunConfig, fill, main, step_generator
 from common import fail, kl_estimate, masked_mean, normalize_rewards
 from data import draw_problems, load_problems
 from evaluation import batch_stats, check_first_step, evaluate, ratio_stats, report, validate
@@ -135,9 +135,10 @@ def train(cfg):
 
     for step in run.steps():
         # 1. Sample: K completions of each prompt of this step, from softmax(logits / temperature).
+        generator = step_generator(cfg.seed, step)  # every random number of this step comes from it
         asked = draw_problems(problems, step, cfg.prompts_per_step, cfg.seed)
         batch = sample(policy, tokenizer, [problem["ids"] for problem in asked], cfg.group_size,
-                       cfg.max_new_tokens, cfg.temperature)
+                       cfg.max_new_tokens, cfg.temperature, generator)
         old_logprobs, mask = batch.logprobs, batch.mask  # N completions, C tokens; mask 0: padding
         run.lap("sample")
 

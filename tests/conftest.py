@@ -121,6 +121,10 @@ def few_problems(monkeypatch):
 toy_problems = functools.cache(toy.problems)
 
 
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
 def moved(before, after):
     """The share of the weights that differ between two model folders or run folders."""
     old, new = (load_model(str(folder)).state_dict() for folder in (before, after))

@@ -273,9 +273,8 @@ def install():
     torch.cuda.reset_peak_memory_stats = lambda *args: reset_peak()
     torch.cuda.manual_seed_all = torch.cuda.manual_seed = lambda seed: RANDOM.manual_seed(seed)
     torch.cuda.get_rng_state = lambda *args: RANDOM.get_state()
-    torch.cuda.get_rng_state_all = lambda: [RANDOM.get_state()]
     torch.cuda.set_rng_state = lambda state, *args: RANDOM.set_state(state)
-    torch.cuda.set_rng_state_all = lambda states: RANDOM.set_state(states[0])
+    torch.serialization.add_safe_globals([rebuild])
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(list, device=cuda): a copy, and seen
     Mode().__enter__()
     import transformers

@@ -40,7 +40,7 @@ def metrics(folder):
 
 
 def weights(folder):
-    return torch.load(Path(folder, "checkpoint.pt"), weights_only=False)["policy"]
+    return torch.load(Path(folder, "checkpoint.pt"), weights_only=True)["policy"]
 
 
 def same_weights(one, two):
@@ -106,7 +106,7 @@ def test_kill_and_resume_is_bit_for_bit(folders, tmp_path):
         time.sleep(0.005)
     process.kill()
     process.join()
-    cut_at = torch.load(tmp_path / "cut" / "checkpoint.pt", weights_only=False)["step"]
+    cut_at = torch.load(tmp_path / "cut" / "checkpoint.pt", weights_only=True)["step"]
     assert 2 <= cut_at < 20 and not (tmp_path / "cut" / "model").exists()
     with open(tmp_path / "cut" / "metrics.jsonl", "a") as file:
         file.write('{"step": 4, "sco')  # as if the kill had torn a line
@@ -130,7 +130,7 @@ def test_ctrl_c_finishes_the_step_and_the_printed_command_goes_on(folders, tmp_p
     screen = (tmp_path / "screen").read_text()
     assert process.exitcode == 130 and "Traceback" not in screen
     steps = len(metrics(tmp_path / "run"))
-    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=False)["step"] == steps < 60
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == steps < 60
     again = shlex.split(screen.strip().splitlines()[-1].partition("to go on: python ")[2])
     warm.call(*again, cwd=tmp_path)
     assert [row["step"] for row in metrics(tmp_path / "run")] == list(range(1, 61))
@@ -328,7 +328,7 @@ def test_sft_learns_the_demonstrations_and_where_they_end(folders, tmp_path, mon
     policy, tokenizer = load_policy("run", "cpu")
     rows = data.encode(toy.problems("toy", "train", 12), tokenizer)
     from rollout import sample
-    batch = sample(policy, tokenizer, [row["ids"] for row in rows], 1, 8, 0.0)
+    batch = sample(policy, tokenizer, [row["ids"] for row in rows], 1, 8, 0.0, None)
     assert batch.finished.all()
     _, scores, _ = rewards.score(dict(r=rewards.last_number), rows, batch, tokenizer)
     assert scores.mean() > 0.9

@@ -90,7 +90,7 @@ def test_weights_and_cache():
     real = decode.Cache
     try:
         decode.Cache = lambda layers: caches.append(layers) or real(layers=layers)
-        sample(policy, tokenizer, [[5] * 10, [6] * 10], 3, 20, 1.0)
+        sample(policy, tokenizer, [[5] * 10, [6] * 10], 3, 20, 1.0, torch.Generator())
     finally:
         decode.Cache = real
     found = sum(t.nbytes for layer in caches[0] for t in (layer.keys, layer.values))

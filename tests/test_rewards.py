@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import rewards
-from conftest import make_model
+from conftest import make_model, seeded
 from rollout import make_batch, sample
 
 
@@ -29,7 +29,7 @@ def test_last_number(text, answer, finished, expected):
 
 def test_score_hands_each_completion_its_own_problem(tokenizer):
     """A reward that returns its problem's column: group i must get row i's, K times."""
-    batch = sample(make_model("llama"), tokenizer, [[5], [6, 7], [8]], 4, 3, 1.0)
+    batch = sample(make_model("llama"), tokenizer, [[5], [6, 7], [8]], 4, 3, 1.0, seeded())
     problems = [dict(prompt=str(i), ids=[5], value=i) for i in range(3)]
     seen = {}
 
@@ -46,7 +46,7 @@ def test_score_hands_each_completion_its_own_problem(tokenizer):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_score_that_is_not_a_number_stops_the_run(tokenizer, capsys, value):
-    batch = sample(make_model("llama"), tokenizer, [[5]], 3, 3, 1.0)
+    batch = sample(make_model("llama"), tokenizer, [[5]], 3, 3, 1.0, seeded())
     mine = dict(mine=lambda *a, **k: [0.0, value, 1.0])
     with pytest.raises(SystemExit) as stop:
         rewards.score(mine, [dict(prompt="")], batch, tokenizer, 4)

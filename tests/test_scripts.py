@@ -3,10 +3,12 @@ import ast
 import difflib
 import inspect
 import json
+import random
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy
 import pytest
 import torch
 
@@ -107,6 +109,28 @@ def test_it_runs_and_leaves_what_the_others_leave(folders, here, capsys, name, v
     assert moved(model, "run") > 0.9
     settings = json.loads((folder / "model" / "generation_config.json").read_text())
     assert settings["top_k"] == HOSTILE["top_k"]  # kept for later users, and not obeyed here
+
+
+@each_script
+def test_a_reward_that_seeds_or_draws_changes_no_sample(folders, here, name):
+    """Nor does it matter to it where the global generators stood before the run."""
+    def draws(prompts, completions, **columns):
+        noise.append(random.random() + numpy.random.rand() + torch.rand(()).item())
+        random.seed(0), numpy.random.seed(0), torch.manual_seed(0)
+        return by_text(prompts, completions)
+
+    noise = []
+    here.setitem(rewards.REWARDS, "last_number", by_text)
+    train(name, folders("llama"), steps=3, eval_every=1, out_dir="quiet")
+    here.setitem(rewards.REWARDS, "last_number", draws)
+    train(name, folders("llama"), steps=3, eval_every=1, out_dir="one")
+    once = noise.copy()
+    noise.clear()
+    torch.manual_seed(9)
+    train(name, folders("llama"), steps=3, eval_every=1, out_dir="two")
+    assert metrics("quiet") == metrics("one") == metrics("two") and same_weights("quiet", "two")
+    assert noise[1:] == once[1:] and len(set(noise)) > 4  # the first is its trial, before the run
+    assert not {"rng", "random"} & set(torch.load("two/checkpoint.pt", weights_only=True))
 
 
 @each_variant
@@ -337,9 +361,9 @@ def test_own_data_and_rewards_and_every_kind_of_checkpoint(here, tmp_path, name)
     for kind in CONFIGS if name in ("ppo", "trpo") else ("llama", "gpt2"):
         model = save_folder(tmp_path / kind, kind, hostile=True, template=TEMPLATE,
                             dtype=torch.bfloat16, pad="<eos>")
-        train(name, model, data=file, reward="last_number,mine.py:short", out_dir=f"{kind}-run")
+        train(name, model, data=file, reward="true_equations,mine.py:short", out_dir=f"{kind}-run")
         row = metrics(f"{kind}-run")[0]
-        assert row["score"] == pytest.approx(row["reward_last_number"] + row["reward_short"])
+        assert row["score"] == pytest.approx(row["reward_true_equations"] + row["reward_short"])
 
 
 def test_a_run_is_resumed_by_its_own_script_alone(folders, here, capsys):
@@ -391,7 +415,7 @@ def test_ppo_trains_its_critic_alone_at_first(folders, here):
         train("ppo", folders("llama"), steps=3, critic_warmup=2, save_every=2)
     old = load_policy(folders("llama"), "cpu")[0].state_dict()
     assert all(torch.equal(old[key], value) for key, value in weights("run").items())
-    critic = torch.load("run/checkpoint.pt", weights_only=False)["critic"]
+    critic = torch.load("run/checkpoint.pt", weights_only=True)["critic"]
     assert critic["lm_head.weight"].shape == (1, 32) and critic["lm_head.weight"].abs().max() > 0
     rows = metrics("run")
     assert rows[0]["explained_var"] == pytest.approx(0, abs=1e-6) and rows[0]["lr"] == 0
@@ -437,9 +461,9 @@ def test_remax_compares_with_the_greedy_answer_to_the_same_prompt(folders, here)
     """One greedy decode per prompt, and a score of the prompt alone leaves nothing to learn."""
     decoded, real, advantages, loss = [], remax.sample, [], remax.ppo_clip_loss
 
-    def spy(policy, tokenizer, prompts, group_size, max_new_tokens, temperature):
+    def spy(policy, tokenizer, prompts, group_size, max_new_tokens, temperature, generator):
         decoded.append((len(prompts), group_size, temperature))
-        return real(policy, tokenizer, prompts, group_size, max_new_tokens, temperature)
+        return real(policy, tokenizer, prompts, group_size, max_new_tokens, temperature, generator)
 
     here.setattr(remax, "sample", spy)
     here.setattr(remax, "ppo_clip_loss", lambda logprobs, old, A, *args: advantages.append(A) or
@@ -463,8 +487,9 @@ def test_remax_does_not_count_the_greedy_answers(folders, here):
     (_, scores, _), (_, greedy, _) = seen
     assert scores.tolist() != greedy.tolist()
     assert metrics("run")[0]["score"] == pytest.approx(scores.mean().item())
-    ours = sorted(round(a.item(), 5) for a in (scores - greedy))
-    assert sorted(round(a.item(), 5) for a in advantages[0][:, 0]) == ours
+    ours, found = (sorted(round(a.item(), 5) for a in row if a != 0)  # not forwarded, but for one
+                   for row in (scores - greedy, advantages[0][:, 0]))
+    assert ours == found != []
 
 
 @pytest.mark.parametrize("name, variant", [
@@ -537,9 +562,9 @@ def test_raft_makes_no_step_where_no_group_has_a_best(folders, here):
 CAPS = {  # changed code lines, docstring aside: removed, added; README's reading order
     ("reinforce", "reinforce_pp"): (36, 36), ("reinforce_pp", "ppo"): (33, 83),
     ("reinforce_pp", "rloo"): (28, 31), ("rloo", "grpo"): (31, 81), ("rloo", "remax"): (36, 17),
-    ("grpo", "reinforce_pp"): (82, 29), ("rloo", "raft"): (47, 26), ("sft", "dpo"): (56, 84),
+    ("grpo", "reinforce_pp"): (82, 29), ("rloo", "raft"): (48, 26), ("sft", "dpo"): (56, 84),
     ("dpo", "orpo"): (50, 26), ("dpo", "reward_model"): (66, 34),
-    ("reinforce_pp", "trpo"): (62, 116), ("rloo", "prime"): (45, 94)}
+    ("reinforce_pp", "trpo"): (64, 116), ("rloo", "prime"): (45, 94)}
 
 
 def code(name):

@@ -3,14 +3,11 @@ import pytest
 import torch
 
 import rollout
+from conftest import seeded
 from rollout import Batch, load_policy, make_batch, micro_batches, sample, token_logprobs
 from test_scripts import SCRIPTS, quick
 
 PROMPTS = [[5, 6, 7, 8, 9, 10], [4, 5], [11, 9, 6, 7]]
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 @pytest.fixture
@@ -152,7 +149,7 @@ def test_nothing_that_is_sampled_has_a_gradient(policy, tokenizer, forwards, mon
 
 def test_a_batch_can_be_trained_on(policy, tokenizer):
     """Tensors made in inference mode could not be: autograd refuses to keep them."""
-    batch = sample(policy, tokenizer, PROMPTS, 2, 5, 1.0)
+    batch = sample(policy, tokenizer, PROMPTS, 2, 5, 1.0, seeded())
     weight = torch.ones((), requires_grad=True)
     for tensor in (batch.logprobs, batch.mask, batch.finished.float(), batch.completions.float()):
         assert not tensor.is_inference()
