@@ -208,7 +208,7 @@ def ours(work, steps, clock, name, flags):
             clock.stop()
 
     run = mock.Mock(steps=timed_steps, load=lambda **objects: dict(before={}), log=log)
-    problems = [dict(prompt=text, ids=ids) for text, ids in zip(work.texts, work.ids)]
+    problems = [dict(prompt=text, ids=ids, columns={}) for text, ids in zip(work.texts, work.ids)]
     instead = dict.fromkeys(("evaluate", "validate", "report", "save_policy"), mock.Mock())
     instead.update(Run=lambda *_: run, load_problems=lambda *_: (problems, [], []),
                    load_rewards=lambda *_: dict(ours=work.reward), sample=clock.sample,

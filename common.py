@@ -10,7 +10,7 @@ import argparse
 import math
 import random
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Optional
 
 import torch
@@ -126,6 +126,7 @@ class RunConfig:
     out_dir: Optional[str] = HfArg(default=None, help="run folder; without it runs/SCRIPT, with a "
                                                       "number if taken")
     resume: bool = HfArg(default=False, help="go on from the checkpoint in the run folder")
+    data_checksum: Optional[int] = field(default=None, init=False)  # no flag: load_problems sets it
 
 
 class FlagHelp(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -140,6 +141,9 @@ def fail(message, code=2):
 
 def main(config_class, train):
     """What `python SCRIPT.py ...` does: flags -> config -> train(config)."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a character that cannot be shown must not end a run
+            stream.reconfigure(errors="backslashreplace")
     parser = HfArgumentParser(config_class, allow_abbrev=False, formatter_class=FlagHelp,
                               description=sys.modules["__main__"].__doc__)
     parser.error = lambda message: fail(f"{message}; see --help")

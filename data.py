@@ -1,13 +1,19 @@
 """
 Prompts: what the policy is asked.
 
-A problem is a dict: `prompt` (text, or a list of messages), whatever other columns the data has (an
-`answer`, say; they all reach the reward function), and `ids`, the prompt as the model sees it.
+A problem is a dict of ours, so that no column of the data can be in its way:
+    row           the row of the data, as it was found
+    columns       all columns of the data set, None where the row has none; rewards get them
+    prompt        text, or a list of messages
+    completion, completions    None, or what the row says of an answer: to_problem()
+    ids, targets  tokens: the prompt as the model sees it, and each completion that is learned from
 """
 import json
+import os
 import random
 import re
 import zlib
+from itertools import combinations, takewhile
 from pathlib import Path
 
 import toy
@@ -18,18 +24,20 @@ from model import ask_hub, load_tokenizer
 # From --data to problems
 
 
-def load_problems(cfg, column=None, splits=None):
+def load_problems(cfg, wanted=None, splits=None):
     """--data, or the rows of its splits -> training, validation and test problems.
 
-    column: what they need beside the prompt: completion (of SFT), completions (best first).
+    wanted, beside the prompt: completion, pairs or rankings.
     """
-    tokenizer, context, words = load_tokenizer(cfg.model)
+    tokenizer, context, words, stop = load_tokenizer(cfg.model)
     splits = splits or read(cfg.data, cfg.eval_prompts)
-    splits = {split: check_rows(rows, cfg.data, column) for split, rows in splits.items()}
+    cfg.data_checksum = checksum([*splits.values()])  # a run is not resumed on other data
+    splits = settle(splits, cfg.data, wanted)
     for rows in splits.values():
         encode(rows, tokenizer, f"--data {cfg.data}")
-        if column:
-            encode_completions(rows, tokenizer, column)
+        if wanted:
+            column = "completion" if wanted == "completion" else "completions"
+            encode_completions(rows, tokenizer, column, stop)
         used = set().union(*(sum(row.get("targets", []), row["ids"]) for row in rows))
         if max(used) >= words:
             fail(f"--model {cfg.model}: its tokenizer has tokens that the model lacks; replace it")
@@ -51,6 +59,7 @@ def read(data, held_out):
     if data in toy.KINDS:
         sizes = dict(train=16384, validation=held_out, test=held_out)
         return {split: toy.problems(data, split, n) for split, n in sizes.items()}
+    data = os.path.expanduser(data)
     path = Path(data)
     if path.is_file() or path.suffix in (".jsonl", ".json") and not path.is_dir():
         return {"train": read_jsonl(path)}
@@ -85,32 +94,110 @@ def read_jsonl(path):
     return rows
 
 
-def check_rows(rows, data, column=None):
-    """Rows as they were found -> problems with `prompt`, and `column` if one is asked for."""
-    if not rows:
-        fail(f"--data {data}: it is empty; give it rows with a prompt each")
-    found, problems = {key for row in rows for key in row}, [to_problem(row) for row in rows]
-    for key in ("prompt", column) if column else ("prompt",):
-        if not any(key in problem for problem in problems):
-            fail(f"--data {data}: its columns are {', '.join(sorted(found))}; call one {key}")
-        for number, problem in enumerate(problems, 1):
-            value, answer = problem.get(key), key != "prompt"
-            texts = value if key == "completions" and isinstance(value, list) else [value]
-            if not texts or not all(is_text(text, answer) for text in texts):
-                fail(f"--data {data}: the {key} of row {number} is {value!r:.100}; it must be "
-                     "text, or messages {role, content} (of a completion: one, assistant)")
-    return problems
+NEEDED = dict(
+    prompt="a prompt (or question; or chosen and rejected that begin alike)",
+    completion="a completion",
+    pairs="chosen and rejected (rankings are for dpo.py --loss plackett_luce)",
+    rankings="completions, a list, best first, or chosen and rejected")
 
 
-def to_problem(row):
-    """A `question` is a prompt; and of GSM8K's answers, "reasoning #### 42", 42 is the answer."""
-    problem = dict(row)
-    if problem.get("prompt") is None and "question" in row:
-        problem["prompt"] = row["question"]
-    if result := re.search(r"####\s*(\S+)\s*$", str(row.get("answer"))):
-        problem.setdefault("completion", row["answer"])  # it may serve as a demonstration
-        problem["answer"] = result[1]
-    return problem
+def settle(splits, data, wanted=None):
+    """{split: rows as they were found} -> {split: problems}. Refuses what has not what is wanted.
+
+    wanted, beside the prompt: completion, pairs or rankings.
+    """
+    columns = list(dict.fromkeys(key for rows in splits.values() for row in rows for key in row))
+    settled = {}
+    for split, rows in splits.items():
+        if not rows:
+            fail(f"--data {data}: it is empty; give it rows with a prompt each")
+        problems = {f"--data {data}: row {number} of {split}": to_problem(row, columns)
+                    for number, row in enumerate(rows, 1)}
+        for where, problem in problems.items():
+            for need in ("prompt", wanted) if wanted else ("prompt",):
+                if not has(problem, need):
+                    found = (key for key, value in problem["row"].items() if value is not None)
+                    fail(f"{where} has {', '.join(sorted(found))}; it must have {NEEDED[need]}")
+        if wanted in ("pairs", "rankings"):
+            problems = {where: row for where, row in problems.items() if is_comparison(row)}
+            left_out = f"{len(rows) - len(problems)} of {len(rows)} rows of {split}: two " \
+                "completions are the same, or one is of several messages"
+            if not problems:
+                fail(f"--data {data}: left out {left_out}; none is left")
+            if len(problems) < len(rows):
+                print(f"dropped {left_out}")
+        for where, problem in problems.items():
+            check_texts(problem, wanted, where)
+        settled[split] = list(problems.values())
+    return settled
+
+
+def to_problem(row, columns):
+    """What the columns of a row mean, the same for every script -> a problem.
+
+    prompt        the column, or `question`; where there is neither, what chosen and rejected both
+                  begin with
+    completion    the column, or an answer of the form "reasoning #### 42", as GSM8K has them
+    completions   the column, best first, or chosen and rejected
+    """
+    prompt = row.get("question") if row.get("prompt") is None else row["prompt"]
+    completion, completions = row.get("completion"), row.get("completions")
+    if completion is None and "####" in str(row.get("answer")):
+        completion = row["answer"]
+    if row.get("chosen") is not None and row.get("rejected") is not None:
+        prompt, completions = to_pair(prompt, row["chosen"], row["rejected"])
+    return dict(row=row, columns={key: row.get(key) for key in columns}, prompt=prompt,
+                completion=completion, completions=completions)
+
+
+def to_pair(prompt, chosen, rejected):
+    """-> prompt, [chosen, rejected]. A conversation that repeats the prompt is cut after it."""
+    pair, kinds = [chosen, rejected], {type(chosen), type(rejected)}
+    if isinstance(prompt, list) and kinds == {list}:
+        if all(one[: len(prompt)] == prompt for one in pair):
+            pair = [one[len(prompt):] for one in pair]
+    elif prompt is None and kinds in ({str}, {list}) or kinds == {list} and min(map(len, pair)) > 1:
+        prompt, pair = split_prompt(*pair)  # text cannot say where in a conversation it ends
+    return prompt or None, pair
+
+
+def split_prompt(chosen, rejected):
+    """Two texts, or lists of messages, that begin alike -> the beginning, and the two rests.
+
+    Texts are not cut inside a word, which may be one token, nor after a space, which tokenizers
+    take for the beginning of the next.
+    """
+    n = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected)))
+    if isinstance(chosen, str):
+        inside = any(re.match(r"\w\w", text[max(n - 1, 0):]) for text in (chosen, rejected))
+        n = re.search(r"\s?\w*\Z" if inside else r"\s?\Z", chosen[:n]).start()
+    return chosen[:n], [chosen[n:], rejected[n:]]
+
+
+def has(problem, need):
+    """Whether there is what is NEEDED, whatever it is."""
+    if need in ("prompt", "completion"):
+        return problem[need] is not None
+    texts = problem["completions"]
+    return isinstance(texts, list) and len(texts) > 1 and (need == "rankings" or len(texts) == 2)
+
+
+def is_comparison(problem):
+    """Whether the completions differ, and each is what follows a prompt in one turn."""
+    texts = problem["completions"]
+    return not any(isinstance(text, list) and len(text) > 1 for text in texts) and \
+        not any(one == other for one, other in combinations(texts, 2))
+
+
+def check_texts(problem, wanted, where):
+    """Refuse a row in which the prompt, or a completion that is wanted, is no text."""
+    texts = [problem["completion"]] if wanted == "completion" else problem["completions"]
+    named = [("prompt", problem["prompt"])]
+    named += [("completion", text) for text in texts] if wanted else []
+    for name, value in named:
+        if not is_text(value, answer=name == "completion"):
+            fail(f"{where}: its {name} is {value!r:.100}; it must be text, or messages {{role, "
+                 "content}} (of a completion: one, assistant)")
 
 
 def is_text(value, answer=False):
@@ -153,19 +240,20 @@ def hold_out(splits, data):
     homes = {home: key for home, key in enumerate(("test", "validation")) if key not in given}
     made = {key: [] for key in ("train", *homes.values())}
     for row in rows:
-        made[homes.get(checksum(row) % 8, "train")].append(row)
+        made[homes.get(checksum(row["prompt"]) % 8, "train")].append(row)
     if not made["train"] or not made.get("test", True):
-        first = min(map(checksum, rows))
-        made = dict(train=[row for row in rows if checksum(row) != first], validation=[],
-                    test=[row for row in rows if checksum(row) == first])
+        first = min(checksum(row["prompt"]) for row in rows)
+        made = dict(train=[row for row in rows if checksum(row["prompt"]) != first], validation=[],
+                    test=[row for row in rows if checksum(row["prompt"]) == first])
     if not made["train"]:
         fail(f"--data {data}: it has only one prompt; give at least two, one of them is the test")
     return {**made, **given}
 
 
-def checksum(row):
-    prompt = row["prompt"]
-    text = prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True)
+def checksum(value):
+    """Of a text, or of lists and dicts. What is neither (a picture) counts by its type alone."""
+    text = value if isinstance(value, str) else json.dumps(
+        value, sort_keys=True, default=lambda other: type(other).__name__)
     return zlib.crc32(text.encode())
 
 
@@ -189,32 +277,52 @@ def encode(problems, tokenizer, data="--data"):
 
 
 def render(prompt, tokenizer, data):
-    """Text or messages -> text with the marks of the chat template, the model to speak next."""
+    """Text or messages -> text with the marks of the chat template, the model to speak next.
+
+    What the data has begun of the answer (a last message of the assistant) follows to the letter.
+    """
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if not tokenizer.chat_template:
         if isinstance(prompt, str):
             return prompt
         fail(f"{data}: the prompts are messages, but the model has no chat template; give it "
              "prompts that are text, or choose a chat model")
-    begun = messages[-1]["role"] == "assistant"  # the data has begun the answer: go on with it
+    begun = ""
+    if messages[-1]["role"] == "assistant":
+        *messages, begun = *messages[:-1], messages[-1]["content"]
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=not
-                                             begun, continue_final_message=begun)
+        return tokenizer.apply_chat_template(messages, tokenize=False,
+                                             add_generation_prompt=True) + begun
     except Exception as error:  # templates raise what they like: "roles must alternate", ...
         fail(f"{data}: the chat template refuses the prompt {prompt!r:.200} ({error}); mend it")
 
 
-def encode_completions(problems, tokenizer, column="completion"):
-    """Add `targets`: each completion's tokens and the EOS, because to stop is a decision as well.
+def encode_completions(problems, tokenizer, column="completion", stop=()):
+    """Add `targets`: each completion's tokens, with one EOS at the end: to stop is a decision too.
 
     Tokenised apart from the prompt, so that the boundary between them is one between tokens.
+    stop: what may stand for the EOS where the data has it written out.
     """
     texts = [row[column] if column == "completions" else [row[column]] for row in problems]
     flat = [text if isinstance(text, str) else text[0]["content"] for row in texts for text in row]
     ids = iter(tokenizer(flat, add_special_tokens=False).input_ids)
     for problem, row in zip(problems, texts):
-        problem["targets"] = [next(ids) + [tokenizer.eos_token_id] for _ in row]
+        problem["targets"] = [end(next(ids), {tokenizer.eos_token_id, *stop}, tokenizer)
+                              for _ in row]
     return problems
+
+
+def end(ids, stop, tokenizer):
+    """Tokens of a completion -> the same up to the EOS that ends it, which is added if need be.
+
+    An EOS in the data ends it if nothing comes after it but white space and more of its kind.
+    """
+    for i, token in enumerate(ids):
+        if token in stop:
+            rest = [other for other in ids[i:] if other not in stop]
+            if not tokenizer.decode(rest).strip():
+                return ids[: i + 1]
+    return ids + [tokenizer.eos_token_id]
 
 
 def draw_problems(problems, step, n, seed):

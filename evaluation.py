@@ -82,7 +82,7 @@ def evaluate(policy, tokenizer, problems, cfg, rewards=None, rate=None):
     run do not depend on them.
     """
     exact, judges = {"last_number": last_number}, {}
-    if all(as_number(problem.get("answer")) is not None for problem in problems):
+    if all(as_number(problem["columns"].get("answer")) is not None for problem in problems):
         judges[""] = exact
     if rewards and rewards != exact:
         judges["score_"] = rewards

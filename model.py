@@ -4,6 +4,7 @@ Checkpoints: a folder or a name on the hub -> tokenizer and policy; and back int
 Wherever a model folder is expected, a run folder stands for the model/ in it. Nothing here runs a
 checkpoint's own code: trust_remote_code stays off.
 """
+import contextlib
 import functools
 import math
 import os
@@ -41,7 +42,7 @@ def ask_hub(flag, name, kind):
 
 def locate(name):
     """What from_pretrained takes: a folder that holds a model, or a name on the hub."""
-    folder = Path(name)
+    folder = Path(os.path.expanduser(name))
     if (folder / "model" / "config.json").exists():
         folder = folder / "model"
     elif (folder / "checkpoint.pt").exists():
@@ -68,11 +69,15 @@ def explain(name, error):
 
 
 def load_tokenizer(name):
-    """-> tokenizer, context in tokens, vocabulary size. Reads no weights; None: the toy's."""
+    """-> tokenizer, context in tokens, vocabulary size, the ids that end a completion.
+
+    Reads no weights; None: the toy's.
+    """
     if name is None:
         tokenizer = toy.make_tokenizer()
-        return tokenizer, toy.CONTEXT, len(tokenizer)
-    where = locate(name)
+        return tokenizer, toy.CONTEXT, len(tokenizer), [tokenizer.eos_token_id]
+    where, generation_config = locate(name), None
+    transformers.utils.logging.set_verbosity_error()  # what matters of its reports is said below
     try:
         config = AutoConfig.from_pretrained(where, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
@@ -83,11 +88,26 @@ def load_tokenizer(name):
             or re.search("MaskedLM|Classification|QuestionAnswering", kind)):
         fail(f"--model {name}: {kind} is no causal language model, so it cannot continue a prompt; "
              "choose a ...ForCausalLM")
+    check_config("--model", name, config)
     config = config.get_text_config()
     if tokenizer.eos_token_id is None or tokenizer.eos_token_id >= config.vocab_size:
         fail(f"--model {name}: its tokenizer has no EOS that the model knows, and no completion "
              "could end; set eos_token in its tokenizer_config.json")
-    return tokenizer, getattr(config, "max_position_embeddings", math.inf), config.vocab_size
+    with contextlib.suppress(OSError):  # there may be none
+        generation_config = transformers.GenerationConfig.from_pretrained(where)
+    return (tokenizer, getattr(config, "max_position_embeddings", math.inf), config.vocab_size,
+            eos_ids(generation_config, config, tokenizer))
+
+
+def check_config(flag, name, config):
+    """Refuse what would be loaded without a word, and then be wrong."""
+    kinds = set(getattr(config.get_text_config(), "layer_types", None) or [])
+    if kinds := kinds - {"full_attention", "sliding_attention"}:
+        fail(f"{flag} {name}: it has layers of a kind that is not known here, "
+             f"{', '.join(sorted(kinds))}; choose a model with full or sliding attention")
+    if getattr(config, "quantization_config", None):
+        fail(f"{flag} {name}: its weights are quantised, and all weights are trained in fp32 here; "
+             "choose the model that it was made from")
 
 
 def load_model(name):
@@ -96,7 +116,6 @@ def load_model(name):
     fp32 even where the checkpoint is bf16: an RL step is often smaller than the gap between two
     neighbouring bf16 numbers, and would be rounded away.
     """
-    transformers.utils.logging.set_verbosity_error()  # what matters of its reports is said below
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             locate(name), dtype=torch.float32, trust_remote_code=False, output_loading_info=True,
@@ -120,13 +139,18 @@ def remove_dropout(model):
     return model.eval()
 
 
-def eos_ids(model, tokenizer):
-    """All token ids that end a completion; checkpoints list several, in up to three places."""
-    ids = set()
-    for source in (model.generation_config, model.config.get_text_config(), tokenizer):
-        eos = getattr(source, "eos_token_id", None)
-        ids |= set(eos if isinstance(eos, (list, tuple)) else [] if eos is None else [eos])
-    return sorted(ids)
+def eos_ids(generation_config, config, tokenizer):
+    """The token ids that end a completion, all of them, sorted.
+
+    Those of generation_config.json, or of config.json only where that names none, because often it
+    is older; and the tokenizer's EOS. load_policy() writes them into the policy's
+    generation_config, so that whoever loads the trained model stops where the training did.
+    """
+    ids = getattr(generation_config, "eos_token_id", None)
+    if ids is None:
+        ids = getattr(config.get_text_config(), "eos_token_id", None)
+    ids = ids if isinstance(ids, (list, tuple)) else [] if ids is None else [ids]
+    return sorted({*ids, tokenizer.eos_token_id})
 
 
 def checkpoint_activations(model):

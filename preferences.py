@@ -7,7 +7,7 @@ A row of --data is a pair or a ranking, in TRL's formats; texts may also be mess
     {"chosen": ..., "rejected": ...}                        the prompt is what both begin with
     {"prompt": ..., "completions": [best, ..., worst]}      for dpo.py --loss plackett_luce
 
-A pair is a ranking of two: inside, each row has `completions`, best first, and `targets`, their
+A pair is a ranking of two: inside, each problem has `completions`, best first, and `targets`, their
 token ids. Of toy and words, where nobody has stated a preference, the policy is sampled before any
 training, and its answers are judged by whether they are right.
 """
@@ -17,7 +17,6 @@ import os
 import random
 import re
 import zlib
-from itertools import combinations, takewhile
 from pathlib import Path
 
 import torch
@@ -25,10 +24,11 @@ from tqdm import tqdm
 
 import toy
 from common import fail, step_generator
-from data import encode, load_problems, read, read_jsonl
+from data import encode, load_problems, read_jsonl, settle
 from model import load_tokenizer
 from rewards import decode, last_number
 from rollout import load_policy, make_batch, sample
+from run import make_once
 from sft import warm_start
 
 SAMPLES = 8  # completions of each prompt that preferences are made of
@@ -36,72 +36,26 @@ RANKED = 4   # completions in a ranking
 
 
 def load_preferences(cfg, kind="pairs"):
-    """--data -> training, validation and test rows; kind: pairs or rankings.
+    """--data -> training, validation and test problems; kind: pairs or rankings.
 
-    Of toy and words, all held-out problems are among the latter two, also without `targets`.
+    For toy and words, all held-out problems are among the latter two, also without `targets`.
     """
-    made = cfg.data in toy.KINDS
-    splits = make_preferences(cfg, kind) if made else read(cfg.data, cfg.eval_prompts)
-    for split, rows in splits.items():
-        ranked = [to_ranking(row, kind, f"--data {cfg.data}: row {i} of {split}")
-                  for i, row in enumerate(rows, 1)]
-        splits[split] = [row for row in ranked if is_one_turn(row) and not any(
-            one == other for one, other in combinations(row["completions"], 2))]
-        if len(splits[split]) < len(rows):
-            print(f"dropped {len(rows) - len(splits[split])} of {len(rows)} rows of {split}: two "
-                  "completions are the same, or one is of several messages")
-    train, *held_out = load_problems(cfg, "completions", splits)
+    made = make_preferences(cfg, kind) if cfg.data in toy.KINDS else None
+    train, *held_out = load_problems(cfg, kind, made)
     if made:
         tokenizer = load_tokenizer(cfg.model)[0]
         for i, split in enumerate(("validation", "test")):
-            known = {row["prompt"]: row for row in held_out[i]}  # one pair of each prompt
-            asked = encode(toy.problems(cfg.data, split, cfg.eval_prompts), tokenizer)
-            held_out[i] = [known.get(row["prompt"], row) for row in asked]
+            known = {problem["prompt"]: problem for problem in held_out[i]}  # a pair of each prompt
+            rows = toy.problems(cfg.data, split, cfg.eval_prompts)
+            held_out[i] = encode(settle({split: rows}, cfg.data)[split], tokenizer)
+            for problem in held_out[i]:
+                if pair := known.get(problem["prompt"]):
+                    problem.update(completions=pair["completions"], targets=pair["targets"])
     sizes = {len(row["targets"]) for row in train + held_out[0] + held_out[1] if "targets" in row}
     if len(sizes) > 1:
         fail(f"--data {cfg.data}: rankings of {min(sizes)} and of {max(sizes)} completions; give "
              "all the same number")
     return train, *held_out
-
-
-def to_ranking(row, kind, where):
-    """A row as it was found -> the same with `prompt` and `completions`, best first."""
-    row = dict(row)
-    if "chosen" in row and "rejected" in row:
-        pair = [row.pop("chosen"), row.pop("rejected")]
-        if not all(isinstance(one, str) for one in pair) and \
-                not all(isinstance(one, list) for one in pair):
-            fail(f"{where}: chosen and rejected must both be text, or both lists of messages")
-        whole = isinstance(row.get("prompt"), str) and isinstance(pair[0], list)
-        if row.get("prompt") is None or whole and len(pair[0]) > 1:  # the prompt is in both
-            row["prompt"], pair = split_prompt(*pair)
-        if not row["prompt"]:
-            fail(f"{where} has no prompt, and its chosen and rejected do not begin alike; mend it")
-        row["completions"] = pair
-    texts = row.get("completions")
-    if not isinstance(texts, list) or len(texts) < 2 or kind == "pairs" and len(texts) > 2:
-        also = " or completions, a list, best first" if kind == "rankings" else \
-            " (rankings are for dpo.py --loss plackett_luce)"
-        fail(f"{where} has {', '.join(sorted(row))}; it must have chosen and rejected{also}")
-    return row
-
-
-def is_one_turn(row):
-    """Whether every completion is one text or message: what follows a prompt in one turn."""
-    return not any(isinstance(one, list) and len(one) > 1 for one in row["completions"])
-
-
-def split_prompt(chosen, rejected):
-    """Two texts, or lists of messages, that begin alike -> the beginning, and the two rests.
-
-    Texts are not cut inside a word, which may be one token, nor after a space, which tokenizers
-    take for the beginning of the next.
-    """
-    n = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected)))
-    if isinstance(chosen, str):
-        inside = any(re.match(r"\w\w", text[max(n - 1, 0):]) for text in (chosen, rejected))
-        n = re.search(r"\s?\w*\Z" if inside else r"\s?\Z", chosen[:n]).start()
-    return chosen[:n], [chosen[n:], rejected[n:]]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -110,22 +64,22 @@ def split_prompt(chosen, rejected):
 
 def make_preferences(cfg, kind):
     """toy or words -> {split: rows}, from runs/preferences, made now if they are not there yet."""
-    source = Path(cfg.model or warm_start(cfg.seed, cfg.device))
+    source = Path(os.path.expanduser(cfg.model or warm_start(cfg.seed, cfg.device)))
     changed = max((path.stat().st_mtime for path in source.rglob("*.safetensors")), default=0)
     recipe = (str(source), changed, cfg.data, cfg.prompts, cfg.eval_prompts, cfg.max_new_tokens,
               cfg.seed, inspect.getsource(toy), Path(__file__).read_text())
     folder = Path("runs", "preferences", f"{cfg.data}-{zlib.crc32(repr(recipe).encode()):08x}")
-    if not folder.exists():
+
+    def make(temporary):
         print(f"making preferences: {SAMPLES} answers of {source} to each prompt, once")
         policy, tokenizer = load_policy(str(source), cfg.device)
         found = list(sample_answers(policy, tokenizer, cfg))
-        temporary = Path(f"{folder}.{os.getpid()}")  # renamed when whole
         temporary.mkdir(parents=True)
         for name, rows in dict(pairs=to_pairs(found), rankings=to_rankings(found)).items():
             text = "".join(json.dumps(row) + "\n" for row in rows)
             Path(temporary, f"{name}.jsonl").write_text(text)
-        temporary.rename(folder)
         print(f"kept in {folder}")
+    make_once(folder, make)
     rows = read_jsonl(folder / f"{kind}.jsonl")
     splits = {split: [row for row in rows if row["split"] == split]
               for split in ("train", "validation", "test")}

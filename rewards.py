@@ -1,21 +1,31 @@
 """
 Rewards: how the policy's answers are judged.
 
-A reward is a function with TRL's signature, (prompts, completions, **columns) -> list of floats, in
-which every argument is a list with one item per completion. Completions are text, without the EOS
-that ended them, also where the data has messages (TRL passes messages there). The columns are those
-of the data, and two more:
+A reward is a function that is called as TRL calls it, by keyword, and returns a list of floats:
+
+    reward(prompts=..., completions=..., **columns)
+
+Every argument is a list with one item per completion. Completions are text, without the EOS that
+ended them, also where the data has messages (TRL passes messages there). The columns are those of
+the data, None where a row has none, and two more:
     finished         True where the completion ended by itself, False where it was cut off
     completion_ids   its tokens, EOS included
 """
+import atexit
 import bisect
+import contextlib
+import copy
 import functools
 import importlib.util
 import itertools
+import os
 import re
+import shutil
 import sys
+import tempfile
 import traceback
-from decimal import Decimal
+import zlib
+from fractions import Fraction
 from pathlib import Path
 
 import torch
@@ -24,22 +34,61 @@ import toy
 from common import fail
 from scorer import load_scorer
 
-NUMBER = r"-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?"  # a comma only as in 1,234,567
+NUMBER = (r"[-+]?\d+/0*[1-9]\d*|"  # 1/2, or 1,234.5 with a comma only as in 1,234,567, or 1.5e3
+          r"[-+]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,2})?")
+UNIT = r"(?!bn|mn|[mb]illion)(?:[A-Za-z]{2,}|°?[mgshlLVWNJCF])(?:/[A-Za-z]+)?(?:\^?[23²³])?"
+THOUSANDS = r"(?:\{,\}|\\[,;:! ]|[ '’\u00a0\u2009\u202f])"  # other commas: 9{,}500, 9\,500, 9 500
+WORD = (r"(?:\{,\}|\\.|[A-Za-z\d/^*×÷√+\-_{}%°'’²³¹⁰⁴-⁹¼-¾]|"
+        r"(?<=\d)[,:](?=\d)|(?<![A-Za-z])\.(?=\d)|(?<=[A-Za-z\d])\()+")
+SCALE = r"\s*(?:(?:hundred|thousand|million|billion|trillion|dozen|[kKMB])\b|[百千万亿萬億])"
+ASCII = str.maketrans("−－＋，．", "--+,.")  # minus signs, and what stands among full-width digits
 EQUATION = r"(?<!\d)(\d+) ?([+-]) ?(\d+) ?= ?(\d+)(?!\d)"  # as toy.py writes them
 
 
 def as_number(value):
-    """"1,234.50" or 1234.5 -> exactly that number; None for what is no number."""
-    text = str(value).strip()
-    if type(value) in (int, float) or re.fullmatch(NUMBER, text):
-        return Decimal(text.replace(",", ""))
+    """"1,234.50", 1234.5, "1/2", "reasoning #### 42" -> exactly that number; None for no number."""
+    text = str(value).rpartition("####")[2].strip().translate(ASCII)
+    if re.fullmatch(NUMBER, text):
+        return Fraction(text.replace(",", ""))
+
+
+def find_number(text):
+    """The last number of a text, read whole or not at all -> Fraction, or None.
+
+    It is the last word with a digit, unless the word begins with a letter (cm^2, x2). If that word
+    is not a number, with or without a unit (3-4, 10^3, 12:30, 5 million, 0,5), there is none: part
+    of it, or a number before it, would pay for a wrong answer.
+    """
+    text = text.translate(ASCII).replace("\\times", "×").replace("\\cdot", "×")
+    text = re.sub(rf"(?<![\d.,])\d{{1,3}}(?:{THOUSANDS}\d{{3}})+(?!\d)",
+                  lambda found: re.sub(THOUSANDS, ",", found[0]), text)
+    text = re.sub(r"\\boxed\{([^{}]*)\}", r" \1 ", text)
+    text = re.sub(r"\\(?:text|math)\w*\{([^{}]*)\}", r"\1", text)
+    text = re.sub(r"([-+]?)\\?[$€£¥₹]", r" \1", text)  # -$5
+    text = re.sub(r"([=:(]) *([-+]) +(?=[\d.])", r"\1\2", text)  # = - 5
+    text = re.sub(r"\b(?:minus|negative) +(?=[\d.])|[负負] *(?=[\d.])", " -", text)
+    text = re.sub(r"\^\{?\\circ\}?", "°", text)
+    text = re.sub(r"(?<=\d) *([-+*/×÷^x]) *(?=\d)", r"\1", text)  # 9 - 5 is not 5
+    for found in reversed(list(re.finditer(WORD, text))):
+        word = found[0].lstrip("*_{}'").rstrip("*_{}'%°^\\")
+        if not any(char.isnumeric() for char in word) or word[0].isalpha() and "(" not in word:
+            continue
+        number = re.fullmatch(f"({NUMBER})(?:{UNIT})?", word)
+        if number and not re.match(SCALE, text[found.end():]):
+            return as_number(number[1])
+        return None
 
 
 def last_number(prompts, completions, answer, finished, **columns):
-    """1 if the last number of a finished completion equals the answer as a number, else 0."""
-    def right(completion, answer):
-        numbers = re.findall(NUMBER, completion)
-        return bool(numbers) and as_number(numbers[-1]) == as_number(answer)
+    """1 if the last number of a finished completion equals the answer as a number, else 0.
+
+    An answer that is a float is compared as a float: to 1/3, 0.3333333333333333 is equal.
+    """
+    def right(text, answer):
+        number = find_number(text)
+        if number is not None and isinstance(answer, float):
+            return abs(number) < 1e300 and float(number) == answer
+        return number is not None and number == as_number(answer)
 
     return [float(done and right(text, target))
             for text, target, done in zip(completions, answer, finished)]
@@ -61,15 +110,17 @@ def load_rewards(cfg, problems):
     rewards = {}
     for spec in cfg.reward.split(","):
         file, colon, name = spec.strip().rpartition(":")
-        if not colon and name not in REWARDS and not (name and Path(name).is_dir()):
+        folder = Path(os.path.expanduser(name))
+        if not colon and name not in REWARDS and not (name and folder.is_dir()):
             fail(f"--reward {name}: there is no such reward; choose {', '.join(REWARDS)}, the "
                  "folder of a reward model, or one of your own, file.py:function")
         if name in rewards:
             fail(f"--reward {cfg.reward}: two are called {name}; rename one")
         rewards[name] = function = load_function(file, name) if colon else \
-            REWARDS.get(name) or load_scorer(Path(name), cfg)
+            REWARDS.get(name) or load_scorer(folder, cfg)
         if function is last_number:
-            wrong = [row.get("answer") for row in problems if as_number(row.get("answer")) is None]
+            answers = [problem["columns"].get("answer") for problem in problems]
+            wrong = [answer for answer in answers if as_number(answer) is None]
             if wrong:
                 fail(f"--reward last_number: {len(wrong)} of {len(problems)} answers are no "
                      f"number, {str(wrong[0])[:100]!r} for one; mend the column answer of --data, "
@@ -81,45 +132,105 @@ def load_rewards(cfg, problems):
 
 def load_function(file, name):
     """The function `name` of the Python file."""
-    if not Path(file).is_file() or Path(file).suffix != ".py":
+    path = Path(os.path.expanduser(file)).resolve()
+    if not path.is_file() or path.suffix != ".py":
         fail(f"--reward {file}:{name}: there is no Python file {file}; write file.py:function")
-    path = str(Path(file).resolve())
-    if path not in sys.modules:  # a file of several rewards runs once
-        sys.path.append(str(Path(path).parent))  # what lies beside it can be imported, as always
-        spec = importlib.util.spec_from_file_location(path, path)
-        sys.modules[path] = importlib.util.module_from_spec(spec)
-        try:
-            spec.loader.exec_module(sys.modules[path])
-        except (Exception, SystemExit) as error:
-            fail(f"--reward {file}:{name}: {describe(error)}; mend the file")
-    module = sys.modules[path]
-    if not callable(getattr(module, name, None)):
+    settings = {}
+    try:
+        with own_settings(settings):
+            module = importlib.import_module(find_name(path))
+    except (Exception, SystemExit) as error:
+        fail(f"--reward {file}:{name}: {describe(error)}; mend the file")
+    function = getattr(module, name, None)
+    if not callable(function):
         found = [key for key, value in vars(module).items() if callable(value) and key[0] != "_"]
         fail(f"--reward {file}:{name}: there is no function {name} in {file}, but "
              f"{', '.join(found) or 'none at all'}")
-    return getattr(module, name)
+
+    def reward(**arguments):
+        with own_settings(settings):
+            return function(**arguments)
+    return reward
+
+
+def find_name(path):
+    """A name under which `import` finds a file, here and in the processes that a reward starts.
+
+    Its own, or where another module has that name (rewards.py, json.py, two files of one name),
+    that of a file in a temporary folder that runs it.
+    """
+    folder, name = str(path.parent), path.stem
+    sys.path += [folder] if folder not in sys.path else []  # its neighbours can be imported, too
+    importlib.invalidate_caches()
+    try:
+        found = importlib.util.find_spec(name)
+        if found and found.origin and Path(found.origin).resolve() == path:
+            return name
+    except (ImportError, ValueError):  # a name with a dot; __main__
+        pass
+    name = f"reward_{zlib.crc32(str(path).encode()):08x}"
+    Path(other_names(), f"{name}.py").write_text(
+        f"__file__ = {str(path)!r}\n"
+        "exec(compile(open(__file__, 'rb').read(), __file__, 'exec'))\n")
+    importlib.invalidate_caches()
+    return name
+
+
+@functools.cache
+def other_names():
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    sys.path.append(folder)
+    return folder
+
+
+SETTINGS = {torch.is_grad_enabled: torch.set_grad_enabled,
+            torch.get_default_dtype: torch.set_default_dtype,
+            torch.get_default_device: torch.set_default_device,
+            torch.get_num_threads: torch.set_num_threads,
+            torch.are_deterministic_algorithms_enabled: torch.use_deterministic_algorithms,
+            os.getcwd: os.chdir}
+
+
+@contextlib.contextmanager
+def own_settings(theirs):
+    """What a reward sets globally, and keeps in `theirs`, holds while it runs, and no longer."""
+    def change(settings):
+        for get, value in settings.items():
+            if get() != value:
+                SETTINGS[get](value)
+
+    ours = {get: get() for get in SETTINGS}
+    change(theirs)
+    try:
+        yield
+    finally:
+        theirs.update((get, get()) for get in SETTINGS)
+        change(ours)
 
 
 def describe(error):
-    """What happened below our call, and where."""
-    frames = traceback.extract_tb(error.__traceback__)[1:]
+    """What happened in a reward's file, and where."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__)
+              if frame.filename != __file__ and not frame.filename.startswith("<frozen")]
     text = f"{type(error).__name__}: {error}"
     if isinstance(error, SyntaxError) or not frames:  # names its line itself; or did not get there
         return text
     return f"{text} (line {frames[-1].lineno} of {Path(frames[-1].filename).name})"
 
 
-def judge(name, reward, rows, texts, finished, completion_ids, when=""):
-    """One reward's scores of texts[i] as an answer to rows[i] -> list of N floats."""
-    keys = dict.fromkeys(key for row in rows for key in row)
-    columns = {key: [row.get(key) for row in rows] for key in keys
-               if key not in ("prompt", "ids", "prompts", "completions")}  # two are arguments
+def judge(name, reward, problems, texts, finished, completion_ids, when=""):
+    """One reward's scores of texts[i] as an answer to problems[i] -> list of N floats."""
+    # Everything is a copy, and each completion's its own: a reward may change what it is given.
+    prompts = [copy.deepcopy(problem["prompt"]) for problem in problems]
+    columns = {key: [copy.deepcopy(problem["columns"][key]) for problem in problems]
+               for key in problems[0]["columns"] if key not in ("prompt", "prompts", "completions")}
     columns.update(finished=list(finished), completion_ids=[list(ids) for ids in completion_ids])
-    try:  # on copies: it may change what it is given
-        values = reward([row["prompt"] for row in rows], list(texts), **columns)
+    try:
+        values = reward(prompts=prompts, completions=list(texts), **columns)
     except (Exception, SystemExit) as error:
-        fail(f"--reward {name}{when} raised {describe(error)}; it is called with prompts, "
-             f"completions and, as **columns, {', '.join(columns)}")
+        fail(f"--reward {name}{when} raised {describe(error)}; it is called by keyword, with "
+             f"prompts, completions, {', '.join(columns)}")
     try:
         values = [value.item() if hasattr(value, "item") else value for value in values]
     except Exception:  # None, a float, a table, ...
@@ -127,18 +238,23 @@ def judge(name, reward, rows, texts, finished, completion_ids, when=""):
     if len(values) != len(texts):
         fail(f"--reward {name}{when} returned {len(values)} scores for {len(texts)} completions; "
              "return a list with one number for each")
-    for value, text, row in zip(values, texts, rows):
+    for value, text, problem in zip(values, texts, problems):
         if not isinstance(value, (int, float)) or not -3e38 < value < 3e38:  # fp32; nan
             fail(f"--reward {name}{when} gave {str(value)[:100]} to the completion {text[:300]!r} "
-                 f"of the prompt {str(row['prompt'])[:300]!r}; return a finite number")
+                 f"of the prompt {str(problem['prompt'])[:300]!r}; return a finite number")
     return [float(value) for value in values]
+
+
+def to_text(tokenizer, ids):
+    """Tokens -> their text, to the letter: special tokens are written out, nothing is tidied."""
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 def decode(tokenizer, batch):
     """The N completions as text, without padding and without the EOS that ended them."""
     lengths = (batch.mask.sum(1).long() - batch.finished.long()).tolist()
-    rows = [ids[:length] for ids, length in zip(batch.completions.tolist(), lengths)]
-    return tokenizer.batch_decode(rows, skip_special_tokens=True)
+    return [to_text(tokenizer, ids[:length])
+            for ids, length in zip(batch.completions.tolist(), lengths)]
 
 
 def score(rewards, problems, batch, tokenizer, step=None):
@@ -146,10 +262,11 @@ def score(rewards, problems, batch, tokenizer, step=None):
 
     -> texts (N strings), scores (N,) summed over the rewards, and of several each one's mean.
     """
-    texts, rows = decode(tokenizer, batch), [problems[i] for i in batch.owner.tolist()]
+    texts, asked = decode(tokenizer, batch), [problems[i] for i in batch.owner.tolist()]
     ids = [row[mask.bool()].tolist() for row, mask in zip(batch.completions, batch.mask)]
     when = " in an evaluation" if step is None else f" in step {step + 1}"
-    each = {name: torch.tensor(judge(name, reward, rows, texts, batch.finished.tolist(), ids, when))
+    finished = batch.finished.tolist()
+    each = {name: torch.tensor(judge(name, reward, asked, texts, finished, ids, when))
             for name, reward in rewards.items()}
     means = {f"reward_{name}": scores.mean() for name, scores in each.items()}
     return texts, sum(each.values()).to(batch.mask.device), means if len(each) > 1 else {}
@@ -163,15 +280,14 @@ def score_steps(problems, batch, texts, scores, tokenizer):
     action too. A step before it can be right only if it is not the last line of the work, or it
     would pay to say the result once more.
     """
-    length = functools.cache(lambda i: len(tokenizer.decode([i], skip_special_tokens=True)))
+    length = functools.cache(lambda i: len(to_text(tokenizer, [i])))
     step_rewards, step_ends = [], []
     for i, text in enumerate(texts):
         size = int(batch.mask[i].sum())
         ids = batch.completions[i, : size - int(batch.finished[i])].tolist()
         reach = list(itertools.accumulate(map(length, ids)))  # characters up to and with token t
         if reach and reach[-1] != len(text):  # tokens that decode otherwise alone: bytes, spaces
-            reach = [len(tokenizer.decode(ids[: t + 1], skip_special_tokens=True))
-                     for t in range(len(ids))]
+            reach = [len(to_text(tokenizer, ids[: t + 1])) for t in range(len(ids))]
         prompt = problems[batch.owner[i]]["prompt"]
         steps, lines = toy.check_steps(prompt, text)[:-1], len(re.findall("[+-]", prompt))
         step_rewards.append([right * (j < lines - 1) for j, (_, right) in enumerate(steps)])

@@ -52,7 +52,9 @@ def make_batch(prompts, completions, device):
 
 def load_policy(name, device):
     """Hub name, model folder or run folder -> (policy, tokenizer), tried out, fp32, no dropout."""
-    tokenizer, policy = load_tokenizer(name)[0], load_model(name)
+    tokenizer, _, _, stop = load_tokenizer(name)
+    policy = load_model(name)
+    policy.generation_config.eos_token_id = stop  # also for whoever loads the trained model
     probe(policy, tokenizer, name)
     return policy.to(device), tokenizer
 
@@ -273,7 +275,7 @@ def sample(policy, tokenizer, prompts, group_size, max_new_tokens, temperature, 
     Temperature 0 takes the most likely token, with its log-prob at temperature 1; it draws nothing.
     """
     device = policy.device
-    stop = torch.tensor(eos_ids(policy, tokenizer), device=device)
+    stop = torch.tensor(eos_ids(policy.generation_config, policy.config, tokenizer), device=device)
     owner = torch.arange(len(prompts), device=device).repeat_interleave(group_size)
     ids = torch.zeros(len(owner), max_new_tokens, dtype=torch.long, device=device)
     mask, logprobs = torch.zeros(ids.shape, device=device), torch.zeros(ids.shape, device=device)

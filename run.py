@@ -7,6 +7,7 @@ timing, one line of JSON, one file. Nothing here touches the learning.
 import json
 import os
 import shlex
+import shutil
 import signal
 import sys
 import tempfile
@@ -21,12 +22,26 @@ from common import fail, use_bf16
 from model import check_saving, checkpoint_activations
 
 # What --resume lets differ from the run's own: where, how long and in how much memory it runs, how
-# often it reports.
+# often it reports. (The data's checksum is compared when the data is there.)
 MAY_CHANGE = {"steps", "device", "out_dir", "resume", "log_every", "eval_every", "save_every",
-              "micro_batch_size", "gradient_checkpointing"}
+              "micro_batch_size", "gradient_checkpointing", "data_checksum"}
 
 LOGS = "metrics.jsonl", "samples.jsonl", "validation.jsonl"
 QUIET = "score_std", "approx_kl", "ratio_max", "frac_zero_std", "lr"  # logged, not shown
+
+
+handlers = {}  # of signals, from before the run, while it lasts
+
+
+def restore_handlers():
+    """After a run; and in the processes that a reward forks, or else nothing would end them."""
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    handlers.clear()
+
+
+if hasattr(os, "register_at_fork"):  # Windows does not fork
+    os.register_at_fork(after_in_child=restore_handlers)
 
 
 def write_atomically(path, write):
@@ -34,6 +49,35 @@ def write_atomically(path, write):
     temporary = path.with_name(path.name + ".tmp")
     write(temporary)
     os.replace(temporary, path)
+
+
+def make_once(folder, make):
+    """Unless it is there, let make(a temporary folder) fill it, and rename that: all, or nothing.
+
+    What another process has made meanwhile is used.
+    """
+    if not folder.exists():
+        check_writable(folder, "cannot keep", "run this in a folder that can be written into")
+        temporary = folder.with_name(f"{folder.name}.{os.getpid()}")
+        try:
+            make(temporary)
+            temporary.rename(folder)
+        except OSError:
+            if not folder.exists():
+                raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_writable(folder, what, remedy):
+    """Find out at the start if a folder can't be made, or written into, when it will be needed."""
+    parents = folder, *folder.absolute().parents
+    parent = next(path for path in parents if path.exists() or path.is_symlink())
+    try:
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        fail(f"{what} {folder}: cannot write into {parent} ({error.strerror}); {remedy}")
 
 
 class Run:
@@ -47,7 +91,7 @@ class Run:
         """Make the folder, and say what will be trained in it; networks: how many of its size."""
         self.folder = find_folder(self.cfg, self.name)  # again: the warm-up takes a minute
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.cfg.out_dir = str(self.folder)
+        self.cfg.out_dir = self.cfg.out_dir or str(self.folder)
         check_saving(policy, tokenizer, self.folder, networks)
         torch.use_deterministic_algorithms(policy.device.type == "cpu")  # to the last bit
         torch.utils.deterministic.fill_uninitialized_memory = False  # costs 3 %, decides nothing
@@ -69,25 +113,30 @@ class Run:
                 raise KeyboardInterrupt
             self.stopping = True
 
-        signals = signal.SIGINT, signal.SIGTERM
-        handlers = {number: signal.signal(number, interrupt) for number in signals}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handlers[number] = signal.signal(number, interrupt)
         self.bar = tqdm(total=self.cfg.steps, initial=self.first, dynamic_ncols=True)
-        for step in range(self.first, self.cfg.steps):
-            self.mark = time.perf_counter()
-            yield step
-            self.bar.update()
-            if self.stopping and self.saved == step + 1 < self.cfg.steps:
-                self.bar.close()
-                again = ["python", *sys.argv]
-                if Path(sys.argv[0]).stem == self.name and "--resume" not in again:
-                    if not {"--out_dir", "--out-dir"} & set(again):
-                        again += ["--out_dir", str(self.folder)]
-                    again += ["--resume"]
-                fail(f"after step {step + 1} of {self.cfg.steps}; to go on: {shlex.join(again)}",
-                     code=130)
-        self.bar.close()
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        try:
+            for step in range(self.first, self.cfg.steps):
+                self.mark = time.perf_counter()
+                yield step
+                self.bar.update()
+                if self.stopping and self.saved == step + 1 < self.cfg.steps:
+                    self.bar.close()
+                    fail(f"after step {step + 1} of {self.cfg.steps}; to go on: {self.again()}",
+                         code=130)
+            self.bar.close()
+        finally:
+            restore_handlers()
+
+    def again(self):
+        """The command that goes on."""
+        again = ["python", *sys.argv]
+        if Path(sys.argv[0]).stem == self.name and "--resume" not in again:
+            if not {"--out_dir", "--out-dir"} & set(again):
+                again += ["--out_dir", self.cfg.out_dir]
+            again += ["--resume"]
+        return shlex.join(again)
 
     def lap(self, phase):
         """Book the seconds since the last lap as time_{phase} of this step."""
@@ -116,10 +165,10 @@ class Run:
         """Every --log_every steps: some completions into samples.jsonl, the first on the screen."""
         if self.speaks(step):
             for i in range(0, len(texts), max(1, len(texts) // 4)):
-                row = {k: v for k, v in asked[i * len(asked) // len(texts)].items() if k != "ids"}
-                row.update(completion=texts[i], score=scores[i].item())
-                row.update((key, value(i)) for key, value in more.items())
-                self.write("samples.jsonl", step, **row)
+                problem = asked[i * len(asked) // len(texts)]
+                self.write("samples.jsonl", step, prompt=problem["prompt"], completion=texts[i],
+                           score=scores[i].item(), **{key: value(i) for key, value in more.items()},
+                           row=problem["row"])
             prompt, text = (t if len(t) < 300 else t[:300] + "..."
                             for t in (repr(asked[0]["prompt"]), repr(texts[0])))
             self.bar.write(f"    {prompt} -> {text} scores {scores[0].item():g}")
@@ -165,14 +214,8 @@ def find_folder(cfg, name):
     number, newest = 1, None
     while (folder := Path("runs", name if number == 1 else f"{name}-{number}")).exists():
         number, newest = number + 1, folder if (folder / "checkpoint.pt").exists() else newest
-    folder = Path(cfg.out_dir or (cfg.resume and newest) or folder)
-    parents = folder, *folder.absolute().parents
-    parent = next(path for path in parents if path.exists() or path.is_symlink())
-    try:
-        with tempfile.TemporaryFile(dir=parent):
-            pass
-    except OSError as error:
-        fail(f"--out_dir {folder}: cannot write into {parent} ({error.strerror}); name another")
+    folder = Path(os.path.expanduser(cfg.out_dir or (cfg.resume and newest) or folder))
+    check_writable(folder, "--out_dir", "name another")
     if cfg.resume:
         check_same(cfg, folder, name)
     elif folder.exists() and {path.name for path in folder.iterdir()} - {"config.json"}:
@@ -196,3 +239,6 @@ def check_same(cfg, folder, name):
         if before[key] != getattr(cfg, key):
             fail(f"--{key} is {getattr(cfg, key)}, but {before[key]} in {folder}, which "
                  "you --resume: repeat its whole command, or start anew in another --out_dir")
+    if cfg.data_checksum not in (None, before.get("data_checksum")):
+        fail(f"--data {cfg.data}: these are other rows than those that {folder}, which you "
+             "--resume, has learned from; bring them back, or start anew in another --out_dir")

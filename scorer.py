@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from common import fail
 from data import encode, encode_completions
-from model import remove_dropout
+from model import check_config, remove_dropout
 from rollout import inputs, make_batch, pad_left, precision, recomputes
 
 
@@ -76,6 +76,7 @@ def load_scorer(folder, cfg):
     if missing:
         fail(f"--reward {folder}: no reward model can be loaded from it ({missing[0]}); name the "
              "folder of a finished run of reward_model.py")
+    check_config("--reward", folder, scorer.config)
     remove_dropout(scorer).to(cfg.device).requires_grad_(False)
 
     def learned(prompts, completions, finished, **columns):

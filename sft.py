@@ -15,8 +15,6 @@ the demonstrations show their work and half just name the result; so does the tr
 """
 import inspect
 import json
-import os
-import shutil
 import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,7 +28,7 @@ from data import draw_problems, load_problems
 from evaluation import evaluate, report, validate
 from model import save_policy
 from rollout import load_policy, make_batch, micro_batches, token_logprobs
-from run import Run
+from run import Run, make_once
 
 
 @dataclass
@@ -51,15 +49,13 @@ def warm_start(seed, device):
     fill(cfg, TOY, HUB, CPU)
     recipe = json.dumps({**asdict(cfg), "device": None}) + inspect.getsource(toy)
     folder = Path("runs", "warm_start", f"seed{seed}-{zlib.crc32(recipe.encode()):08x}")
-    if not folder.exists():
+
+    def make(temporary):
         print("warming up: supervised fine-tuning first, once for this seed")
-        cfg.out_dir = f"{folder}.{os.getpid()}"  # renamed when whole: no half a model
-        try:
-            train(cfg)
-            os.rename(cfg.out_dir, folder)
-        finally:
-            shutil.rmtree(cfg.out_dir, ignore_errors=True)
+        cfg.out_dir = str(temporary)
+        train(cfg)
         print(f"kept as {folder}\n")
+    make_once(folder, make)
     return str(folder)
 
 

@@ -21,6 +21,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 
+import data  # noqa: E402
 import toy  # noqa: E402
 from model import load_model  # noqa: E402
 
@@ -119,6 +120,12 @@ def few_problems(monkeypatch):
 
 
 toy_problems = functools.cache(toy.problems)
+
+
+def to_problems(rows, tokenizer=None):
+    """Rows of data -> problems, encoded where there is a tokenizer."""
+    problems = data.settle({"test": rows}, "data")["test"]
+    return data.encode(problems, tokenizer) if tokenizer else problems
 
 
 def seeded(seed=0):

@@ -20,7 +20,8 @@ import rewards
 import sft
 import toy
 import warm
-from conftest import CONFIGS, HOSTILE, ROOT, TEMPLATE, by_text, moved, save_folder, write_jsonl
+from conftest import (CONFIGS, HOSTILE, ROOT, TEMPLATE, by_text, moved, save_folder, to_problems,
+                      write_jsonl)
 from rollout import load_policy
 
 pytestmark = pytest.mark.usefixtures("few_problems")
@@ -71,7 +72,9 @@ def test_a_run_and_what_it_leaves(folders, tmp_path):
         assert all(isinstance(row[key], float) for row in rows), key
     assert abs(rows[0]["kl"]) < 1e-4 < abs(rows[-1]["kl"])  # starts as the reference, and leaves
     for line in (folder / "samples.jsonl").read_text().splitlines():
-        assert {"step", "prompt", "completion", "answer", "score"} <= set(json.loads(line))
+        row = json.loads(line)
+        assert list(row) == ["step", "prompt", "completion", "score", "row"]
+        assert row["row"]["answer"] and row["row"]["prompt"] == row["prompt"]
     rows = (folder / "validation.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in rows] == [3, 6]
 
@@ -326,7 +329,7 @@ def test_sft_learns_the_demonstrations_and_where_they_end(folders, tmp_path, mon
     losses = [row["loss"] for row in metrics("run")]
     assert losses[0] > 2 and losses[-1] < 0.3
     policy, tokenizer = load_policy("run", "cpu")
-    rows = data.encode(toy.problems("toy", "train", 12), tokenizer)
+    rows = to_problems(toy.problems("toy", "train", 12), tokenizer)
     from rollout import sample
     batch = sample(policy, tokenizer, [row["ids"] for row in rows], 1, 8, 0.0, None)
     assert batch.finished.all()
@@ -349,7 +352,6 @@ def test_warm_start_trains_once_per_seed_and_recipe(tmp_path, monkeypatch):
     assert sft.warm_start(1, "cpu") == one and seeds == [1] and Path(one, "model").exists()
     with pytest.raises(KeyboardInterrupt):
         sft.warm_start(2, "cpu")
-    monkeypatch.setattr(sft.os, "getpid", lambda: 0)
     assert sft.warm_start(2, "cpu") != one and seeds == [1, 2, 2]
     monkeypatch.setitem(sft.TOY, "steps", 7)
     assert sft.warm_start(1, "cpu") != one

@@ -11,6 +11,7 @@ import torch
 import data
 import toy
 from conftest import TEMPLATE, write_jsonl
+from rewards import as_number
 from rollout import make_batch
 
 
@@ -132,7 +133,7 @@ def test_a_file_of_json_lines(tmp_path, tokenizer):
     for part, homes in ((test, {0}), (validation, {1}), (train, {2, 3, 4, 5, 6, 7})):
         assert {zlib.crc32(row["prompt"].encode()) % 8 for row in part} == homes
     assert keys(train) | keys(validation) | keys(test) == keys(rows)
-    assert all(row["ids"] == tokenizer(row["prompt"]).input_ids and row["level"] == 6
+    assert all(row["ids"] == tokenizer(row["prompt"]).input_ids and row["columns"]["level"] == 6
                for row in train)
     few = load(path, eval_prompts=5)
     assert len(few[1]) == len(few[2]) == 5 and keys(few[2]) < keys(test)
@@ -172,7 +173,7 @@ def test_a_folder_that_datasets_can_load(tmp_path):
         else:
             assert keys(test) == keys(parts["test"]) and keys(train + validation) == keys(rows[:40])
             assert {zlib.crc32(row["prompt"].encode()) % 8 for row in validation} == {1}
-        assert train[0]["level"] == 6
+        assert train[0]["columns"]["level"] == 6
 
 
 def test_a_configuration_is_named_after_a_colon(tmp_path):
@@ -187,14 +188,16 @@ def test_a_configuration_is_named_after_a_colon(tmp_path):
         "- config_name: two\n  data_files: two/train.jsonl\n---\n")
     train, _, test = load(tmp_path / "set:two")
     assert all(row["prompt"].startswith("1+") for row in train + test)
-    # the form of GSM8K: the number after ####; all of it may serve as a demonstration
-    assert {row["answer"] for row in train} == {"1,260"} and "#### 1,260" in train[0]["completion"]
-    assert data.check_rows(rows, "set", "completion")
+    # the form of GSM8K: all of it may serve as a demonstration, the number after #### is the answer
+    assert all(problem["completion"] == problem["row"]["answer"] for problem in train)
+    assert {as_number(problem["columns"]["answer"]) for problem in train} == {1260}
+    assert data.settle({"train": rows}, "set", "completion")
 
 
 def test_an_answer_with_headings_is_left_alone(tmp_path):
     rows = [dict(row, answer="#### Title\ntext of it") for row in sums(20)]
-    assert load(write_jsonl(tmp_path / "a.jsonl", rows))[0][0]["answer"] == rows[0]["answer"]
+    (problem, *_), *_ = load(write_jsonl(tmp_path / "a.jsonl", rows))
+    assert problem["row"] in rows and as_number(problem["columns"]["answer"]) is None
 
 
 def test_long_prompts_are_dropped_and_counted_never_cut(tmp_path, capsys):
@@ -230,21 +233,24 @@ def test_prompts_may_be_messages(tmp_path, tokenizer, capsys):
 
 @pytest.mark.parametrize("rows, column, words", [
     ([], None, ["empty"]),
-    ([dict(text="1")], None, ["columns are text", "prompt"]),
-    ([dict(prompt="1", answer="1")], "completion", ["answer, prompt; call", "completion"]),
-    ([dict(prompt="1"), dict(prompt=3)], None, ["prompt of row 2 is 3"]),
-    ([dict(prompt="1"), dict(answer="3")], None, ["prompt of row 2 is None"]),
-    ([dict(prompt=[dict(role="user")])], None, ["prompt of row 1", "role, content"]),
-    ([dict(prompt=[])], None, ["prompt of row 1 is []"]),
-    ([dict(prompt="1", completion=None)], "completion", ["completion of row 1 is None"]),
+    ([dict(text="1")], None, ["row 1 of train has text; it must have a prompt"]),
+    ([dict(prompt="1", answer="1")], "completion",
+     ["has answer, prompt; it must have a completion"]),
+    ([dict(prompt="1"), dict(prompt=3)], None, ["row 2 of train: its prompt is 3"]),
+    ([dict(prompt="1"), dict(answer="3")], None,
+     ["row 2 of train has answer; it must have a prompt"]),
+    ([dict(prompt=[dict(role="user")])], None, ["row 1 of train: its prompt", "role, content"]),
+    ([dict(prompt=[])], None, ["row 1 of train: its prompt is []"]),
+    ([dict(prompt="1", completion=None)], "completion",
+     ["row 1 of train has prompt; it must have a completion"]),
     ([dict(prompt="")] * 2, None, ["no tokens"]),
-    ([dict(prompt="1=\ud800")] * 2, None, ["prompt of row 1"]),
+    ([dict(prompt="1=\ud800")] * 2, None, ["row 1 of train: its prompt"]),
     ([dict(prompt="1=", completion="2"), dict(prompt="2=", completion="two")], "completion",
      ["toy model", "--model"]),
     ([dict(prompt="1", completion=[dict(role="user", content="1")])], "completion",
-     ["completion of row 1", "assistant"]),
+     ["row 1 of train: its completion", "assistant"]),
     ([dict(prompt="1", completion=[dict(role="assistant", content="1")] * 2)], "completion",
-     ["completion of row 1", "assistant"]),
+     ["row 1 of train: its completion", "assistant"]),
     ([dict(prompt="1=")] * 9, None, ["only one prompt"]),
     ([dict(prompt="1+" * 60 + "1=")], None, ["all 1 rows", "128", "--max_new_tokens"]),
     ([dict(prompt="What is 1?"), dict(prompt="2=")], None, ["toy model", "--model"])])

@@ -12,7 +12,7 @@ import evaluation
 import model as model_py
 import rewards
 import toy
-from conftest import ROOT, make_model, seeded
+from conftest import ROOT, make_model, seeded, to_problems
 from rollout import sample
 
 
@@ -61,7 +61,7 @@ def test_first_step_checks_are_silent_when_all_is_well_and_speak_when_not(tokeni
 
 def test_evaluate_counts_and_always_draws_the_same(tokenizer):
     policy = make_model("llama").eval()
-    problems = data.encode(toy.problems("toy", "test", 10), tokenizer)
+    problems = to_problems(toy.problems("toy", "test", 10), tokenizer)
     results = evaluation.evaluate(policy, tokenizer, problems, Knobs, EXACT)
     torch.manual_seed(7)
     assert results == evaluation.evaluate(policy, tokenizer, problems, Knobs, EXACT)
@@ -74,7 +74,7 @@ def test_evaluate_counts_and_always_draws_the_same(tokenizer):
 def test_what_is_evaluated_follows_the_data_and_the_rewards(tokenizer):
     """Exact match where all answers are numbers, the rewards where they say more, else the nats."""
     policy, exact = make_model("llama").eval(), EXACT
-    problems = data.encode(toy.problems("toy", "test", 10), tokenizer)
+    problems = to_problems(toy.problems("toy", "test", 10), tokenizer)
     data.encode_completions(problems, tokenizer)
 
     def names(*args, **knobs):
@@ -88,13 +88,13 @@ def test_what_is_evaluated_follows_the_data_and_the_rewards(tokenizer):
     assert names(exact, data="file.jsonl") == {"sampled", "greedy"}
     results = evaluation.evaluate(policy, tokenizer, problems, Knobs, two)
     assert results["score_greedy"][0] > results["greedy"][0]
-    problems[3]["answer"] = "blue"
+    problems[3]["columns"]["answer"] = "blue"
     assert names(two, data="file.jsonl") == {"score_sampled", "score_greedy"}
 
 
 def test_nats_per_demonstration(tokenizer):
     policy = make_model("llama").eval()
-    problems = data.encode(toy.problems("toy", "test", 7), tokenizer)
+    problems = to_problems(toy.problems("toy", "test", 7), tokenizer)
     data.encode_completions(problems, tokenizer)
     costs = []
     for problem in problems:

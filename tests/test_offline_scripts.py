@@ -15,7 +15,7 @@ import reward_model
 import rewards
 import scorer
 from common import masked_mean
-from conftest import CONFIGS, TEMPLATE, save_folder, write_jsonl
+from conftest import CONFIGS, TEMPLATE, save_folder, to_problems, write_jsonl
 from rollout import load_policy, make_batch, token_logprobs
 from test_command_line import metrics, same_weights, weights
 from test_scripts import each_is_one_sentence, same_but_for_rounding
@@ -252,7 +252,7 @@ def test_a_reward_model_is_a_reward(folders, here, capsys):
     life, is another question: answers cut short were not among the pairs)."""
     train("reward_model", folders("gpt2"), steps=20, lr=4e-3, minibatch_size=8, out_dir="judge")
     cfg = quick_online("reinforce_pp", folders("llama"), reward="judge")
-    (learned,) = rewards.load_rewards(cfg, [dict(prompt="1+2=")] * 2).values()
+    (learned,) = rewards.load_rewards(cfg, to_problems([dict(prompt="1+2=")] * 2)).values()
     values = learned(["1+2=", "1+2=", "1+2="], ["7", "7=7=7,7", "7"], [True, True, False])
     assert values[0] > values[1] and values[2] != values[0]  # cut short: without its EOS
     torch.testing.assert_close(values[:1], learned(["1+2="], ["7"], [True]), rtol=1e-4, atol=1e-4)
@@ -267,8 +267,8 @@ def test_a_reward_model_is_a_reward(folders, here, capsys):
 def test_a_text_too_long_for_the_reward_model_is_one_sentence(folders, here, capsys):
     train("reward_model", folders("gpt2"), out_dir="judge")
     cfg = quick_online("reinforce_pp", folders("llama"), reward="judge")
-    loaded = rewards.load_rewards(cfg, [dict(prompt="1+2=")] * 2)
-    row = dict(prompt="1+2=", ids=[1])
+    loaded = rewards.load_rewards(cfg, to_problems([dict(prompt="1+2=")] * 2))
+    (row,) = to_problems([dict(prompt="1+2=")])
     with pytest.raises(SystemExit):
         rewards.judge("judge", loaded["judge"], [row], ["7" * 5000], [True], [[1]])
     error = capsys.readouterr().err
@@ -291,7 +291,7 @@ def test_a_reward_model_is_what_transformers_loads(folders, here):
     ids = tokenizer("1+2=3").input_ids + [tokenizer.eos_token_id]
     theirs = model(input_ids=torch.tensor([ids])).logits.item()  # one row, and pad is not EOS
     cfg = quick_online("reinforce_pp", folders("llama"), reward="run")
-    (learned,) = rewards.load_rewards(cfg, [dict(prompt="1+2=")] * 2).values()
+    (learned,) = rewards.load_rewards(cfg, to_problems([dict(prompt="1+2=")] * 2)).values()
     assert learned(["1+2="], ["3"], [True])[0] == pytest.approx(theirs, abs=1e-4)
 
 
@@ -304,7 +304,7 @@ def test_what_is_no_reward_model_is_refused(folders, here, capsys, reward, words
         save_folder("policy")
     with pytest.raises(SystemExit) as stop:
         rewards.load_rewards(quick_online("reinforce_pp", folders("llama"), reward=reward),
-                             [dict(prompt="1+2=")])
+                             to_problems([dict(prompt="1+2=")]))
     error = capsys.readouterr().err
     assert stop.value.code == 2 and all(word in error for word in words), error
 

@@ -5,10 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 
+import data
 import preferences
 import toy
 from conftest import TEMPLATE, write_jsonl
-from preferences import load_preferences, split_prompt, to_ranking
+from preferences import load_preferences
 
 
 def config(data, model=None, **flags):
@@ -42,7 +43,7 @@ def asks(text):
     ([asks("hm?"), says("yes")], [asks("hm?"), says("no")], [asks("hm?")],
      [[says("yes")], [says("no")]])])
 def test_the_prompt_is_what_both_begin_with(chosen, rejected, prompt, rests):
-    assert split_prompt(chosen, rejected) == (prompt, rests)
+    assert data.split_prompt(chosen, rejected) == (prompt, rests)
 
 
 def test_where_trl_cuts_between_words_so_do_we():
@@ -50,7 +51,7 @@ def test_where_trl_cuts_between_words_so_do_we():
     for chosen, rejected in [("The sky is blue.", "The sky is green."), ("a b c", "a b d"),
                              ("Human: hi\n\nAssistant: Hello", "Human: hi\n\nAssistant: No way")]:
         theirs = data_utils.extract_prompt(dict(chosen=chosen, rejected=rejected))
-        assert split_prompt(chosen, rejected) == (
+        assert data.split_prompt(chosen, rejected) == (
             theirs["prompt"], [theirs["chosen"], theirs["rejected"]])
 
 
@@ -67,7 +68,8 @@ def test_every_format_is_the_same_pair(folders, tmp_path, row):
         rows.append(dict(prompt=other, chosen="4", rejected="1", note=i))
     model = folders("llama", template=TEMPLATE if "role" in str(row) else None)
     found = load_preferences(config(write_jsonl(tmp_path / "p.jsonl", rows), model))
-    pair = next(row for rows in found for row in rows if row.get("answer") == 3)
+    pair = next(problem for part in found for problem in part
+                if problem["row"].get("answer") == 3)
     ids = toy.make_tokenizer()(["3", "4"]).input_ids
     assert pair["targets"] == [ids[0] + [2], ids[1] + [2]]  # an EOS is part of each
     wanted = toy.make_tokenizer()("1+2=").input_ids
@@ -107,17 +109,18 @@ P, C, R = dict(prompt="1+2="), dict(chosen="3"), dict(rejected="4")
 
 
 @pytest.mark.parametrize("rows, kind, words", [
-    ([{**P, **C}], "pairs", ["row 1 of train", "chosen, prompt", "chosen and rejected"]),
+    ([{**P, **C}], "pairs",
+     ["row 1 of train has chosen, prompt; it must have chosen and rejected"]),
     ([{**P, "completions": ["1", "2", "3"]}], "pairs", ["plackett_luce"]),
     ([{**P, "completions": ["1"]}], "rankings", ["completions, a list, best first"]),
     ([dict(chosen="3", rejected="4")], "pairs", ["row 1 of train", "begin alike"]),
-    ([{**P, "chosen": "3", "rejected": [says("4")]}], "pairs", ["row 1", "both be text"]),
-    ([{**P, "chosen": 3, "rejected": 4}], "pairs", ["row 1", "both be text"]),
-    ([{**P, "completions": ["1", 2]}], "rankings", ["completions of row 1", "must be text"]),
+    ([{**P, "chosen": 3, "rejected": 4}], "pairs", ["row 1 of train"]),
+    ([{**P, "completions": ["1", 2]}], "rankings", ["row 1 of train: its completion is 2",
+                                                   "must be text"]),
     ([{**P, "chosen": [asks("3")], "rejected": [asks("4")]}], "pairs", ["one, assistant"]),
     ([{**P, "completions": ["1", "2"]}, {**P, "completions": ["1", "2", "3"]},
       {"prompt": "4+4=", "completions": ["1", "2"]}], "rankings", ["of 2 and of 3"]),
-    ([{"prompt": None, **C, **R}], "pairs", ["row 1", "no prompt"])])
+    ([{"prompt": None, **C, **R}], "pairs", ["row 1 of train has chosen, rejected", "prompt"])])
 def test_wrong_rows_are_named(tmp_path, capsys, rows, kind, words):
     with pytest.raises(SystemExit) as stop:
         load_preferences(config(write_jsonl(tmp_path / "p.jsonl", rows)), kind)
@@ -128,7 +131,7 @@ def test_wrong_rows_are_named(tmp_path, capsys, rows, kind, words):
 
 def test_a_row_is_not_changed():
     row = dict(prompt="1+2=", chosen="3", rejected="4")
-    to_ranking(row, "pairs", "here")
+    assert data.settle({"train": [row]}, "x", "pairs")["train"][0]["row"] is row
     assert row == dict(prompt="1+2=", chosen="3", rejected="4")
 
 
@@ -161,7 +164,7 @@ def test_pairs_and_rankings_are_made_once_and_kept(made, capsys):
     rankings, *_ = load_preferences(made, "rankings")
     assert "making" not in capsys.readouterr().out
     for row in rankings:
-        grades = [preferences.grade(row, text, "toy") for text in row["completions"]]
+        grades = [preferences.grade(row["row"], text, "toy") for text in row["completions"]]
         assert len(set(row["completions"])) == 4
         assert grades == sorted(grades, reverse=True) and grades[0] > grades[-1]
 

@@ -23,7 +23,7 @@ README = (ROOT / "README.md").read_text()
 
 
 FIELDS = {field.name for script in (sft, *SCRIPTS.values(), *OFFLINE.values())
-          for field in dataclasses.fields(script.Config)}
+          for field in dataclasses.fields(script.Config) if field.init}
 EVERY = SCRIPTS | OFFLINE | dict(sft=sft)
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import rewards
-from conftest import make_model, seeded
+from conftest import make_model, seeded, to_problems
 from rollout import make_batch, sample
 
 
@@ -30,7 +30,7 @@ def test_last_number(text, answer, finished, expected):
 def test_score_hands_each_completion_its_own_problem(tokenizer):
     """A reward that returns its problem's column: group i must get row i's, K times."""
     batch = sample(make_model("llama"), tokenizer, [[5], [6, 7], [8]], 4, 3, 1.0, seeded())
-    problems = [dict(prompt=str(i), ids=[5], value=i) for i in range(3)]
+    problems = to_problems([dict(prompt=str(i), value=i) for i in range(3)])
     seen = {}
 
     def reward(prompts, completions, value, **columns):
@@ -49,7 +49,7 @@ def test_a_score_that_is_not_a_number_stops_the_run(tokenizer, capsys, value):
     batch = sample(make_model("llama"), tokenizer, [[5]], 3, 3, 1.0, seeded())
     mine = dict(mine=lambda *a, **k: [0.0, value, 1.0])
     with pytest.raises(SystemExit) as stop:
-        rewards.score(mine, [dict(prompt="")], batch, tokenizer, 4)
+        rewards.score(mine, to_problems([dict(prompt="")]), batch, tokenizer, 4)
     error, text = capsys.readouterr().err, rewards.decode(tokenizer, batch)[1]
     assert stop.value.code == 2 and repr(text) in error
     assert f"--reward mine in step 5 gave {value}" in error
@@ -101,25 +101,24 @@ def raises(prompts, completions, **columns):
 
 seven = 7
 """
-PROBLEMS = [dict(prompt="1+2=", answer="3", level=4, ids=[5]),
-            dict(prompt="2+2=", answer="4", level=5, ids=[6]),
-            dict(prompt="3", answer="3", ids=[7])]
+ROWS = [dict(prompt="1+2=", answer="3", level=4), dict(prompt="2+2=", answer="4", level=5),
+        dict(prompt="3", answer="3")]
 
 
-def load(spec, problems=PROBLEMS):
-    return rewards.load_rewards(SimpleNamespace(reward=spec), problems)
+def load(spec, rows=ROWS):
+    return rewards.load_rewards(SimpleNamespace(reward=spec), to_problems(rows))
 
 
 def test_rewards_of_ones_own(tmp_path, monkeypatch, tokenizer):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").write_text(GOOD)
     (tmp_path / "helper_of_rewards.py").write_text("weight = 2")  # beside it, as imports go
-    several = load("last_number,mine.py:short, mine.py:named,mine.py:tensor", PROBLEMS[:2])
+    several = load("last_number,mine.py:short, mine.py:named,mine.py:tensor", ROWS[:2])
     assert list(several) == ["last_number", "short", "named", "tensor"]
     assert Path("count").read_text() == "x"  # the file runs once
     batch = make_batch([[5], [6]], [[7, 2], [8, 8]], "cpu")
     batch.finished = torch.tensor([True, False])
-    texts, scores, each = rewards.score(several, PROBLEMS[:2], batch, tokenizer)
+    texts, scores, each = rewards.score(several, to_problems(ROWS[:2]), batch, tokenizer)
     assert texts == ["3", "44"]
     assert scores.tolist() == [1 - 2 + 4 + 1, 0 - 4 + 5 + 1]
     assert {k: v.item() for k, v in each.items()} == dict(
@@ -138,7 +137,7 @@ def test_a_reward_that_spoils_its_arguments_spoils_them_for_itself_alone(tokeniz
     batch = make_batch([[5], [6]], [[7, 2], [8, 8]], "cpu")
     batch.finished = torch.tensor([True, False])
     judges = dict(spoil=spoil, count=count)
-    assert rewards.score(judges, PROBLEMS[:2], batch, tokenizer)[1].tolist() == [211, 202]
+    assert rewards.score(judges, to_problems(ROWS[:2]), batch, tokenizer)[1].tolist() == [211, 202]
 
 
 def test_what_a_reward_is_given(tokenizer):
@@ -149,12 +148,15 @@ def test_what_a_reward_is_given(tokenizer):
         seen.update(columns)
         return [0] * len(prompts)
 
-    rows = [dict(PROBLEMS[0], completions=["a", "b"]), PROBLEMS[2]]
+    names = ("completions", "prompts", "finished", "completion_ids", "ids", "targets", "step",
+             "score", "name", "row", "columns", "self", "two words")
+    problems = to_problems([dict(ROWS[0], **dict.fromkeys(names, 7)), *ROWS[1:]])
     batch = make_batch([[5], [6]], [[7, 2], [8, 8, 8]], "cpu")
     batch.finished = torch.tensor([True, False])
-    rewards.score(dict(r=reward), rows, batch, tokenizer)
-    assert seen == dict(answer=["3", "3"], level=[4, None], finished=[True, False],
-                        completion_ids=[[7, 2], [8, 8, 8]])
+    rewards.score(dict(r=reward), [problems[1], problems[2]], batch, tokenizer)
+    assert seen == {**dict.fromkeys(names[4:], [None, None]), "answer": ["4", "3"],
+                    "level": [5, None], "finished": [True, False],
+                    "completion_ids": [[7, 2], [8, 8, 8]]}
 
 
 @pytest.mark.parametrize("spec, words", [
@@ -163,7 +165,8 @@ def test_what_a_reward_is_given(tokenizer):
     ("bad.py:nan", ["nan gave nan to the completion '1' of the prompt '1+2='"]),
     ("bad.py:words", ["words gave good to the completion '1'"]),
     ("bad.py:none", ["none gave None"]),
-    ("bad.py:asks", ["TypeError", "solution", "as **columns, answer, level, finished"]),
+    ("bad.py:asks", ["TypeError", "solution",
+                      "by keyword, with prompts, completions, answer, level, finished"]),
     ("bad.py:raises", ["KeyError: 'a'", "line 23 of bad.py"]),
     ("bad.py:seven", ["no function seven", "few"]),
     ("bad.py:eight", ["no function eight", "few"]),
@@ -186,19 +189,20 @@ def test_rewards_that_will_not_do(tmp_path, monkeypatch, capsys, spec, words):
     assert all(word in error for word in words), error
 
 
-@pytest.mark.parametrize("answer", ["blue", None, "12 apples", "1,23"])
+@pytest.mark.parametrize("answer", [
+    "blue", None, "12 apples", "1,23", math.nan, math.inf, "nan", True, "1/0", "#### so"])
 def test_last_number_wants_numbers_for_answers(capsys, answer):
-    load("last_number", [dict(PROBLEMS[0], answer=value) for value in ("1,234", 5, " -0.5 ")])
+    load("last_number", [dict(ROWS[0], answer=value) for value in (
+        "1,234", 5, " -0.5 ", 1e22, "\u22125", "1/2", ".5", "so ...\n#### 1,200", "4e3")])
     with pytest.raises(SystemExit):
-        load("last_number", PROBLEMS + [dict(PROBLEMS[0], answer=answer)])
+        load("last_number", ROWS + [dict(ROWS[0], answer=answer)])
     error = capsys.readouterr().err
     assert "1 of 4 answers" in error and repr(str(answer)) in error and "--data" in error
 
 
 @pytest.mark.parametrize("text, number", [
     ("so 1,234", 1234), ("1,234,567.5", 1234567.5), ("$12,345.", 12345), ("-1,234", -1234),
-    ("12,34", 34), ("1,2345", 2345), ("1234,567", 567), ("17,17-5=12,12-8=4", 4), ("0,5", 5),
-    ("8+9=17,170", 17170), ("1, 234", 234)])
+    ("17,17-5=12,12-8=4", 4), ("8+9=17,170", 17170), ("1, 234", 234)])
 def test_thousands_commas_only_in_their_form(text, number):
     assert rewards.last_number(["?"], [text], answer=[number], finished=[True]) == [1.0]
     assert rewards.last_number(["?"], [text], answer=[number + 1], finished=[True]) == [0.0]
@@ -214,7 +218,8 @@ STEPS = [  # a completion's tokens (characters, or specials), finished; rewards 
     ([], True, [9], [0]),                                                  # the EOS at once
     ([","], True, [9], [1]),
     (["8", "+", "9", "=", "1", "7", ",", "1"], False, [1, 9], [6, 7]),     # cut short
-    (["<bos>", "8", "+", "9", "=", "<bos>", "1", "7", ",", "1", "2"], True, [1, 9], [8, 11]),
+    (["<bos>", "8", "+", "9", "=", "1", "7", ",", "1", "2"], True, [0, 9], [7, 10]),
+    (["8", "+", "9", "=", "1", "7", ",", "<bos>", "1", "2"], True, [1, 9], [6, 10]),
     (["8", "+", "9", "=", "1", "7", ",", "8", "+", "9", "=", "1", "7", ",", "3"], True, [1, 0, 9],
      [6, 13, 15]),                                                         # a step said twice
     ([*"8+9=17,17-5=12,12"], True, [1, 0, 9], [6, 14, 17])]    # the result once more: not paid

@@ -10,7 +10,7 @@ import transformers
 import rollout
 from common import mini_batches, step_generator
 from conftest import CONFIGS, HOSTILE, make_model, save_folder, seeded
-from model import checkpoint_activations, eos_ids, load_model
+from model import checkpoint_activations, load_model, load_tokenizer, save_policy
 from ppo import make_critic
 from rollout import (Batch, all_logprobs, all_values, draw, load_policy, make_batch, micro_batches,
                      plain_logprobs, sample, token_logprobs, token_values)
@@ -343,11 +343,35 @@ def test_truncated_is_not_finished(tokenizer):
     assert batch.mask.tolist() == [[1, 1, 1]] and not batch.finished.any()
 
 
-def test_eos_ids_come_from_everywhere(folders):
-    policy, tokenizer = load_policy(folders("llama", hostile=True), "cpu")
-    assert eos_ids(policy, tokenizer) == [2, 7]
-    tokenizer.eos_token = "+"
-    assert eos_ids(policy, tokenizer) == [2, 7, tokenizer.convert_tokens_to_ids("+")]
+@pytest.mark.parametrize("generation, config, expected", [
+    ([2, 7], 9, [2, 7, 8]), (7, 9, [7, 8]), (None, 9, [8, 9]), (None, [5, 9], [5, 8, 9]),
+    (None, None, [8]), (8, 2, [8]), ("no file", 9, [8, 9])])
+def test_a_completion_ends_with_what_generation_config_says_or_the_eos(
+        tmp_path, tokenizer, generation, config, expected):
+    """config.json counts only where generation_config.json names nothing, as in transformers; and
+    the trained model is saved with what ended its completions."""
+    model = make_model("llama")
+    model.generation_config.eos_token_id = None if generation == "no file" else generation
+    model.config.eos_token_id = config
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(8)
+    model.save_pretrained(tmp_path), tokenizer.save_pretrained(tmp_path)
+    if generation == "no file":
+        (tmp_path / "generation_config.json").unlink()
+    assert load_tokenizer(str(tmp_path))[3] == expected
+    policy, tokenizer = load_policy(str(tmp_path), "cpu")
+    save_policy(policy, tokenizer, tmp_path / "run")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    assert again.generation_config.eos_token_id == expected
+    for token in range(18):
+        batch = sample(scripted_like(again, token), tokenizer, [PROMPTS[0]], 1, 3, 0, None)
+        assert batch.finished.tolist() == [token in expected]
+
+
+def scripted_like(model, token):
+    """A policy that writes this token only, and ends where `model` does."""
+    policy = scripted(None, [token] * 3)
+    policy.generation_config = model.generation_config
+    return policy
 
 
 # ------------------------------------------------------------------ loading
@@ -378,7 +402,8 @@ def test_what_cannot_be_served_is_refused(tmp_path, tokenizer, capsys, config):
         load_policy(str(tmp_path), "cpu")
     assert stop.value.code == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: --model") and config.model_type in error
+    assert error.startswith("error: --model")
+    assert config.model_type in error or "linear_attention" in error
 
 
 def test_a_run_folder_stands_for_its_model(tmp_path):
