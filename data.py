@@ -16,6 +16,8 @@ import zlib
 from itertools import combinations, takewhile
 from pathlib import Path
 
+import torch
+
 import toy
 from common import fail
 from model import ask_hub, load_tokenizer
@@ -74,11 +76,27 @@ def read(data, held_out):
             found = datasets.load_dataset(name, configuration or None)
         found = found if isinstance(found, dict) else {"train": found}
         wanted = ("train", "validation", "test") if "train" in found else found
-        return {split: list(rows) for split, rows in found.items() if split in wanted}
+        return {split: to_rows(table) for split, table in found.items() if split in wanted}
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         fail(f"--data {data}: {reason}; name toy, words, a .jsonl file, a folder that `datasets` "
              "can load, or a hub name[:configuration]")
+
+
+def to_rows(table):
+    """A split of `datasets` -> rows. A float of 32 or 16 bits is the number that was written down.
+
+    0.1 comes as 0.10000000149011612; it is the shortest decimal that rounds to that.
+    """
+    def written(value, kind):
+        decimals = (float(f"{value:.{digits}g}") for digits in range(1, 17))
+        return next((decimal for decimal in decimals
+                     if torch.tensor(decimal, dtype=kind).item() == value), value)
+
+    kinds = {key: dict(float32=torch.float32, float16=torch.float16).get(
+        getattr(feature, "dtype", None)) for key, feature in table.features.items()}
+    return [{key: written(value, kinds[key]) if kinds[key] and value is not None else value
+             for key, value in row.items()} for row in table]
 
 
 def read_jsonl(path):
@@ -102,7 +120,7 @@ NEEDED = dict(
 
 
 def settle(splits, data, wanted=None):
-    """{split: rows as they were found} -> {split: problems}. Refuses what has not what is wanted.
+    """{split: rows as they were found} -> {split: problems}; a row that lacks something is refused.
 
     wanted, beside the prompt: completion, pairs or rankings.
     """

@@ -37,11 +37,24 @@ from scorer import load_scorer
 NUMBER = (r"[-+]?\d+/0*[1-9]\d*|"  # 1/2, or 1,234.5 with a comma only as in 1,234,567, or 1.5e3
           r"[-+]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,2})?")
 UNIT = r"(?!bn|mn|[mb]illion)(?:[A-Za-z]{2,}|°?[mgshlLVWNJCF])(?:/[A-Za-z]+)?(?:\^?[23²³])?"
-THOUSANDS = r"(?:\{,\}|\\[,;:! ]|[ '’\u00a0\u2009\u202f])"  # other commas: 9{,}500, 9\,500, 9 500
+SCALE = r"\s*(?:(?:hundred|thousand|million|billion|trillion|dozen|[kKMB])\b|[百千万亿萬億])"
 WORD = (r"(?:\{,\}|\\.|[A-Za-z\d/^*×÷√+\-_{}%°'’²³¹⁰⁴-⁹¼-¾]|"
         r"(?<=\d)[,:](?=\d)|(?<![A-Za-z])\.(?=\d)|(?<=[A-Za-z\d])\()+")
-SCALE = r"\s*(?:(?:hundred|thousand|million|billion|trillion|dozen|[kKMB])\b|[百千万亿萬億])"
-ASCII = str.maketrans("−－＋，．", "--+,.")  # minus signs, and what stands among full-width digits
+COMMA = r"(?:\{,\}|\\[,;:! ]|[ '’\u00a0\u2009\u202f])"
+ASCII = str.maketrans("−－–‑＋，．", "----+,.")
+NOTATIONS = [  # what models write -> what NUMBER, UNIT and WORD know
+    (rf"(?<![\d.,])\d{{1,3}}(?:{COMMA}\d{{3}})+(?!\d)",           # 9{,}500, 9 500 -> 9,500
+     lambda found: re.sub(COMMA, ",", found[0])),
+    (r"\\[()\[\]]|\\q?quad|\\[,;:! ](?!\d)", " "),                # \(5\) -> 5
+    (r"\\(?:text|math|underline)\w*\{([^{}]*)\}", r"\1"),         # 5\text{ cm} -> 5 cm
+    (r"\\boxed\{([^{}]*)\}", r" \1 "),                            # \boxed{5} -> 5
+    (r"\\times|\\cdot", "×"),
+    (r"\^\{?\\circ\}?", "°"),
+    (r"([-+]?)\\?[$€£¥₹]", r" \1"),                               # -$5 -> -5
+    (r"([=:(]) *([-+]) +(?=[\d.])", r"\1\2"),                     # = - 5 -> = -5
+    (r"\b(?:minus|negative) +(?=[\d.])|[负負] *(?=[\d.])", " -"),   # minus 5 -> -5
+    (r"(?<=\d) *([-+*/×÷^x]) *(?=\d)", r"\1"),                    # 9 - 5 -> 9-5, which is not 5
+    (r"(?<=\d) +(?=\d+/\d)", "+")]                                # 2 1/2 -> 2+1/2
 EQUATION = r"(?<!\d)(\d+) ?([+-]) ?(\d+) ?= ?(\d+)(?!\d)"  # as toy.py writes them
 
 
@@ -55,20 +68,13 @@ def as_number(value):
 def find_number(text):
     """The last number of a text, read whole or not at all -> Fraction, or None.
 
-    It is the last word with a digit, unless the word begins with a letter (cm^2, x2). If that word
-    is not a number, with or without a unit (3-4, 10^3, 12:30, 5 million, 0,5), there is none: part
-    of it, or a number before it, would pay for a wrong answer.
+    It is the last word with a digit, not counting those that begin with a letter (cm^2, x2). If
+    that word is no number, with or without a unit (3-4, 10^3, 12:30, 0,5, 5 million), there is
+    none: a part of it, or a number before it, would pay for a wrong answer.
     """
-    text = text.translate(ASCII).replace("\\times", "×").replace("\\cdot", "×")
-    text = re.sub(rf"(?<![\d.,])\d{{1,3}}(?:{THOUSANDS}\d{{3}})+(?!\d)",
-                  lambda found: re.sub(THOUSANDS, ",", found[0]), text)
-    text = re.sub(r"\\boxed\{([^{}]*)\}", r" \1 ", text)
-    text = re.sub(r"\\(?:text|math)\w*\{([^{}]*)\}", r"\1", text)
-    text = re.sub(r"([-+]?)\\?[$€£¥₹]", r" \1", text)  # -$5
-    text = re.sub(r"([=:(]) *([-+]) +(?=[\d.])", r"\1\2", text)  # = - 5
-    text = re.sub(r"\b(?:minus|negative) +(?=[\d.])|[负負] *(?=[\d.])", " -", text)
-    text = re.sub(r"\^\{?\\circ\}?", "°", text)
-    text = re.sub(r"(?<=\d) *([-+*/×÷^x]) *(?=\d)", r"\1", text)  # 9 - 5 is not 5
+    text = text.translate(ASCII)
+    for pattern, plain in NOTATIONS:
+        text = re.sub(pattern, plain, text)
     for found in reversed(list(re.finditer(WORD, text))):
         word = found[0].lstrip("*_{}'").rstrip("*_{}'%°^\\")
         if not any(char.isnumeric() for char in word) or word[0].isalpha() and "(" not in word:
@@ -135,10 +141,10 @@ def load_function(file, name):
     path = Path(os.path.expanduser(file)).resolve()
     if not path.is_file() or path.suffix != ".py":
         fail(f"--reward {file}:{name}: there is no Python file {file}; write file.py:function")
-    settings = {}
+    settings, module_name = {}, importable_name(path)
     try:
         with own_settings(settings):
-            module = importlib.import_module(find_name(path))
+            module = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:
         fail(f"--reward {file}:{name}: {describe(error)}; mend the file")
     function = getattr(module, name, None)
@@ -153,11 +159,11 @@ def load_function(file, name):
     return reward
 
 
-def find_name(path):
+def importable_name(path):
     """A name under which `import` finds a file, here and in the processes that a reward starts.
 
-    Its own, or where another module has that name (rewards.py, json.py, two files of one name),
-    that of a file in a temporary folder that runs it.
+    Its own; or, where another module has that name (rewards.py, json.py, two files of one name),
+    that of a file in a temporary folder which runs this one.
     """
     folder, name = str(path.parent), path.stem
     sys.path += [folder] if folder not in sys.path else []  # its neighbours can be imported, too
@@ -169,7 +175,7 @@ def find_name(path):
     except (ImportError, ValueError):  # a name with a dot; __main__
         pass
     name = f"reward_{zlib.crc32(str(path).encode()):08x}"
-    Path(other_names(), f"{name}.py").write_text(
+    Path(temporary_folder(), f"{name}.py").write_text(
         f"__file__ = {str(path)!r}\n"
         "exec(compile(open(__file__, 'rb').read(), __file__, 'exec'))\n")
     importlib.invalidate_caches()
@@ -177,10 +183,10 @@ def find_name(path):
 
 
 @functools.cache
-def other_names():
+def temporary_folder():
     folder = tempfile.mkdtemp()
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     sys.path.append(folder)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
 
 
@@ -194,7 +200,7 @@ SETTINGS = {torch.is_grad_enabled: torch.set_grad_enabled,
 
 @contextlib.contextmanager
 def own_settings(theirs):
-    """What a reward sets globally, and keeps in `theirs`, holds while it runs, and no longer."""
+    """What a reward changes globally is kept in `theirs`, and holds only while the reward runs."""
     def change(settings):
         for get, value in settings.items():
             if get() != value:
@@ -202,10 +208,11 @@ def own_settings(theirs):
 
     ours = {get: get() for get in SETTINGS}
     change(theirs)
+    before = {**ours, **theirs}
     try:
         yield
     finally:
-        theirs.update((get, get()) for get in SETTINGS)
+        theirs.update((get, get()) for get in SETTINGS if get() != before[get])
         change(ours)
 
 

@@ -1,7 +1,9 @@
 """What a user sees: one process per behaviour, on tiny random models, in a fresh folder each."""
+import io
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -137,6 +139,78 @@ def test_ctrl_c_finishes_the_step_and_the_printed_command_goes_on(folders, tmp_p
     again = shlex.split(screen.strip().splitlines()[-1].partition("to go on: python ")[2])
     warm.call(*again, cwd=tmp_path)
     assert [row["step"] for row in metrics(tmp_path / "run")] == list(range(1, 61))
+
+
+LIMITED = """
+import multiprocessing, os, signal, time
+
+def sleep():
+    time.sleep(600)  # stands for a judge that does not end
+
+def limited(prompts, completions, **columns):
+    for number in (signal.SIGTERM, signal.SIGINT):
+        process = multiprocessing.get_context("fork").Process(target=sleep)
+        process.start()
+        time.sleep(0.2)
+        os.kill(process.pid, number)
+        process.join(20)
+        if process.is_alive():
+            process.kill()
+            raise SystemError("nothing ends it")
+    return [float(len(text)) for text in completions]
+"""
+
+
+def test_signals_end_the_processes_of_a_reward(folders, tmp_path, monkeypatch):
+    """Our handlers finish a step of the run; a process that a reward forks has nothing to finish.
+    And they are gone when the run is over, also if it failed."""
+    (tmp_path / "mine.py").write_text(LIMITED)
+    process = warm.start([ROOT / "reinforce_pp.py", "--model", folders("llama"), *SMALL, "--steps",
+                          1, "--reward", "mine.py:limited"], tmp_path, tmp_path / "screen")
+    process.join(120)
+    screen = (tmp_path / "screen").read_text()
+    assert process.exitcode == 0 and "nothing ends it" not in screen, screen
+    monkeypatch.chdir(tmp_path)
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    for lr, code in ((1e-3, None), (1e18, 1)):
+        try:
+            reinforce_pp.train(quick(folders("llama"), lr=lr, steps=3, max_grad_norm=1e9,
+                                     out_dir=f"run{lr}"))
+        except SystemExit as stop:
+            assert stop.code == code
+        assert before == [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+
+
+def test_a_character_that_the_terminal_cannot_show_is_replaced(folders, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = write_jsonl("sums.jsonl", [dict(prompt=f"{i}\u7b54\U0001f34e=", answer=i)
+                                      for i in range(9)])
+    monkeypatch.setattr(sys, "argv", ["reinforce_pp.py", "--model", folders("llama"), *SMALL,
+                                      "--steps", "1", "--data", file])
+    screen = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", screen)
+    common.main(reinforce_pp.Config, reinforce_pp.train)
+    screen.flush()
+    assert b"\\u7b54" in screen.buffer.getvalue()
+    assert Path("runs/reinforce_pp/model").is_dir()
+
+
+def test_a_tilde_is_the_home_folder_and_stays_as_typed(folders, tmp_path, monkeypatch, capsys):
+    """The shell does not expand it in --out_dir=~/run."""
+    home, here = tmp_path / "home", tmp_path / "here"
+    home.mkdir(), here.mkdir()
+    shutil.copytree(folders("llama"), home / "m")
+    write_jsonl(home / "sums.jsonl", [dict(prompt=f"{i}+1=", answer=i + 1) for i in range(9)])
+    (home / "mine.py").write_text(LONGER)
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("HOME", str(home))
+    flags = dict(model="~/m", data="~/sums.jsonl", reward="last_number,~/mine.py:longer",
+                 out_dir="~/run")
+    reinforce_pp.train(quick(**flags))
+    assert not list(here.iterdir()) and (home / "run" / "model").is_dir()
+    config = json.loads((home / "run" / "config.json").read_text())
+    assert {key: config[key] for key in flags} == flags
+    assert "out_dir=~/run" in capsys.readouterr().out
 
 
 def test_no_warning_is_printed(folders, tmp_path):

@@ -99,6 +99,73 @@ def test_completions_end_with_the_eos(tokenizer):
     assert batch.mask.tolist() == [[1, 1, 1]]  # the EOS is a target
 
 
+@pytest.mark.parametrize("written, ids", [
+    ("12", [5, 6, 2]), ("12<eos>", [5, 6, 2]), ("12<eos><eos>", [5, 6, 2]),
+    ("12<pad>", [5, 6, 0]), ("12<pad><eos>", [5, 6, 0]), ("1<eos>2", [5, 2, 6, 2]),
+    ("<eos>", [2]), ("", [2])])
+def test_a_demonstration_ends_with_exactly_one_eos(tokenizer, written, ids):
+    """Written or not; one of the model's others, here <pad>, is as good. An EOS inside stays."""
+    for column, row in (("completion", written), ("completions", [written, "3"])):
+        (problem,) = data.encode_completions([{column: row}], tokenizer, column, [0, 2])
+        assert problem["targets"][0] == ids
+    assert data.end([5, 2, 3], {2}, tokenizer) == [5, 2, 3, 2]  # <unk>: something comes after it
+    from tokenizers import decoders
+    tokenizer.backend_tokenizer.decoder = decoders.Replace("<unk>", " ")
+    assert data.end([5, 2, 3], {2}, tokenizer) == [5, 2]        # as a template writes "EOS, newline"
+
+
+@pytest.mark.parametrize("content", ["{{ m['content'] }}", "{{ m['content'] | trim }}"])
+@pytest.mark.parametrize("begun", ["<think>\n", "Let me see: ", "\n", "7"])
+def test_an_answer_that_the_data_has_begun_stays_to_the_letter(content, begun):
+    """Whether the template keeps white space or trims it; the prompt is what it would be without
+    the beginning, and the beginning."""
+    tokenizer = toy.make_tokenizer()
+    tokenizer.chat_template = ("{% for m in messages %}[{{ m['role'] }}]" + content + "[end]"
+                               "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}")
+    turns = [dict(role="user", content="1+2="), dict(role="assistant", content=begun)]
+    assert data.render(turns, tokenizer, "x") == "[user]1+2=[end][assistant]" + begun
+    assert data.render(turns[:1], tokenizer, "x") == "[user]1+2=[end][assistant]"
+
+
+@pytest.mark.parametrize("row, prompt, completions", [
+    (dict(question="Q", chosen="For 2", rejected="For 3"), "Q", ["For 2", "For 3"]),
+    (dict(prompt=None, question="Q", chosen="a", rejected="b"), "Q", ["a", "b"]),
+    (dict(prompt="P", question="Q", chosen="a", rejected="b"), "P", ["a", "b"]),
+    (dict(chosen="For 2", rejected="For 3"), "For", [" 2", " 3"]),
+    (dict(prompt="P", chosen="P 2", rejected="P 3"), "P", ["P 2", "P 3"])])
+def test_what_a_column_means_is_the_same_for_all_scripts(row, prompt, completions):
+    """A prompt is inferred only where there is none."""
+    for wanted in (None, "pairs", "rankings"):
+        (problem,) = data.settle({"train": [row]}, "x", wanted)["train"]
+        assert (problem["prompt"], problem["completions"]) == (prompt, completions)
+        assert problem["row"] is row
+
+
+def test_columns_are_those_of_the_whole_data_set():
+    """None where a row lacks one; a column may have any name, and what we add is beside it."""
+    splits = dict(train=[dict(prompt="1", ids=7), dict(prompt="2", targets=8, row=9)],
+                  test=[dict(prompt="3", columns=1, completions="x")])
+    problems = [problem for part in data.settle(splits, "x").values() for problem in part]
+    names = ["prompt", "ids", "targets", "row", "columns", "completions"]
+    assert all(list(problem["columns"]) == names for problem in problems)
+    assert problems[1]["columns"] == dict(prompt="2", ids=None, targets=8, row=9, columns=None,
+                                          completions=None)
+    assert data.encode(problems, toy.make_tokenizer())[0]["ids"] == [5]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "float64"])
+def test_a_number_has_the_precision_of_its_column(tmp_path, dtype):
+    """0.1 in a column of 32 bits is 0.100000001490116, and 0.1 was meant."""
+    numbers = [0.1, 2.55, 3.5, None, 0.333]
+    table = datasets.Dataset.from_list([dict(prompt=f"{i}", answer=value, count=i)
+                                        for i, value in enumerate(numbers)])
+    table = table.cast_column("answer", datasets.Value(dtype))
+    table.to_parquet(tmp_path / "train.parquet")
+    rows = data.read(str(tmp_path), 1)["train"]
+    assert [row["answer"] for row in rows] == numbers
+    assert [row["count"] for row in rows] == [0, 1, 2, 3, 4]
+
+
 def test_draw_problems_is_a_function_of_seed_and_step():
     rows = list(range(10))
     steps = [data.draw_problems(rows, step, 4, seed=1) for step in range(5)]

@@ -58,6 +58,8 @@ KINDS = {  # name: (flags, words of the sentence, more environment); {} is the f
                                                "CausalLM"]),
     "broken config.json": ("--model {}/broken", ["--model", "config.json", "not a valid JSON"]),
     "code of its own": ("--model {}/code", ["--model", "code of its own", "choose"]),
+    "quantised": ("--model {}/quantised", ["--model", "quantised", "choose"]),
+    "an unknown layer": ("--model {}/chunked", ["--model", "chunked_attention", "choose"]),
     "no EOS": ("--model {}/no_eos", ["--model", "EOS", "tokenizer_config.json"]),
     "a tokenizer too large": ("--model {}/few_words", ["--model", "tokenizer", "lacks"]),
     "weights that are missing": ("--model {}/headless", ["--model", "lm_head.weight"]),
@@ -107,7 +109,7 @@ KINDS = {  # name: (flags, words of the sentence, more environment); {} is the f
 def lay_out(folder):
     """The props: models mostly without weights, so that nobody can load them, bad data, rewards."""
     for name in ("t5", "classifier", "broken", "code", "no_eos", "few_words", "headless", "torn",
-                 "wide"):
+                 "wide", "quantised", "chunked"):
         weights = Path(save_folder(folder / name)) / "model.safetensors"
         if name == "headless":
             state = load_file(weights)
@@ -120,7 +122,10 @@ def lay_out(folder):
     transformers.T5Config(d_model=8, num_layers=1, num_heads=1).save_pretrained(folder / "t5")
     for name, change in dict(classifier=dict(architectures=["LlamaForSequenceClassification"]),
                              code=dict(model_type="new", auto_map=dict(AutoConfig="a.B")),
-                             few_words=dict(vocab_size=10), wide=dict(hidden_size=64)).items():
+                             few_words=dict(vocab_size=10), wide=dict(hidden_size=64),
+                             quantised=dict(quantization_config=dict(quant_method="gptq", bits=4)),
+                             chunked=dict(layer_types=["full_attention", "chunked_attention"])
+                             ).items():
         config = folder / name / "config.json"
         config.write_text(json.dumps({**json.loads(config.read_text()), **change}))
     (folder / "broken" / "config.json").write_text('{"model_type": "llama", ')

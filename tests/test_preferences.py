@@ -7,6 +7,7 @@ import pytest
 
 import data
 import preferences
+import run
 import toy
 from conftest import TEMPLATE, write_jsonl
 from preferences import load_preferences
@@ -105,6 +106,31 @@ def test_several_turns_are_left_out_and_counted(folders, tmp_path, capsys):
     assert len(prompts) == 10 and start in prompts
 
 
+def test_a_conversation_that_repeats_its_prompt_is_cut_after_it(folders, tmp_path, capsys):
+    start = [asks("1+2="), says("hm?"), asks("well?")]
+    prompts = [[*start, says("so?"), asks(f"{i}+2=")] for i in range(9)]
+    rows = [dict(prompt=prompt, chosen=[*prompt, says("3")], rejected=[*prompt, says("4")])
+            for prompt in prompts]
+    found = load_preferences(config(write_jsonl(tmp_path / "p.jsonl", rows),
+                                    folders("llama", template=TEMPLATE)))
+    problems = [problem for part in found for problem in part]
+    assert len(problems) == 9 and "dropped" not in capsys.readouterr().out
+    for problem in problems:
+        assert problem["prompt"] == problem["row"]["prompt"]
+        assert problem["completions"] == [[says("3")], [says("4")]]
+
+
+def test_if_all_rows_are_left_out_the_error_says_why(folders, tmp_path, capsys):
+    rows = [dict(prompt=[asks("1")], chosen=[says("1"), asks("2")], rejected=[says("4")]),
+            dict(prompt=[asks("1")], chosen=[says("4")], rejected=[says("4")])]
+    with pytest.raises(SystemExit) as stop:
+        load_preferences(config(write_jsonl(tmp_path / "p.jsonl", rows),
+                                folders("llama", template=TEMPLATE)))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1
+    assert "2 of 2 rows of train" in error and "several messages" in error and "the same" in error
+
+
 P, C, R = dict(prompt="1+2="), dict(chosen="3"), dict(rejected="4")
 
 
@@ -167,6 +193,40 @@ def test_pairs_and_rankings_are_made_once_and_kept(made, capsys):
         grades = [preferences.grade(row["row"], text, "toy") for text in row["completions"]]
         assert len(set(row["completions"])) == 4
         assert grades == sorted(grades, reverse=True) and grades[0] > grades[-1]
+
+
+def test_what_another_process_made_meanwhile_is_used(tmp_path, capsys):
+    """Whichever is the first; and what is left of the other one goes."""
+    def make(temporary):
+        for folder in (temporary, tmp_path / "kept"):
+            folder.mkdir()
+            (folder / "who").write_text(folder.name)
+
+    run.make_once(tmp_path / "kept", make)
+    assert (tmp_path / "kept" / "who").read_text() == "kept"
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+    run.make_once(tmp_path / "kept", None)  # it is there: nothing is made
+
+    def fail(temporary):
+        temporary.mkdir()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run.make_once(tmp_path / "more", fail)
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit):
+        run.make_once(tmp_path / "file" / "kept", None)
+    assert "cannot write into" in capsys.readouterr().err
+
+
+def test_it_is_said_at_once_if_preferences_cannot_be_kept(made, monkeypatch, capsys):
+    Path("runs").touch()  # a file in the way
+    monkeypatch.setattr(preferences, "load_policy", lambda *_: pytest.fail("it begins to sample"))
+    with pytest.raises(SystemExit) as stop:
+        load_preferences(made)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "runs/preferences" in error and error.count("\n") == 1
 
 
 def test_no_prompt_is_in_two_splits(made):

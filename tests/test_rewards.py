@@ -1,5 +1,8 @@
 """Rewards: built in, one's own, and what may go wrong with them."""
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -7,15 +10,21 @@ import pytest
 import torch
 
 import rewards
-from conftest import make_model, seeded, to_problems
+from conftest import ROOT, make_model, seeded, to_problems
 from rollout import make_batch, sample
 
 
-def test_texts_are_without_the_eos_that_ended_them(tokenizer):
+def test_texts_are_to_the_letter_but_for_the_eos_that_ended_them(tokenizer):
     """Also where that EOS is an ordinary token, here "3" (id 7), and last_number would count it."""
     batch = make_batch([[5]] * 3, [[5, 6, 2], [5, 6, 7], [5, 7, 6]], "cpu")
     batch.finished = torch.tensor([True, True, False])
     assert rewards.decode(tokenizer, batch) == ["12", "12", "132"]
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})
+    ids = tokenizer("<think>7</think>8<bos>,<pad>").input_ids
+    batch = make_batch([[5]] * 2, [ids + [2], ids + [0, 2, 2]], "cpu")
+    batch.finished = torch.tensor([True, False])
+    assert rewards.decode(tokenizer, batch) == [
+        "<think>7</think>8<bos>,<pad>", "<think>7</think>8<bos>,<pad><pad><eos><eos>"]
 
 
 @pytest.mark.parametrize("text, answer, finished, expected", [
@@ -206,6 +215,147 @@ def test_last_number_wants_numbers_for_answers(capsys, answer):
 def test_thousands_commas_only_in_their_form(text, number):
     assert rewards.last_number(["?"], [text], answer=[number], finished=[True]) == [1.0]
     assert rewards.last_number(["?"], [text], answer=[number + 1], finished=[True]) == [0.0]
+
+
+@pytest.mark.parametrize("text, number", [
+    (r"The total is \boxed{9{,}500}.", 9500), (r"$12\,345$", 12345), (r"\(42\)", 42),
+    (r"\boxed{24 \text{ cm}^2}", 24), (r"45^\circ", 45), ("\uff18\uff0c\uff10\uff10\uff10", 8000),
+    ("8\u202f000 s", 8000), ("12 345", 12345), ("1'000", 1000), ("The answer is \u22125.", -5),
+    ("-$5", -5), ("x = - 5", -5), ("minus 5", -5), ("costs $.75", 0.75), ("1.5e3", 1500),
+    ("1/2", 0.5), ("3 / 4", 0.75), ("US$5", 5), ("50%", 50), (r"50\%", 50), ("**42**.", 42),
+    ("**Answer:** 42", 42), ("<answer>42</answer>", 42), ("24 cm\u00b2", 24), ("24 cm^2", 24),
+    ("42km", 42), ("9.8m/s^2", 9.8), ("\u7b54\u6848\u662f42\u5143\u3002", 42), ("No.5", 5),
+    ("Total: 3\n- 5 apples", 5), ("9 - 5 = 4", 4), ("2^3 = 8", 8), ("3, 4, 5", 5), ("(5)", 5)])
+def test_a_number_is_read_as_models_write_it(text, number):
+    assert rewards.last_number(["?"], [text], answer=[number], finished=[True]) == [1.0]
+
+
+@pytest.mark.parametrize("text", [
+    "0,5", "12,34", "1234,567", r"1{,}5", r"12\,34", "1.299,00", "1.234.567", "3-4", "3\u20134",
+    "2024-01-05", "12:30", "10^3", r"2 \times 10^3", "10\u00b3", r"10^{-3}", "9 - 5", "2 x 5",
+    r"\frac{1}{2}", r"3\sqrt{5}", "3 sqrt(5)", "\u221a5", "2 1/2", "2\u00bd", "5k", "5 million",
+    "5\u4e07", "0x1F", "5/0", "2x", "none", ""])
+def test_or_not_at_all(text):
+    """No part of it is a number, nor one that stands before it: a wrong answer is never paid."""
+    assert rewards.find_number("7 or " + text if text not in ("none", "") else text) is None
+
+
+def test_an_answer_that_is_a_float_is_compared_as_one():
+    texts, answers = ["1/3", "0.1", "0.1000000001", "1e99"], [1 / 3, 0.1, 0.1, 1e300]
+    assert rewards.last_number(["?"] * 4, texts, answers, [True] * 4) == [1.0, 1.0, 0.0, 0.0]
+
+
+# ------------------------------------------------------------------ a reward runs in our process
+
+def test_what_a_reward_sets_globally_is_its_own_affair(tmp_path, monkeypatch):
+    """It finds again what it has set, when it is loaded or called; and nobody else finds it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "weight.txt").write_text("3")
+    (tmp_path / "sets.py").write_text("""
+import os, torch
+torch.set_grad_enabled(False)
+torch.set_default_dtype(torch.float64)
+torch.set_default_device("meta")
+os.chdir("elsewhere")
+
+def judge(prompts, completions, **columns):
+    assert not torch.is_grad_enabled() and torch.tensor(1.0).dtype == torch.float64
+    assert torch.tensor(1.0).device.type == "meta"
+    torch.set_num_threads(torch.get_num_threads() + 1)
+    torch.use_deterministic_algorithms(True)
+    return [float(open("weight.txt").read())] * len(prompts)
+
+def fails(prompts, completions, **columns):
+    os.chdir("/")
+    raise ValueError("no")
+""")
+    before = [get() for get in rewards.SETTINGS]
+    (judge,) = load("sets.py:judge").values()
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            assert judge(prompts=["?"], completions=["!"]) == [3.0]
+            assert torch.is_grad_enabled() == grad
+    with pytest.raises(SystemExit):
+        load("sets.py:fails")
+    assert [get() for get in rewards.SETTINGS] == before
+    assert torch.tensor(1.0).device.type == "cpu"
+
+
+def test_each_completion_has_copies_of_its_own(tokenizer):
+    """A reward that extends the chat it is given: as often as it is asked, it sees two turns."""
+    def turns(prompts, completions, tags, **columns):
+        for chat, text, tag in zip(prompts, completions, tags):
+            chat.append(text), tag.append(text)
+        return [len(chat) + len(tag) for chat, tag in zip(prompts, tags)]
+
+    chat = [dict(role="user", content="1")]
+    problems = to_problems([dict(prompt=chat, tags=[])])
+    batch = make_batch([[5]], [[7, 2], [8, 8]], "cpu")
+    batch.finished = torch.tensor([True, False])
+    for _ in range(2):
+        scores = rewards.score(dict(a=turns, b=turns), problems, batch, tokenizer)[1]
+        assert scores.tolist() == [6, 6] and len(chat) == 1 and problems[0]["row"]["tags"] == []
+
+
+def test_trl_calls_by_keyword_and_so_do_we(tokenizer):
+    """Whatever order the arguments are named in, and if the prompts are not asked for."""
+    def swapped(completions, prompts, **columns):
+        return [float(prompt == "?" and text != "?") for prompt, text in zip(prompts, completions)]
+
+    def only(completions, **columns):
+        return [float(text != "?") for text in completions]
+
+    batch = make_batch([[5]], [[7, 2]], "cpu")
+    batch.finished = torch.tensor([True])
+    for reward in (swapped, only):
+        assert rewards.score(dict(r=reward), to_problems([dict(prompt="?")]), batch, tokenizer
+                             )[1].tolist() == [1]
+
+
+POOLS = """
+import sys
+if __name__ == "__main__":
+    from types import SimpleNamespace
+    import data, json, rewards
+    problems = data.settle({"test": [dict(prompt="?")]}, "data")["test"]
+    for file in sys.argv[1:]:
+        (reward,) = rewards.load_rewards(SimpleNamespace(reward=file + ":own"), problems).values()
+        assert reward(prompts=["?"] * 2, completions=["a", "bb"]) == [1, 2], file
+    assert json.loads("1") == 1 and rewards.last_number
+    print("all well")
+"""
+POOL = """
+import multiprocessing
+from pathlib import Path
+
+import neighbour
+
+def judge(text):
+    assert Path(__file__).name == NAME
+    return len(text) + neighbour.zero
+
+def own(prompts, completions, **columns):
+    with multiprocessing.get_context(HOW).Pool(1) as pool:
+        return pool.map(judge, completions)
+"""
+
+
+@pytest.mark.parametrize("how", ["spawn", "forkserver", "fork"])
+def test_a_reward_hands_its_functions_to_a_pool(tmp_path, how):
+    """Whatever its file is called, and however the processes of the pool begin."""
+    files = []
+    for name in ("plain.py", "rewards.py", "json.py", "two words.py", "v1.2.py", "b/plain.py",
+                 "c/rewards.py"):
+        file = tmp_path / "files" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(POOL.replace("NAME", repr(file.name)).replace("HOW", repr(how)))
+        (file.parent / "neighbour.py").write_text("zero = 0")
+        files.append(file)
+    (tmp_path / "use.py").write_text(POOLS)
+    done = subprocess.run([sys.executable, tmp_path / "use.py", *files], capture_output=True,
+                          text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=300)
+    assert done.stdout.strip() == "all well", done.stderr
 
 
 # ------------------------------------------------------------------------------ process supervision

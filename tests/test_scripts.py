@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import common
+import dpo
 import grpo
 import model as model_py
 import ppo
@@ -23,6 +24,7 @@ import reinforce_pp
 import remax
 import rewards
 import rloo
+import sft
 import toy
 import trpo
 from conftest import (CONFIGS, HOSTILE, ROOT, TEMPLATE, by_text, make_model, moved,
@@ -364,6 +366,60 @@ def test_own_data_and_rewards_and_every_kind_of_checkpoint(here, tmp_path, name)
         train(name, model, data=file, reward="true_equations,mine.py:short", out_dir=f"{kind}-run")
         row = metrics(f"{kind}-run")[0]
         assert row["score"] == pytest.approx(row["reward_true_equations"] + row["reward_short"])
+
+
+NAMES = ("step name score completion completions prompts finished completion_ids ids targets row "
+         "columns self reward problem batch split prompt_ids function texts").split()
+
+
+@pytest.mark.parametrize("name", ["grpo", "prime", "sft", "dpo"])
+def test_a_column_may_have_any_name(folders, here, name):
+    """Each of NAMES is a column with a text, of every row but the last ones."""
+    rows = [dict(prompt=f"{i}+1=", answer=i + 1, **({key: f"{key} {i}" for key in NAMES} if i < 15
+                                                    else {})) for i in range(20)]
+    if name in ("sft", "dpo"):
+        rows = [{**row, **dict.fromkeys(("completion", "chosen"), "7"), "rejected": "8"}
+                for row in rows]
+    file, script = write_jsonl("any.jsonl", rows), {**SCRIPTS, "sft": sft, "dpo": dpo}[name]
+    here.setitem(rewards.REWARDS, "last_number", by_text)
+    flags = dict(model=folders("llama"), data=file, device="cpu", steps=2, minibatch_size=8,
+                 micro_batch_size=8, max_new_tokens=6, eval_prompts=4, out_dir="run")
+    if name in SCRIPTS:
+        flags.update(prompts_per_step=2, group_size=4, log_every=1)
+    script.train(script.Config(**flags))
+    if name in SCRIPTS:
+        for line in Path("run/samples.jsonl").read_text().splitlines():
+            sample = json.loads(line)
+            assert list(sample)[:4] == ["step", "prompt", "completion", "score"]
+            assert sample["step"] in (1, 2) and isinstance(sample["score"], float)
+            assert list(sample)[-1] == "row" and sample["row"] in rows
+            assert sample["prompt"] == sample["row"]["prompt"]
+
+
+@pytest.mark.parametrize("name", ["grpo", "sft", "dpo"])
+def test_a_run_is_not_resumed_on_other_data(folders, here, capsys, name):
+    """The file was made anew under the same name; a change of any column counts."""
+    rows = [dict(prompt=f"{i}+1=", answer=i + 1, completion="7", chosen="7", rejected="8")
+            for i in range(20)]
+    script = {**SCRIPTS, "sft": sft, "dpo": dpo}[name]
+    flags = dict(model=folders("llama"), data="sums.jsonl", device="cpu", minibatch_size=8,
+                 micro_batch_size=8, max_new_tokens=6, eval_prompts=4, out_dir="run")
+    if name == "grpo":
+        flags.update(prompts_per_step=2, group_size=4)
+    write_jsonl("sums.jsonl", rows)
+    script.train(script.Config(**flags, steps=1))
+    checksum = json.loads(Path("run/config.json").read_text())["data_checksum"]
+    before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
+    write_jsonl("sums.jsonl", [{**row, "answer": 3 if i == 4 else row["answer"]}
+                               for i, row in enumerate(rows)])
+    with pytest.raises(SystemExit) as stop:
+        script.train(script.Config(**flags, steps=2, resume=True))
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and "--data sums.jsonl" in error and "--resume" in error
+    assert before == {path: path.read_bytes() for path in before}
+    write_jsonl("sums.jsonl", rows)
+    script.train(script.Config(**flags, steps=2, resume=True))
+    assert json.loads(Path("run/config.json").read_text())["data_checksum"] == checksum
 
 
 def test_a_run_is_resumed_by_its_own_script_alone(folders, here, capsys):
