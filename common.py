@@ -7,7 +7,9 @@ micro-batch; P prompt tokens, C completion tokens, V vocabulary.
 may hold garbage, even nan: it influences nothing, and per-token results are 0 there. Unit: nats.
 """
 import argparse
+import contextlib
 import math
+import os
 import random
 import sys
 from dataclasses import dataclass, field
@@ -139,11 +141,31 @@ def fail(message, code=2):
     raise SystemExit(code)
 
 
+class Screen:
+    """stdout or stderr, which must not end a run: neither by a character that cannot be shown, nor
+    because the terminal is gone, or the program that was to read it.
+    """
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w")
+        if hasattr(self.stream, "reconfigure"):
+            self.stream.reconfigure(errors="backslashreplace")
+
+    def write(self, text):
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+
+    def flush(self):
+        with contextlib.suppress(OSError):
+            self.stream.flush()
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
 def main(config_class, train):
     """What `python SCRIPT.py ...` does: flags -> config -> train(config)."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a character that cannot be shown must not end a run
-            stream.reconfigure(errors="backslashreplace")
+    sys.stdout, sys.stderr = Screen(sys.stdout), Screen(sys.stderr)
     parser = HfArgumentParser(config_class, allow_abbrev=False, formatter_class=FlagHelp,
                               description=sys.modules["__main__"].__doc__)
     parser.error = lambda message: fail(f"{message}; see --help")

@@ -12,7 +12,7 @@ import signal
 import sys
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
@@ -85,7 +85,8 @@ class Run:
         """Refuse what cannot work before anything is trained; nothing is written yet."""
         self.cfg, self.name, self.folder = cfg, name, find_folder(cfg, name)
         self.first, self.saved, self.stopping, self.times = 0, 0, False, {}
-        print(f"{name}: " + " ".join(f"{k}={v}" for k, v in asdict(cfg).items()), flush=True)
+        flags = (field.name for field in fields(cfg) if field.init)
+        print(f"{name}: " + " ".join(f"{k}={getattr(cfg, k)}" for k in flags), flush=True)
 
     def open(self, policy, tokenizer, networks=1):
         """Make the folder, and say what will be trained in it; networks: how many of its size."""

@@ -195,6 +195,16 @@ def test_a_character_that_the_terminal_cannot_show_is_replaced(folders, tmp_path
     assert Path("runs/reinforce_pp/model").is_dir()
 
 
+def test_a_screen_that_nobody_reads_any_more_does_not_end_a_run(folders, tmp_path):
+    """As `python reinforce_pp.py | head -1`, or a terminal that was closed."""
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "reinforce_pp.py"), "--model", folders("llama"), *SMALL],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert process.stdout.readline().startswith(b"reinforce_pp: model=")
+    process.stdout.close()
+    assert process.wait(120) == 0 and (tmp_path / "runs" / "reinforce_pp" / "model").is_dir()
+
+
 def test_a_tilde_is_the_home_folder_and_stays_as_typed(folders, tmp_path, monkeypatch, capsys):
     """The shell does not expand it in --out_dir=~/run."""
     home, here = tmp_path / "home", tmp_path / "here"
