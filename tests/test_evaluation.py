@@ -61,11 +61,11 @@ def test_first_step_checks_are_silent_when_all_is_well_and_speak_when_not(tokeni
 
 def test_evaluate_counts_and_always_draws_the_same(tokenizer):
     policy = make_model("llama").eval()
-    problems = to_problems(toy.problems("toy", "test", 10), tokenizer)
+    problems = to_problems(toy.problems("toy", "test", 200), tokenizer)
     results = evaluation.evaluate(policy, tokenizer, problems, Knobs, EXACT)
     torch.manual_seed(7)
     assert results == evaluation.evaluate(policy, tokenizer, problems, Knobs, EXACT)
-    assert results["n"] == 10
+    assert results["n"] == 200
     for name in ("sampled", "greedy", "shows_work", "length"):
         value, low, high = results[name]
         assert low <= value <= high

@@ -270,7 +270,12 @@ def fails(prompts, completions, **columns):
     os.chdir("/")
     raise ValueError("no")
 """)
-    before = [get() for get in rewards.SETTINGS]
+    def settings():
+        return (os.getcwd(), torch.is_grad_enabled(), torch.get_default_dtype(),
+                torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(),
+                torch.tensor(1.0).device.type)
+
+    before = settings()
     (judge,) = load("sets.py:judge").values()
     for grad in (True, False):
         with torch.set_grad_enabled(grad):
@@ -278,8 +283,7 @@ def fails(prompts, completions, **columns):
             assert torch.is_grad_enabled() == grad
     with pytest.raises(SystemExit):
         load("sets.py:fails")
-    assert [get() for get in rewards.SETTINGS] == before
-    assert torch.tensor(1.0).device.type == "cpu"
+    assert settings() == before
 
 
 def test_each_completion_has_copies_of_its_own(tokenizer):
