@@ -142,8 +142,8 @@ def fail(message, code=2):
 
 
 class Screen:
-    """stdout or stderr, which must not end a run: neither by a character that cannot be shown, nor
-    because the terminal is gone, or the program that was to read it.
+    """stdout or stderr without errors: a closed pipe, or a character that the terminal cannot show,
+    must not end a run.
     """
 
     def __init__(self, stream):
@@ -239,11 +239,12 @@ def use_bf16(device):
 
 
 def step_generator(seed, step):
-    """The random numbers of a step, as a function of seed and step alone -> torch.Generator.
+    """For the random numbers of a step, a function of seed and step alone -> torch.Generator.
 
-    It lies on the CPU, so that a GPU samples from the same numbers. It reads 32 bits of a seed;
-    these are a hash of both, because with seed + step, seed 2 would be seed 1 a step later.
-    The global generators (random, numpy, torch, CUDA) are seeded too: a reward may draw from them.
+    step: its number, or the name of what is none. The generator is on the CPU, so that a GPU uses
+    the same random numbers. A generator uses 32 bits of its seed; they are a hash of seed and step,
+    because with their sum, seed 2 would repeat seed 1, one step earlier. The global generators
+    (random, numpy, torch, CUDA) are seeded too, for rewards that draw from them.
     """
     number = random.Random(f"{seed} {step}").getrandbits(32)
     transformers.set_seed(number)

@@ -31,7 +31,7 @@ def load_problems(cfg, wanted=None, splits=None):
 
     wanted, beside the prompt: completion, pairs or rankings.
     """
-    tokenizer, context, words, stop = load_tokenizer(cfg.model)
+    tokenizer, context, vocab_size, stop = load_tokenizer(cfg.model)
     splits = splits or read(cfg.data, cfg.eval_prompts)
     cfg.data_checksum = checksum([*splits.values()])  # a run is not resumed on other data
     splits = settle(splits, cfg.data, wanted)
@@ -41,7 +41,7 @@ def load_problems(cfg, wanted=None, splits=None):
             column = "completion" if wanted == "completion" else "completions"
             encode_completions(rows, tokenizer, column, stop)
         used = set().union(*(sum(row.get("targets", []), row["ids"]) for row in rows))
-        if max(used) >= words:
+        if max(used) >= vocab_size:
             fail(f"--model {cfg.model}: its tokenizer has tokens that the model lacks; replace it")
         if not cfg.model and tokenizer.unk_token_id in used:
             fail(f"--data {cfg.data}: the toy model knows only digits, + - = and comma; name a "
@@ -84,9 +84,10 @@ def read(data, held_out):
 
 
 def to_rows(table):
-    """A split of `datasets` -> rows. A float of 32 or 16 bits is the number that was written down.
+    """A split of `datasets` -> rows.
 
-    0.1 comes as 0.10000000149011612; it is the shortest decimal that rounds to that.
+    `datasets` gives 0.1 in a column of 32 bits as 0.10000000149011612. A row has the shortest
+    decimal that rounds to it.
     """
     def written(value, kind):
         decimals = (float(f"{value:.{digits}g}") for digits in range(1, 17))
@@ -95,7 +96,7 @@ def to_rows(table):
 
     kinds = {key: dict(float32=torch.float32, float16=torch.float16).get(
         getattr(feature, "dtype", None)) for key, feature in table.features.items()}
-    return [{key: written(value, kinds[key]) if kinds[key] and value is not None else value
+    return [{key: written(value, kinds[key]) if kinds[key] and isinstance(value, float) else value
              for key, value in row.items()} for row in table]
 
 
@@ -156,7 +157,7 @@ def to_problem(row, columns):
     prompt        the column, or `question`; where there is neither, what chosen and rejected both
                   begin with
     completion    the column, or an answer of the form "reasoning #### 42", as GSM8K has them
-    completions   the column, best first, or chosen and rejected
+    completions   chosen and rejected, or the column, best first
     """
     prompt = row.get("question") if row.get("prompt") is None else row["prompt"]
     completion, completions = row.get("completion"), row.get("completions")
@@ -169,14 +170,21 @@ def to_problem(row, columns):
 
 
 def to_pair(prompt, chosen, rejected):
-    """-> prompt, [chosen, rejected]. A conversation that repeats the prompt is cut after it."""
+    """-> prompt, [chosen, rejected]. Conversations that both repeat the prompt are cut after it."""
     pair, kinds = [chosen, rejected], {type(chosen), type(rejected)}
-    if isinstance(prompt, list) and kinds == {list}:
-        if all(one[: len(prompt)] == prompt for one in pair):
-            pair = [one[len(prompt):] for one in pair]
-    elif prompt is None and kinds in ({str}, {list}) or kinds == {list} and min(map(len, pair)) > 1:
-        prompt, pair = split_prompt(*pair)  # text cannot say where in a conversation it ends
-    return prompt or None, pair
+    if prompt is None and kinds in ({str}, {list}):
+        prompt, pair = split_prompt(*pair)
+        return prompt or None, pair
+    if kinds != {list}:
+        return prompt, pair
+    if isinstance(prompt, list):
+        n = len(prompt) if chosen[: len(prompt)] == prompt else 0
+    else:  # text: the conversation may begin with a system message
+        contents = [message.get("content") for message in chosen if isinstance(message, dict)]
+        n = contents.index(prompt) + 1 if prompt in contents else 0
+    if chosen[:n] != rejected[:n]:
+        return prompt, pair
+    return chosen[:n] or prompt, [chosen[n:], rejected[n:]]
 
 
 def split_prompt(chosen, rejected):
@@ -193,7 +201,7 @@ def split_prompt(chosen, rejected):
 
 
 def has(problem, need):
-    """Whether there is what is NEEDED, whatever it is."""
+    """Whether the row has this part; what it is, is checked later."""
     if need in ("prompt", "completion"):
         return problem[need] is not None
     texts = problem["completions"]
@@ -215,7 +223,7 @@ def check_texts(problem, wanted, where):
     for name, value in named:
         if not is_text(value, answer=name == "completion"):
             fail(f"{where}: its {name} is {value!r:.100}; it must be text, or messages {{role, "
-                 "content}} (of a completion: one, assistant)")
+                 "content} (of a completion: one, assistant)")
 
 
 def is_text(value, answer=False):
@@ -325,12 +333,12 @@ def encode_completions(problems, tokenizer, column="completion", stop=()):
     flat = [text if isinstance(text, str) else text[0]["content"] for row in texts for text in row]
     ids = iter(tokenizer(flat, add_special_tokens=False).input_ids)
     for problem, row in zip(problems, texts):
-        problem["targets"] = [end(next(ids), {tokenizer.eos_token_id, *stop}, tokenizer)
+        problem["targets"] = [end_once(next(ids), {tokenizer.eos_token_id, *stop}, tokenizer)
                               for _ in row]
     return problems
 
 
-def end(ids, stop, tokenizer):
+def end_once(ids, stop, tokenizer):
     """Tokens of a completion -> the same up to the EOS that ends it, which is added if need be.
 
     An EOS in the data ends it if nothing comes after it but white space and more of its kind.

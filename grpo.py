@@ -143,7 +143,7 @@ def train(cfg):
 
     for step in run.steps():
         # 1. Sample: K completions of each prompt of this step, from softmax(logits / temperature).
-        generator = step_generator(cfg.seed, step)  # every random number of this step comes from it
+        generator = step_generator(cfg.seed, step)  # for the random numbers of this step
         asked = draw_problems(problems, step, cfg.prompts_per_step, cfg.seed)
         batch = sample(policy, tokenizer, [problem["ids"] for problem in asked], cfg.group_size,
                        cfg.max_new_tokens, cfg.temperature, generator)

@@ -100,7 +100,7 @@ def load_tokenizer(name):
 
 
 def check_config(flag, name, config):
-    """Refuse what would be loaded without a word, and then be wrong."""
+    """Refuse models that would load without an error, and compute wrong results."""
     kinds = set(getattr(config.get_text_config(), "layer_types", None) or [])
     if kinds := kinds - {"full_attention", "sliding_attention"}:
         fail(f"{flag} {name}: it has layers of a kind that is not known here, "

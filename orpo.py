@@ -86,7 +86,7 @@ def train(cfg):
 
     for step in run.steps():
         # 1. Batch: completions of the data instead of samples, and nothing to score.
-        generator = step_generator(cfg.seed, step)  # every random number of this step comes from it
+        generator = step_generator(cfg.seed, step)  # for the random numbers of this step
         asked = draw_problems(problems, step, cfg.minibatch_size, cfg.seed)
         batch = make_batch([problem["ids"] for problem in asked],
                            sum((problem["targets"] for problem in asked), []), cfg.device)

@@ -8,7 +8,7 @@ A row of --data is a pair or a ranking, in TRL's formats; texts may also be mess
     {"prompt": ..., "completions": [best, ..., worst]}      for dpo.py --loss plackett_luce
 
 A pair is a ranking of two: inside, each problem has `completions`, best first, and `targets`, their
-token ids. Of toy and words, where nobody has stated a preference, the policy is sampled before any
+token ids. For toy and words, where nobody has stated a preference, the policy is sampled before any
 training, and its answers are judged by whether they are right.
 """
 import inspect

@@ -37,10 +37,11 @@ from scorer import load_scorer
 NUMBER = (r"[-+]?\d+/0*[1-9]\d*|"  # 1/2, or 1,234.5 with a comma only as in 1,234,567, or 1.5e3
           r"[-+]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,2})?")
 UNIT = r"(?!bn|mn|[mb]illion)(?:[A-Za-z]{2,}|°?[mgshlLVWNJCF])(?:/[A-Za-z]+)?(?:\^?[23²³])?"
-SCALE = r"\s*(?:(?:hundred|thousand|million|billion|trillion|dozen|[kKMB])\b|[百千万亿萬億])"
-WORD = (r"(?:\{,\}|\\.|[A-Za-z\d/^*×÷√+\-_{}%°'’²³¹⁰⁴-⁹¼-¾]|"
+SCALE = (r"\s*(?:(?:(?i:hundred|thousand|million|billion|trillion|dozen)s?|[bm]n|k|K|M|B|\\?pi)\b"
+         r"|[π√百千万亿萬億]|\\sqrt)")
+WORD = (r"(?:\{,\}|\\.|[A-Za-z\d/^*×÷±√π+\-_{}%°'’²³¹⁰⁴-⁹¼-¾]|"
         r"(?<=\d)[,:](?=\d)|(?<![A-Za-z])\.(?=\d)|(?<=[A-Za-z\d])\()+")
-COMMA = r"(?:\{,\}|\\[,;:! ]|[ '’\u00a0\u2009\u202f])"
+COMMA = r"(?:\{,\}|\\[,;:! ]|[ ~'’\u00a0\u2009\u202f])"
 ASCII = str.maketrans("−－–‑＋，．", "----+,.")
 NOTATIONS = [  # what models write -> what NUMBER, UNIT and WORD know
     (rf"(?<![\d.,])\d{{1,3}}(?:{COMMA}\d{{3}})+(?!\d)",           # 9{,}500, 9 500 -> 9,500
@@ -51,9 +52,9 @@ NOTATIONS = [  # what models write -> what NUMBER, UNIT and WORD know
     (r"\\times|\\cdot", "×"),
     (r"\^\{?\\circ\}?", "°"),
     (r"([-+]?)\\?[$€£¥₹]", r" \1"),                               # -$5 -> -5
-    (r"([=:(]) *([-+]) +(?=[\d.])", r"\1\2"),                     # = - 5 -> = -5
+    (r"(?<=[^\s\d]) *([-+]) +(?=[\d.])", r" \1"),                 # is - 5 -> is -5
     (r"\b(?:minus|negative) +(?=[\d.])|[负負] *(?=[\d.])", " -"),   # minus 5 -> -5
-    (r"(?<=\d) *([-+*/×÷^x]) *(?=\d)", r"\1"),                    # 9 - 5 -> 9-5, which is not 5
+    (r"(?<=\d) *([-+*/×÷±^x]) *(?=\d)", r"\1"),                   # 9 - 5 -> 9-5, which is not 5
     (r"(?<=\d) +(?=\d+/\d)", "+")]                                # 2 1/2 -> 2+1/2
 EQUATION = r"(?<!\d)(\d+) ?([+-]) ?(\d+) ?= ?(\d+)(?!\d)"  # as toy.py writes them
 
@@ -61,7 +62,7 @@ EQUATION = r"(?<!\d)(\d+) ?([+-]) ?(\d+) ?= ?(\d+)(?!\d)"  # as toy.py writes th
 def as_number(value):
     """"1,234.50", 1234.5, "1/2", "reasoning #### 42" -> exactly that number; None for no number."""
     text = str(value).rpartition("####")[2].strip().translate(ASCII)
-    if re.fullmatch(NUMBER, text):
+    if len(text) < 300 and re.fullmatch(NUMBER, text):  # a float ends at 1e308
         return Fraction(text.replace(",", ""))
 
 
@@ -141,7 +142,8 @@ def load_function(file, name):
     path = Path(os.path.expanduser(file)).resolve()
     if not path.is_file() or path.suffix != ".py":
         fail(f"--reward {file}:{name}: there is no Python file {file}; write file.py:function")
-    settings, module_name = {}, importable_name(path)
+    module_name = importable_name(path)
+    settings = kept_settings.setdefault(module_name, {})
     try:
         with own_settings(settings):
             module = importlib.import_module(module_name)
@@ -192,10 +194,13 @@ def temporary_folder():
 
 SETTINGS = {torch.is_grad_enabled: torch.set_grad_enabled,
             torch.get_default_dtype: torch.set_default_dtype,
-            torch.get_default_device: torch.set_default_device,
+            torch.get_default_device: lambda device: torch.set_default_device(
+                None if device.type == "cpu" else device),  # None costs nothing
+            torch.get_float32_matmul_precision: torch.set_float32_matmul_precision,
             torch.get_num_threads: torch.set_num_threads,
             torch.are_deterministic_algorithms_enabled: torch.use_deterministic_algorithms,
             os.getcwd: os.chdir}
+kept_settings = {}  # of each file of rewards
 
 
 @contextlib.contextmanager

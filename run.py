@@ -34,7 +34,7 @@ handlers = {}  # of signals, from before the run, while it lasts
 
 
 def restore_handlers():
-    """After a run; and in the processes that a reward forks, or else nothing would end them."""
+    """At the end of a run; and in the processes that a reward forks, or nothing would end them."""
     for number, handler in handlers.items():
         signal.signal(number, handler)
     handlers.clear()
@@ -59,6 +59,7 @@ def make_once(folder, make):
     if not folder.exists():
         check_writable(folder, "cannot keep", "run this in a folder that can be written into")
         temporary = folder.with_name(f"{folder.name}.{os.getpid()}")
+        shutil.rmtree(temporary, ignore_errors=True)  # of an earlier process with this number
         try:
             make(temporary)
             temporary.rename(folder)
@@ -71,9 +72,10 @@ def make_once(folder, make):
 
 def check_writable(folder, what, remedy):
     """Find out at the start if a folder can't be made, or written into, when it will be needed."""
-    parents = folder, *folder.absolute().parents
-    parent = next(path for path in parents if path.exists() or path.is_symlink())
+    parent = folder
     try:
+        parents = folder, *folder.absolute().parents
+        parent = next(path for path in parents if path.exists() or path.is_symlink())
         with tempfile.TemporaryFile(dir=parent):
             pass
     except OSError as error:

@@ -108,10 +108,10 @@ def test_a_demonstration_ends_with_exactly_one_eos(tokenizer, written, ids):
     for column, row in (("completion", written), ("completions", [written, "3"])):
         (problem,) = data.encode_completions([{column: row}], tokenizer, column, [0, 2])
         assert problem["targets"][0] == ids
-    assert data.end([5, 2, 3], {2}, tokenizer) == [5, 2, 3, 2]  # <unk>: something comes after it
+    assert data.end_once([5, 2, 3], {2}, tokenizer) == [5, 2, 3, 2]  # <unk> comes after it
     from tokenizers import decoders
     tokenizer.backend_tokenizer.decoder = decoders.Replace("<unk>", " ")
-    assert data.end([5, 2, 3], {2}, tokenizer) == [5, 2]        # as a template writes "EOS, newline"
+    assert data.end_once([5, 2, 3], {2}, tokenizer) == [5, 2]  # as templates end: EOS, newline
 
 
 @pytest.mark.parametrize("content", ["{{ m['content'] }}", "{{ m['content'] | trim }}"])

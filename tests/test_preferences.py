@@ -120,6 +120,24 @@ def test_a_conversation_that_repeats_its_prompt_is_cut_after_it(folders, tmp_pat
         assert problem["completions"] == [[says("3")], [says("4")]]
 
 
+@pytest.mark.parametrize("prompt, chosen, rejected, found", [
+    ("q", [asks("q"), says("a")], [asks("q"), says("b")],
+     ([asks("q")], [[says("a")], [says("b")]])),
+    ("q", [dict(role="system", content="s"), asks("q"), says("a")],
+     [dict(role="system", content="s"), asks("q"), says("b")],
+     ([dict(role="system", content="s"), asks("q")], [[says("a")], [says("b")]])),
+    ("q", [asks("q"), says("a")], [asks("q"), says("a")],
+     ([asks("q")], [[says("a")], [says("a")]])),
+    ("q", [says("a")], [says("b")], ("q", [[says("a")], [says("b")]])),
+    ("q", ["a", "b"], ["c", "d"], ("q", [["a", "b"], ["c", "d"]])),
+    ([asks("q")], [asks("q"), says("a")], [says("b")],
+     ([asks("q")], [[asks("q"), says("a")], [says("b")]])),
+    (None, "a", [says("b")], (None, ["a", [says("b")]]))])
+def test_a_prompt_that_is_given_stays_the_prompt(prompt, chosen, rejected, found):
+    """A conversation may hold more before it, a system message; nothing that comes after it."""
+    assert data.to_pair(prompt, chosen, rejected) == found
+
+
 def test_if_all_rows_are_left_out_the_error_says_why(folders, tmp_path, capsys):
     rows = [dict(prompt=[asks("1")], chosen=[says("1"), asks("2")], rejected=[says("4")]),
             dict(prompt=[asks("1")], chosen=[says("4")], rejected=[says("4")])]

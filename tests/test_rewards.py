@@ -225,7 +225,8 @@ def test_thousands_commas_only_in_their_form(text, number):
     ("1/2", 0.5), ("3 / 4", 0.75), ("US$5", 5), ("50%", 50), (r"50\%", 50), ("**42**.", 42),
     ("**Answer:** 42", 42), ("<answer>42</answer>", 42), ("24 cm\u00b2", 24), ("24 cm^2", 24),
     ("42km", 42), ("9.8m/s^2", 9.8), ("\u7b54\u6848\u662f42\u5143\u3002", 42), ("No.5", 5),
-    ("Total: 3\n- 5 apples", 5), ("9 - 5 = 4", 4), ("2^3 = 8", 8), ("3, 4, 5", 5), ("(5)", 5)])
+    ("Total: 3\n- 5 apples", 5), ("The answer is - 5", -5), ("24 m", 24),
+    ("9 - 5 = 4", 4), ("2^3 = 8", 8), ("3, 4, 5", 5), ("(5)", 5)])
 def test_a_number_is_read_as_models_write_it(text, number):
     assert rewards.last_number(["?"], [text], answer=[number], finished=[True]) == [1.0]
 
@@ -234,6 +235,7 @@ def test_a_number_is_read_as_models_write_it(text, number):
     "0,5", "12,34", "1234,567", r"1{,}5", r"12\,34", "1.299,00", "1.234.567", "3-4", "3\u20134",
     "2024-01-05", "12:30", "10^3", r"2 \times 10^3", "10\u00b3", r"10^{-3}", "9 - 5", "2 x 5",
     r"\frac{1}{2}", r"3\sqrt{5}", "3 sqrt(5)", "\u221a5", "2 1/2", "2\u00bd", "5k", "5 million",
+    "5 Millions", "5 bn", "5\u03c0", r"5 \pi", "5 \u00b1 1", "\u00b15", "9" * 5000,
     "5\u4e07", "0x1F", "5/0", "2x", "none", ""])
 def test_or_not_at_all(text):
     """No part of it is a number, nor one that stands before it: a wrong answer is never paid."""
@@ -257,6 +259,7 @@ import os, torch
 torch.set_grad_enabled(False)
 torch.set_default_dtype(torch.float64)
 torch.set_default_device("meta")
+torch.set_float32_matmul_precision("medium")
 os.chdir("elsewhere")
 
 def judge(prompts, completions, **columns):
@@ -266,13 +269,18 @@ def judge(prompts, completions, **columns):
     torch.use_deterministic_algorithms(True)
     return [float(open("weight.txt").read())] * len(prompts)
 
+def second(prompts, completions, **columns):
+    assert torch.tensor(1.0).dtype == torch.float64
+    return [0.0] * len(prompts)
+
 def fails(prompts, completions, **columns):
     os.chdir("/")
     raise ValueError("no")
 """)
     def settings():
         return (os.getcwd(), torch.is_grad_enabled(), torch.get_default_dtype(),
-                torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(),
+                torch.get_num_threads(), torch.get_float32_matmul_precision(),
+                torch.are_deterministic_algorithms_enabled(),
                 torch.tensor(1.0).device.type)
 
     before = settings()
@@ -281,6 +289,7 @@ def fails(prompts, completions, **columns):
         with torch.set_grad_enabled(grad):
             assert judge(prompts=["?"], completions=["!"]) == [3.0]
             assert torch.is_grad_enabled() == grad
+    load("sets.py:second")  # what the file has set holds for all its functions
     with pytest.raises(SystemExit):
         load("sets.py:fails")
     assert settings() == before
