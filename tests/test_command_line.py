@@ -15,7 +15,6 @@ import pytest
 import torch
 
 import common
-import data
 import model as model_py
 import reinforce_pp
 import rewards

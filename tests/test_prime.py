@@ -2,7 +2,6 @@
 import itertools
 import json
 import math
-import re
 import sys
 import xml.dom.minidom
 
