@@ -135,10 +135,14 @@ class FlagHelp(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHe
     """--help prints the script's docstring as it stands, and the default of every flag."""
 
 
+class Failure(SystemExit):
+    """The end of a run of which fail() has said why."""
+
+
 def fail(message, code=2):
     """Stop with one sentence, no traceback. Code 2: wrong input; 1: it happened on the way."""
     print("stopped:" if code == 130 else "error:", *str(message).splitlines(), file=sys.stderr)
-    raise SystemExit(code)
+    raise Failure(code)
 
 
 class Screen:
@@ -152,11 +156,11 @@ class Screen:
             self.stream.reconfigure(errors="backslashreplace")
 
     def write(self, text):
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):  # ValueError: it was closed
             self.stream.write(text)
 
     def flush(self):
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):
             self.stream.flush()
 
     def __getattr__(self, name):
@@ -212,6 +216,9 @@ def check_ranges(cfg):
 
 def fill(cfg, toy, hub, cpu, **more):
     """Choose device and data, then give flags without a value the one in the row for this world."""
+    for key, value in vars(cfg).items():
+        if value == "":
+            fail(f"--{key}: it is empty; give it a value, or leave it out")
     cfg.device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
     kind, _, number = cfg.device.partition(":")
     if kind not in ("cpu", "cuda") or number and not (kind == "cuda" and number.isdigit()):

@@ -78,7 +78,8 @@ def read(data, held_out):
         wanted = ("train", "validation", "test") if "train" in found else found
         return {split: to_rows(table) for split, table in found.items() if split in wanted}
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        error = error.__cause__ or error  # "An error occurred", says the one around it
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         fail(f"--data {data}: {reason}; name toy, words, a .jsonl file, a folder that `datasets` "
              "can load, or a hub name[:configuration]")
 
@@ -97,7 +98,7 @@ def to_rows(table):
     kinds = {key: dict(float32=torch.float32, float16=torch.float16).get(
         getattr(feature, "dtype", None)) for key, feature in table.features.items()}
     return [{key: written(value, kinds[key]) if kinds[key] and isinstance(value, float) else value
-             for key, value in row.items()} for row in table]
+             for key, value in row.items()} for row in table.with_format(None)]
 
 
 def read_jsonl(path):
@@ -114,7 +115,7 @@ def read_jsonl(path):
 
 
 NEEDED = dict(
-    prompt="a prompt (or question; or chosen and rejected that begin alike)",
+    prompt="a prompt (or question; or chosen and rejected that begin alike, and no other text)",
     completion="a completion",
     pairs="chosen and rejected (rankings are for dpo.py --loss plackett_luce)",
     rankings="completions, a list, best first, or chosen and rejected")
@@ -154,8 +155,8 @@ def settle(splits, data, wanted=None):
 def to_problem(row, columns):
     """What the columns of a row mean, the same for every script -> a problem.
 
-    prompt        the column, or `question`; where there is neither, what chosen and rejected both
-                  begin with
+    prompt        the column, or `question`; in a conversation, what chosen and rejected both begin
+                  with; in texts too, if no other column holds text, which may be what is meant
     completion    the column, or an answer of the form "reasoning #### 42", as GSM8K has them
     completions   chosen and rejected, or the column, best first
     """
@@ -164,15 +165,20 @@ def to_problem(row, columns):
     if completion is None and "####" in str(row.get("answer")):
         completion = row["answer"]
     if row.get("chosen") is not None and row.get("rejected") is not None:
-        prompt, completions = to_pair(prompt, row["chosen"], row["rejected"])
+        others = (key for key in columns if key not in ("chosen", "rejected"))
+        asked = any(key in ("prompt", "question") or is_text(row.get(key)) for key in others)
+        prompt, completions = to_pair(prompt, row["chosen"], row["rejected"], not asked)
     return dict(row=row, columns={key: row.get(key) for key in columns}, prompt=prompt,
                 completion=completion, completions=completions)
 
 
-def to_pair(prompt, chosen, rejected):
-    """-> prompt, [chosen, rejected]. Conversations that both repeat the prompt are cut after it."""
+def to_pair(prompt, chosen, rejected, split_texts=False):
+    """-> prompt, [chosen, rejected]; without a prompt, they begin with it (texts if split_texts).
+
+    Conversations that both repeat the prompt are cut after it.
+    """
     pair, kinds = [chosen, rejected], {type(chosen), type(rejected)}
-    if prompt is None and kinds in ({str}, {list}):
+    if prompt is None and (kinds == {list} or kinds == {str} and split_texts):
         prompt, pair = split_prompt(*pair)
         return prompt or None, pair
     if kinds != {list}:
@@ -277,9 +283,9 @@ def hold_out(splits, data):
 
 
 def checksum(value):
-    """Of a text, or of lists and dicts. What is neither (a picture) counts by its type alone."""
+    """Of a text, or of lists and dicts; of dates, pictures and so on, it takes the repr."""
     text = value if isinstance(value, str) else json.dumps(
-        value, sort_keys=True, default=lambda other: type(other).__name__)
+        value, sort_keys=True, default=lambda other: re.sub(" at 0x[0-9A-Fa-f]+", "", repr(other)))
     return zlib.crc32(text.encode())
 
 

@@ -9,6 +9,7 @@ answer in a run of prime.py: of those with most steps in samples.jsonl, the one 
 import argparse
 import html
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -85,6 +86,7 @@ def main():
     parser.add_argument("--tokens", action="store_true", help="token rewards instead of curves")
     parser.add_argument("--out", default="curves.svg", help="picture to write: svg, png or pdf")
     args = parser.parse_args()
+    args.out = os.path.expanduser(args.out)
     if args.tokens:
         Path(args.out).write_text(tokens(args.runs[0]))
     else:

@@ -31,32 +31,38 @@ from pathlib import Path
 import torch
 
 import toy
-from common import fail
+from common import Failure, fail
 from scorer import load_scorer
 
 NUMBER = (r"[-+]?\d+/0*[1-9]\d*|"  # 1/2, or 1,234.5 with a comma only as in 1,234,567, or 1.5e3
           r"[-+]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,2})?")
-UNIT = r"(?!bn|mn|[mb]illion)(?:[A-Za-z]{2,}|°?[mgshlLVWNJCF])(?:/[A-Za-z]+)?(?:\^?[23²³])?"
-SCALE = (r"\s*(?:(?:(?i:hundred|thousand|million|billion|trillion|dozen)s?|[bm]n|k|K|M|B|\\?pi)\b"
-         r"|[π√百千万亿萬億]|\\sqrt)")
-WORD = (r"(?:\{,\}|\\.|[A-Za-z\d/^*×÷±√π+\-_{}%°'’²³¹⁰⁴-⁹¼-¾]|"
+UNIT = r"(?:[A-Za-z]{2,}|°?[mgshlLVWNJCF])(?:/[A-Za-z]+)?(?:\^?[23²³])?"
+SCALE = (r"[\s*_]*(?:(?:(?i:hundred|thousand|[mb]illion|trillion|dozen|lakh|crore)(?:th)?s?|[bm]n|"
+         r"k|K|M|B|\\?pi)(?![A-Za-z])|[π√百千万亿萬億]|\\sqrt)")
+WORD = (r"(?:\{,\}|\\.|[A-Za-z\d/^*×÷±√π+\-_{}%°'’²³¹⁰-ⁿ¼-¾⅐-⅟]|"
         r"(?<=\d)[,:](?=\d)|(?<![A-Za-z])\.(?=\d)|(?<=[A-Za-z\d])\()+")
 COMMA = r"(?:\{,\}|\\[,;:! ]|[ ~'’\u00a0\u2009\u202f])"
-ASCII = str.maketrans("−－–‑＋，．", "----+,.")
+ASCII = str.maketrans("−－–‐‑‒＋，．٫٬⁄∕", "------+,..,//")
 NOTATIONS = [  # what models write -> what NUMBER, UNIT and WORD know
     (rf"(?<![\d.,])\d{{1,3}}(?:{COMMA}\d{{3}})+(?!\d)",           # 9{,}500, 9 500 -> 9,500
      lambda found: re.sub(COMMA, ",", found[0])),
+    (r"\^ *\{([^{}]*)\}", r"^\1"),                                # 10^{3} -> 10^3
+    (r"[\u00a0\u2009\u202f]", " "),
+    (r"(√|\\sqrt) +", r"\1"),
     (r"\\[()\[\]]|\\q?quad|\\[,;:! ](?!\d)", " "),                # \(5\) -> 5
     (r"\\(?:text|math|underline)\w*\{([^{}]*)\}", r"\1"),         # 5\text{ cm} -> 5 cm
-    (r"\\boxed\{([^{}]*)\}", r" \1 "),                            # \boxed{5} -> 5
+    (r"([-+]?) *\\boxed\{([^{}]*)\}", r" \1\2 "),                 # \boxed{5} -> 5
     (r"\\times|\\cdot", "×"),
     (r"\^\{?\\circ\}?", "°"),
-    (r"([-+]?)\\?[$€£¥₹]", r" \1"),                               # -$5 -> -5
+    (r"([-+]?)(?:\\?[$€£¥₹])+", r" \1"),                          # -$5 -> -5
     (r"(?<=[^\s\d]) *([-+]) +(?=[\d.])", r" \1"),                 # is - 5 -> is -5
-    (r"\b(?:minus|negative) +(?=[\d.])|[负負] *(?=[\d.])", " -"),   # minus 5 -> -5
-    (r"(?<=\d) *([-+*/×÷±^x]) *(?=\d)", r"\1"),                   # 9 - 5 -> 9-5, which is not 5
+    (r"(?:\b(?:minus|negative)|[负負])[ *_]*(?=[\d.])", " -"),      # minus 5 -> -5
+    (r"-\(", "-"),                                                # -(5) -> -5
+    (r"(?<=\d) *[·~] *(?=\d)", "×"),
+    (r"(?<=\d) *(\*\*|[-+*/×÷±^x%]) *(?=\d)", r"\1"),             # 9 - 5 -> 9-5, which is not 5
+    (r"(?<=\d) +: +(?=\d)", ":"),                                 # 12 : 30 -> 12:30
     (r"(?<=\d) +(?=\d+/\d)", "+")]                                # 2 1/2 -> 2+1/2
-EQUATION = r"(?<!\d)(\d+) ?([+-]) ?(\d+) ?= ?(\d+)(?!\d)"  # as toy.py writes them
+EQUATION = r"(?<!\d)(\d{1,9}) ?([+-]) ?(\d{1,9}) ?= ?(\d{1,9})(?!\d)"  # as toy.py writes them
 
 
 def as_number(value):
@@ -80,8 +86,8 @@ def find_number(text):
         word = found[0].lstrip("*_{}'").rstrip("*_{}'%°^\\")
         if not any(char.isnumeric() for char in word) or word[0].isalpha() and "(" not in word:
             continue
-        number = re.fullmatch(f"({NUMBER})(?:{UNIT})?", word)
-        if number and not re.match(SCALE, text[found.end():]):
+        number = re.fullmatch(f"({NUMBER})((?:{UNIT})?)", word)
+        if number and not re.match(SCALE, number[2] + text[found.end():]):
             return as_number(number[1])
         return None
 
@@ -139,7 +145,7 @@ def load_rewards(cfg, problems):
 
 def load_function(file, name):
     """The function `name` of the Python file."""
-    path = Path(os.path.expanduser(file)).resolve()
+    path = Path(os.path.abspath(os.path.expanduser(file)))
     if not path.is_file() or path.suffix != ".py":
         fail(f"--reward {file}:{name}: there is no Python file {file}; write file.py:function")
     module_name = importable_name(path)
@@ -172,14 +178,14 @@ def importable_name(path):
     importlib.invalidate_caches()
     try:
         found = importlib.util.find_spec(name)
-        if found and found.origin and Path(found.origin).resolve() == path:
+        if found and found.origin and Path(found.origin).resolve() == path.resolve():
             return name
     except (ImportError, ValueError):  # a name with a dot; __main__
         pass
     name = f"reward_{zlib.crc32(str(path).encode()):08x}"
     Path(temporary_folder(), f"{name}.py").write_text(
         f"__file__ = {str(path)!r}\n"
-        "exec(compile(open(__file__, 'rb').read(), __file__, 'exec'))\n")
+        "exec(compile(open(__file__, 'rb').read(), __file__, 'exec'))\n", encoding="utf-8")
     importlib.invalidate_caches()
     return name
 
@@ -205,7 +211,9 @@ kept_settings = {}  # of each file of rewards
 
 @contextlib.contextmanager
 def own_settings(theirs):
-    """What a reward changes globally is kept in `theirs`, and holds only while the reward runs."""
+    """A reward runs under settings of its own, `theirs`: those it was loaded under, as it changed
+    them. Else it would find gradients in the training, and none in an evaluation.
+    """
     def change(settings):
         for get, value in settings.items():
             if get() != value:
@@ -213,11 +221,10 @@ def own_settings(theirs):
 
     ours = {get: get() for get in SETTINGS}
     change(theirs)
-    before = {**ours, **theirs}
     try:
         yield
     finally:
-        theirs.update((get, get()) for get in SETTINGS if get() != before[get])
+        theirs.update((get, get()) for get in SETTINGS)
         change(ours)
 
 
@@ -240,6 +247,8 @@ def judge(name, reward, problems, texts, finished, completion_ids, when=""):
     columns.update(finished=list(finished), completion_ids=[list(ids) for ids in completion_ids])
     try:
         values = reward(prompts=prompts, completions=list(texts), **columns)
+    except Failure:  # of a learned reward: its sentence is out
+        raise
     except (Exception, SystemExit) as error:
         fail(f"--reward {name}{when} raised {describe(error)}; it is called by keyword, with "
              f"prompts, completions, {', '.join(columns)}")

@@ -12,6 +12,7 @@ import signal
 import sys
 import tempfile
 import time
+import uuid
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -47,8 +48,13 @@ if hasattr(os, "register_at_fork"):  # Windows does not fork
 def write_atomically(path, write):
     """Write to a neighbour, then rename: whenever killed, it leaves a whole file, old or new."""
     temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    os.replace(temporary, path)
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save says RuntimeError when the disk is full
+        reason = str(error).splitlines()[0]
+        fail(f"cannot write {path} ({reason}); what was there is kept; make room, and --resume",
+             code=1)
 
 
 def make_once(folder, make):
@@ -58,8 +64,7 @@ def make_once(folder, make):
     """
     if not folder.exists():
         check_writable(folder, "cannot keep", "run this in a folder that can be written into")
-        temporary = folder.with_name(f"{folder.name}.{os.getpid()}")
-        shutil.rmtree(temporary, ignore_errors=True)  # of an earlier process with this number
+        temporary = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}")
         try:
             make(temporary)
             temporary.rename(folder)
@@ -87,6 +92,7 @@ class Run:
         """Refuse what cannot work before anything is trained; nothing is written yet."""
         self.cfg, self.name, self.folder = cfg, name, find_folder(cfg, name)
         self.first, self.saved, self.stopping, self.times = 0, 0, False, {}
+        self.command = ["python", *sys.argv]
         flags = (field.name for field in fields(cfg) if field.init)
         print(f"{name}: " + " ".join(f"{k}={getattr(cfg, k)}" for k in flags), flush=True)
 
@@ -134,8 +140,8 @@ class Run:
 
     def again(self):
         """The command that goes on."""
-        again = ["python", *sys.argv]
-        if Path(sys.argv[0]).stem == self.name and "--resume" not in again:
+        again = self.command
+        if Path(again[1]).stem == self.name and "--resume" not in again:
             if not {"--out_dir", "--out-dir"} & set(again):
                 again += ["--out_dir", self.cfg.out_dir]
             again += ["--resume"]

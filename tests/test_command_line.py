@@ -18,6 +18,7 @@ import common
 import model as model_py
 import reinforce_pp
 import rewards
+import run
 import sft
 import toy
 import warm
@@ -449,3 +450,19 @@ def test_plot(tmp_path):
     call("plot.py", "a", "b", "--out", "curves.svg", cwd=tmp_path)
     assert (tmp_path / "curves.svg").read_text().count("<svg") == 1
     assert "--keys nope" in call("plot.py", "a", "--keys", "nope", cwd=tmp_path, code=1)
+
+
+def test_a_disk_that_fills_up_ends_the_run_with_one_sentence(tmp_path, capsys):
+    """The file that was there stays as it was."""
+    path = tmp_path / "checkpoint.pt"
+    path.write_text("old")
+
+    def full(temporary):
+        temporary.write_text("ne")
+        raise RuntimeError("unexpected pos 64 vs 0\nand more")  # as torch.save says it
+
+    with pytest.raises(SystemExit) as stop:
+        run.write_atomically(path, full)
+    error = capsys.readouterr().err
+    assert stop.value.code == 1 and error.count("\n") == 1 and "checkpoint.pt" in error
+    assert path.read_text() == "old"

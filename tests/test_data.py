@@ -132,6 +132,7 @@ def test_an_answer_that_the_data_has_begun_stays_to_the_letter(content, begun):
     (dict(prompt=None, question="Q", chosen="a", rejected="b"), "Q", ["a", "b"]),
     (dict(prompt="P", question="Q", chosen="a", rejected="b"), "P", ["a", "b"]),
     (dict(chosen="For 2", rejected="For 3"), "For", [" 2", " 3"]),
+    (dict(chosen="For 2", rejected="For 3", score=7), "For", [" 2", " 3"]),
     (dict(prompt="P", chosen="P 2", rejected="P 3"), "P", ["P 2", "P 3"])])
 def test_what_a_column_means_is_the_same_for_all_scripts(row, prompt, completions):
     """A prompt is inferred only where there is none."""
@@ -164,6 +165,24 @@ def test_a_number_has_the_precision_of_its_column(tmp_path, dtype):
     rows = data.read(str(tmp_path), 1)["train"]
     assert [row["answer"] for row in rows] == numbers
     assert [row["count"] for row in rows] == [0, 1, 2, 3, 4]
+
+
+def test_a_saved_format_changes_nothing(tmp_path):
+    table = datasets.Dataset.from_list(sums(30)).with_format("torch")
+    table.save_to_disk(tmp_path / "set")
+    train, _, test = load(tmp_path / "set")
+    assert keys(train) | keys(test) <= keys(sums(30)) and type(train[0]["row"]["level"]) is int
+
+
+def test_the_checksum_sees_every_value():
+    import datetime
+    import decimal
+    values = ["a", 1, 1.5, None, b"a", b"b", datetime.date(2026, 1, 1), datetime.date(2026, 1, 2),
+              decimal.Decimal("1.5"), decimal.Decimal("1.6"), [1], [2], {"a": 1}, {"b": 1}]
+    sums = [data.checksum([dict(value=value)]) for value in values]
+    assert len(set(sums)) == len(values)
+    assert data.checksum([object()]) == data.checksum([object()])  # an address is no value
+    assert data.checksum([dict(a=1, b=2)]) == data.checksum([dict(b=2, a=1)])
 
 
 def test_draw_problems_is_a_function_of_seed_and_step():

@@ -66,6 +66,8 @@ KINDS = {  # name: (flags, words of the sentence, more environment); {} is the f
     "weights that are torn": ("--model {}/torn", ["--model", "deserializing"]),
     "weights of another shape": ("--model {}/wide", ["--model", "of the wrong shape"]),
     "unfinished run as model": ("--model {}/taken", ["--model", "--resume"]),
+    "data that is empty text": ("--data=", ["--data", "empty", "leave it out"]),
+    "empty model": ("--model=", ["--model", "empty", "leave it out"]),
     "huge seed": ("--seed 99999999999999999999", ["--seed", "at most"]),
     "lr infinite": ("--lr inf", ["--lr inf", "at most"]),
     "data as csv": ("--data {}/a.csv", ["--data", "a.csv", "folder"]),

@@ -66,7 +66,8 @@ def test_where_trl_cuts_between_words_so_do_we():
 def test_every_format_is_the_same_pair(folders, tmp_path, row):
     rows = [{**row, "answer": 3, "note": i} for i in range(3)]
     for i, other in enumerate(("7-3=", "5-2=")):  # as text: prompts of two more splits
-        rows.append(dict(prompt=other, chosen="4", rejected="1", note=i))
+        rows.append(dict(prompt=other, chosen="4", rejected="1", note=i) if "prompt" in row else
+                    dict(chosen=f"{other}4", rejected=f"{other}1", note=i))
     model = folders("llama", template=TEMPLATE if "role" in str(row) else None)
     found = load_preferences(config(write_jsonl(tmp_path / "p.jsonl", rows), model))
     pair = next(problem for part in found for problem in part
@@ -132,7 +133,8 @@ def test_a_conversation_that_repeats_its_prompt_is_cut_after_it(folders, tmp_pat
     ("q", ["a", "b"], ["c", "d"], ("q", [["a", "b"], ["c", "d"]])),
     ([asks("q")], [asks("q"), says("a")], [says("b")],
      ([asks("q")], [[asks("q"), says("a")], [says("b")]])),
-    (None, "a", [says("b")], (None, ["a", [says("b")]]))])
+    (None, "a", [says("b")], (None, ["a", [says("b")]])),
+    (None, "so 3", "so 4", (None, ["so 3", "so 4"]))])
 def test_a_prompt_that_is_given_stays_the_prompt(prompt, chosen, rejected, found):
     """A conversation may hold more before it, a system message; nothing that comes after it."""
     assert data.to_pair(prompt, chosen, rejected) == found
@@ -158,6 +160,10 @@ P, C, R = dict(prompt="1+2="), dict(chosen="3"), dict(rejected="4")
     ([{**P, "completions": ["1", "2", "3"]}], "pairs", ["plackett_luce"]),
     ([{**P, "completions": ["1"]}], "rankings", ["completions, a list, best first"]),
     ([dict(chosen="3", rejected="4")], "pairs", ["row 1 of train", "begin alike"]),
+    ([dict(instruction="1+2=", chosen="so 3", rejected="so 4")], "pairs",
+     ["row 1 of train has chosen, instruction, rejected; it must have a prompt", "no other text"]),
+    ([{**P, **C, **R}, dict(prompt=None, chosen="so 3", rejected="so 4")], "pairs",
+     ["row 2 of train has chosen, rejected; it must have a prompt"]),
     ([{**P, "chosen": 3, "rejected": 4}], "pairs", ["row 1 of train"]),
     ([{**P, "completions": ["1", 2]}], "rankings", ["row 1 of train: its completion is 2",
                                                    "must be text"]),

@@ -226,6 +226,8 @@ def test_thousands_commas_only_in_their_form(text, number):
     ("**Answer:** 42", 42), ("<answer>42</answer>", 42), ("24 cm\u00b2", 24), ("24 cm^2", 24),
     ("42km", 42), ("9.8m/s^2", 9.8), ("\u7b54\u6848\u662f42\u5143\u3002", 42), ("No.5", 5),
     ("Total: 3\n- 5 apples", 5), ("The answer is - 5", -5), ("24 m", 24),
+    (r"-\boxed{5}", -5), ("minus **5**", -5), ("= \u2212\u00a05", -5), (r"-$\$5$", -5),
+    ("-(5)", -5), ("\u20125", -5), ("\u20105", -5), ("1\u20442", 0.5), ("5\u066b5", 5.5),
     ("9 - 5 = 4", 4), ("2^3 = 8", 8), ("3, 4, 5", 5), ("(5)", 5)])
 def test_a_number_is_read_as_models_write_it(text, number):
     assert rewards.last_number(["?"], [text], answer=[number], finished=[True]) == [1.0]
@@ -236,6 +238,8 @@ def test_a_number_is_read_as_models_write_it(text, number):
     "2024-01-05", "12:30", "10^3", r"2 \times 10^3", "10\u00b3", r"10^{-3}", "9 - 5", "2 x 5",
     r"\frac{1}{2}", r"3\sqrt{5}", "3 sqrt(5)", "\u221a5", "2 1/2", "2\u00bd", "5k", "5 million",
     "5 Millions", "5 bn", "5\u03c0", r"5 \pi", "5 \u00b1 1", "\u00b15", "9" * 5000,
+    "5thousand", "5 *million*", "5 dozens", "5 lakh", "10 ** 3", "5 \u00d7 10 ^ {3}", "\u221a 16",
+    r"\sqrt 16", "2\u03c0", "2\u207f", "2\u2153", "12 : 30", "3 \u00b7 4", "3~4", "7 % 5",
     "5\u4e07", "0x1F", "5/0", "2x", "none", ""])
 def test_or_not_at_all(text):
     """No part of it is a number, nor one that stands before it: a wrong answer is never paid."""
@@ -293,6 +297,38 @@ def fails(prompts, completions, **columns):
     with pytest.raises(SystemExit):
         load("sets.py:fails")
     assert settings() == before
+
+
+def test_a_reward_finds_the_settings_it_was_loaded_under(tmp_path, monkeypatch):
+    """Also within an evaluation, which has no gradients, and in the deterministic mode of a run."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "learns.py").write_text("""
+import torch
+weight = torch.ones(3, requires_grad=True)
+
+def judge(prompts, completions, **columns):
+    torch.zeros(3).put_(torch.tensor([0, 0]), torch.ones(2))  # has no deterministic form
+    (gradient,) = torch.autograd.grad((weight**2).sum(), weight)
+    return [gradient[0].item()] * len(prompts)
+""")
+    torch.use_deterministic_algorithms(False)
+    (judge,) = load("learns.py:judge").values()
+    torch.use_deterministic_algorithms(True)
+    with torch.no_grad():
+        assert judge(prompts=["?"], completions=["!"]) == [2.0]
+    assert torch.are_deterministic_algorithms_enabled()
+
+
+def test_a_reward_may_be_a_link(tmp_path, monkeypatch):
+    """To a file without its suffix, as the cache of the hub has them; its neighbours are the
+    link's."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "blobs").mkdir(), (tmp_path / "here").mkdir()
+    (tmp_path / "blobs" / "0a1b").write_text(GOOD.replace("helper_of_rewards", "beside_the_link"))
+    (tmp_path / "here" / "linked.py").symlink_to(tmp_path / "blobs" / "0a1b")
+    (tmp_path / "here" / "beside_the_link.py").write_text("weight = 3")
+    (short,) = load("here/linked.py:short").values()
+    assert short(prompts=["?"], completions=["!!"]) == [-6]
 
 
 def test_each_completion_has_copies_of_its_own(tokenizer):
