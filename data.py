@@ -127,28 +127,22 @@ def settle(splits, data, wanted=None):
     wanted, beside the prompt: completion, pairs or rankings.
     """
     columns = list(dict.fromkeys(key for rows in splits.values() for row in rows for key in row))
-    settled = {}
+    settled = {split: [] for split in splits}
     for split, rows in splits.items():
         if not rows:
             fail(f"--data {data}: it is empty; give it rows with a prompt each")
-        problems = {f"--data {data}: row {number} of {split}": to_problem(row, columns)
-                    for number, row in enumerate(rows, 1)}
-        for where, problem in problems.items():
-            for need in ("prompt", wanted) if wanted else ("prompt",):
-                if not has(problem, need):
-                    found = (key for key, value in problem["row"].items() if value is not None)
-                    fail(f"{where} has {', '.join(sorted(found))}; it must have {NEEDED[need]}")
-        if wanted in ("pairs", "rankings"):
-            problems = {where: row for where, row in problems.items() if is_comparison(row)}
-            left_out = f"{len(rows) - len(problems)} of {len(rows)} rows of {split}: two " \
-                "completions are the same, or one is of several messages"
-            if not problems:
-                fail(f"--data {data}: left out {left_out}; none is left")
-            if len(problems) < len(rows):
-                print(f"dropped {left_out}")
-        for where, problem in problems.items():
-            check_texts(problem, wanted, where)
-        settled[split] = list(problems.values())
+        for number, row in enumerate(rows, 1):
+            problem, where = to_problem(row, columns), f"--data {data}: row {number} of {split}"
+            check_parts(problem, wanted, where)
+            if wanted not in ("pairs", "rankings") or is_comparison(problem):
+                check_texts(problem, wanted, where)
+                settled[split].append(problem)
+        if left_out := len(rows) - len(settled[split]):
+            why = (f"dropped {left_out} of {len(rows)} rows of {split}: two completions are the "
+                   "same, or one is of several messages")
+            if not settled[split]:
+                fail(f"--data {data}: {why}; none is left")
+            print(why)
     return settled
 
 
@@ -206,12 +200,16 @@ def split_prompt(chosen, rejected):
     return chosen[:n], [chosen[n:], rejected[n:]]
 
 
-def has(problem, need):
-    """Whether the row has this part; what it is, is checked later."""
-    if need in ("prompt", "completion"):
-        return problem[need] is not None
+def check_parts(problem, wanted, where):
+    """Refuse a row in which a part is missing."""
     texts = problem["completions"]
-    return isinstance(texts, list) and len(texts) > 1 and (need == "rankings" or len(texts) == 2)
+    several = isinstance(texts, list) and len(texts) > 1
+    there = dict(prompt=problem["prompt"] is not None, completion=problem["completion"] is not None,
+                 pairs=several and len(texts) == 2, rankings=several)
+    for part in ("prompt", wanted) if wanted else ("prompt",):
+        if not there[part]:
+            found = sorted(key for key, value in problem["row"].items() if value is not None)
+            fail(f"{where} has {', '.join(found)}; it must have {NEEDED[part]}")
 
 
 def is_comparison(problem):
@@ -222,7 +220,7 @@ def is_comparison(problem):
 
 
 def check_texts(problem, wanted, where):
-    """Refuse a row in which the prompt, or a completion that is wanted, is no text."""
+    """Refuse a row in which a part is no text."""
     texts = [problem["completion"]] if wanted == "completion" else problem["completions"]
     named = [("prompt", problem["prompt"])]
     named += [("completion", text) for text in texts] if wanted else []
