@@ -200,8 +200,7 @@ def temporary_folder():
 
 SETTINGS = {torch.is_grad_enabled: torch.set_grad_enabled,
             torch.get_default_dtype: torch.set_default_dtype,
-            torch.get_default_device: lambda device: torch.set_default_device(
-                None if device.type == "cpu" else device),  # None costs nothing
+            torch.get_default_device: torch.set_default_device,
             torch.get_float32_matmul_precision: torch.set_float32_matmul_precision,
             torch.get_num_threads: torch.set_num_threads,
             torch.are_deterministic_algorithms_enabled: torch.use_deterministic_algorithms,
