@@ -136,7 +136,7 @@ class FlagHelp(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHe
 
 
 class Failure(SystemExit):
-    """The end of a run of which fail() has said why."""
+    """Raised by fail(), which has printed the reason."""
 
 
 def fail(message, code=2):
@@ -248,10 +248,10 @@ def use_bf16(device):
 def step_generator(seed, step):
     """For the random numbers of a step, a function of seed and step alone -> torch.Generator.
 
-    step: its number, or the name of what is none. The generator is on the CPU, so that a GPU uses
-    the same random numbers. A generator uses 32 bits of its seed; they are a hash of seed and step,
-    because with their sum, seed 2 would repeat seed 1, one step earlier. The global generators
-    (random, numpy, torch, CUDA) are seeded too, for rewards that draw from them.
+    step: its number, or a name where the numbers are for something else. The generator is on the
+    CPU, so that a GPU uses the same random numbers. It uses 32 bits of its seed. They are a hash of
+    seed and step, because with their sum, seed 2 would repeat seed 1, one step earlier. The global
+    generators (random, numpy, torch, CUDA) are seeded too, for rewards that draw from them.
     """
     number = random.Random(f"{seed} {step}").getrandbits(32)
     transformers.set_seed(number)

@@ -156,7 +156,7 @@ def to_problem(row, columns):
     """
     prompt = row.get("question") if row.get("prompt") is None else row["prompt"]
     completion, completions = row.get("completion"), row.get("completions")
-    if completion is None and "####" in str(row.get("answer")):
+    if completion is None and re.search(r"####\s*\S+\s*\Z", str(row.get("answer"))):
         completion = row["answer"]
     if row.get("chosen") is not None and row.get("rejected") is not None:
         others = (key for key in columns if key not in ("chosen", "rejected"))

@@ -98,7 +98,8 @@ def train(cfg):
         stats = Means()
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg, cfg.lr)
         size = cfg.minibatch_size // cfg.group_size  # the best of as many as a sibling's mini-batch
-        for minibatch in mini_batches(len(best), size, 1, cfg.epochs, generator):
+        for minibatch in mini_batches(len(best), size, group_size=1, epochs=cfg.epochs,
+                                      generator=generator):
             optimizer.zero_grad()
             for rows, share in micro_batches(batch, best[minibatch], cfg.micro_batch_size):
                 old, m = old_logprobs[rows], mask[rows]                          # R rows of each

@@ -87,7 +87,8 @@ def train(cfg):
         # 2. Update. share: a micro-batch's part of the prompts.
         stats = Means()
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg, cfg.lr)
-        for minibatch in mini_batches(len(mask), K * cfg.minibatch_size, K, 1, generator):
+        for minibatch in mini_batches(len(mask), K * cfg.minibatch_size, group_size=K, epochs=1,
+                                      generator=generator):
             optimizer.zero_grad()
             for rows, _ in micro_batches(batch, minibatch, K * cfg.micro_batch_size,
                                          whole_groups=True):

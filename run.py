@@ -23,7 +23,7 @@ from common import fail, use_bf16
 from model import check_saving, checkpoint_activations
 
 # What --resume lets differ from the run's own: where, how long and in how much memory it runs, how
-# often it reports. (The data's checksum is compared when the data is there.)
+# often it reports. The data's checksum is compared on its own, when the data has been read.
 MAY_CHANGE = {"steps", "device", "out_dir", "resume", "log_every", "eval_every", "save_every",
               "micro_batch_size", "gradient_checkpointing", "data_checksum"}
 
@@ -140,7 +140,7 @@ class Run:
 
     def again(self):
         """The command that goes on."""
-        again = self.command
+        again = [*self.command]
         if Path(again[1]).stem == self.name and "--resume" not in again:
             if not {"--out_dir", "--out-dir"} & set(again):
                 again += ["--out_dir", self.cfg.out_dir]

@@ -85,7 +85,8 @@ def train(cfg):
         # 2. Update.
         stats = Means()
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg, cfg.lr)
-        for minibatch in mini_batches(len(mask), cfg.minibatch_size, 1, 1, generator):
+        for minibatch in mini_batches(len(mask), cfg.minibatch_size, group_size=1, epochs=1,
+                                      generator=generator):
             optimizer.zero_grad()
             for rows, share in micro_batches(batch, minibatch, cfg.micro_batch_size):
                 logprobs = token_logprobs(policy, batch, rows, temperature=1.0)    # (R, C)

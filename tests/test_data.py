@@ -284,6 +284,7 @@ def test_an_answer_with_headings_is_left_alone(tmp_path):
     rows = [dict(row, answer="#### Title\ntext of it") for row in sums(20)]
     (problem, *_), *_ = load(write_jsonl(tmp_path / "a.jsonl", rows))
     assert problem["row"] in rows and as_number(problem["columns"]["answer"]) is None
+    assert problem["completion"] is None  # it is no demonstration either
 
 
 def test_long_prompts_are_dropped_and_counted_never_cut(tmp_path, capsys):
