@@ -5,10 +5,9 @@ All scripts from one starting policy, on the same budget of completions: the tab
     python compare.py --scripts rloo grpo --kl_coef 0      other flags go to every script
 
 Each run is a process of its own, one after the other, in runs/compare; one that is there already,
-with the same flags, is not repeated. The starting policy is the warm-up of seed 1 (or --model, with
---data); a seed is the order of the prompts and all sampling. ReMax spends half of its completions
-on greedy decoding. DPO and ORPO sample nothing while they learn: theirs are those that their data
-was made of.
+with the same flags, is not repeated. All start from toy_policy/, or from --model; a seed is the
+order of the prompts and all sampling. ReMax spends half of its completions on greedy decoding. DPO
+and ORPO sample nothing while they learn: theirs are those that their data was made of.
 """
 import argparse
 import importlib
@@ -22,7 +21,6 @@ from pathlib import Path
 
 from common import fail
 from preferences import SAMPLES
-from sft import warm_start
 
 SCRIPTS = ("reinforce", "reinforce_pp", "trpo", "ppo", "remax", "rloo", "grpo", "prime", "raft",
            "dpo", "orpo")
@@ -78,8 +76,6 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="one run each")
     parser.add_argument("--scripts", nargs="+", choices=SCRIPTS, default=SCRIPTS, metavar="NAME")
-    parser.add_argument("--model", help="the starting policy; without it the warmed-up toy")
-    parser.add_argument("--data", default="toy")
     args, flags = parser.parse_known_args()
     for script in args.scripts:  # not after twenty minutes
         config = importlib.import_module(script).Config
@@ -87,7 +83,6 @@ def main():
         for flag in (flag for flag in flags if flag.startswith("--")):
             if flag[2:].partition("=")[0].replace("-", "_") not in known:
                 fail(f"{flag}: {script}.py has no such flag; name --scripts that have it")
-    flags = ["--model", args.model or warm_start(1, "cpu"), "--data", args.data, *flags]
     found = {script: [] for script in args.scripts}
     for seed in args.seeds:  # the scripts take turns: a busy hour of the machine hits all of them
         for script in args.scripts:

@@ -18,7 +18,7 @@ pi_ref is the policy before training: its log-probs are computed once, and no se
     python dpo.py                                      the toy, offline: 2 minutes
     python dpo.py --model Qwen/Qwen2.5-0.5B-Instruct --data trl-lib/ultrafeedback_binarized
 
-What to expect of the toy, whose pairs are a right and a wrong answer of the warmed-up policy: from
+What to expect of the toy, whose pairs are a right and a wrong answer of the toy's policy: from
 0.6 of the held-out answers right to 0.9. Both implicit rewards may fall; the margin is what counts.
 """
 import math
@@ -37,7 +37,6 @@ from model import save_policy
 from preferences import for_all_completions, load_preferences
 from rollout import all_logprobs, load_policy, make_batch, micro_batches, token_logprobs
 from run import Run
-from sft import warm_start
 
 
 @dataclass
@@ -87,7 +86,7 @@ def train(cfg):
         cfg, "rankings" if cfg.loss == "plackett_luce" else "pairs")
     K = len(problems[0]["targets"])  # a pair is a ranking of 2
     cfg.steps = cfg.steps or math.ceil(cfg.epochs * len(problems) / cfg.minibatch_size)
-    policy, tokenizer = load_policy(cfg.model or warm_start(cfg.seed, cfg.device), cfg.device)
+    policy, tokenizer = load_policy(cfg.model, cfg.device)
     run.open(policy, tokenizer)
 
     def data_logps(asked):  # (B, K), sums over tokens, of the completions in the data
@@ -123,8 +122,7 @@ def train(cfg):
         for minibatch in mini_batches(len(mask), K * cfg.minibatch_size, group_size=K, epochs=1,
                                       generator=generator):
             optimizer.zero_grad()
-            for rows, _ in micro_batches(batch, minibatch, K * cfg.micro_batch_size,
-                                         whole_groups=True):
+            for rows, _ in micro_batches(batch, minibatch, K * cfg.micro_batch_size):
                 share = len(rows) / len(minibatch)
                 logprobs = token_logprobs(policy, batch, rows, temperature=1.0)    # (R, C); 0: pad
                 logps, ref = logprobs.sum(1).view(-1, K), ref_logps[rows[::K] // K]    # (R / K, K)

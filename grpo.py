@@ -34,7 +34,6 @@ from model import save_policy
 from rewards import load_rewards, score, score_steps
 from rollout import all_logprobs, load_policy, micro_batches, sample, token_logprobs
 from run import Run
-from sft import warm_start
 
 
 @dataclass
@@ -133,7 +132,7 @@ def train(cfg):
     run = Run(cfg, "grpo")
     problems, validation, test = load_problems(cfg)
     rewards = load_rewards(cfg, problems + validation + test)
-    policy, tokenizer = load_policy(cfg.model or warm_start(cfg.seed, cfg.device), cfg.device)
+    policy, tokenizer = load_policy(cfg.model, cfg.device)
     run.open(policy, tokenizer)
     ref_model = copy.deepcopy(policy).requires_grad_(False) if cfg.kl_coef else None
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.99),

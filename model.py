@@ -42,7 +42,7 @@ def ask_hub(flag, name, kind):
 
 def locate(name):
     """What from_pretrained takes: a folder that holds a model, or a name on the hub."""
-    folder = Path(os.path.expanduser(name))
+    folder = Path(os.path.expanduser(name or toy.POLICY))
     if (folder / "model" / "config.json").exists():
         folder = folder / "model"
     elif (folder / "checkpoint.pt").exists():
@@ -71,11 +71,8 @@ def explain(name, error):
 def load_tokenizer(name):
     """-> tokenizer, context in tokens, vocabulary size, the ids that end a completion.
 
-    Reads no weights; None: the toy's.
+    Reads no weights. Without a name, here and below, it is the toy's policy.
     """
-    if name is None:
-        tokenizer = toy.make_tokenizer()
-        return tokenizer, toy.CONTEXT, len(tokenizer), [tokenizer.eos_token_id]
     where, generation_config = locate(name), None
     transformers.utils.logging.set_verbosity_error()  # what matters of its reports is said below
     try:

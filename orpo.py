@@ -16,7 +16,7 @@ and its odds just p.
     python orpo.py                                      the toy, offline: 2 minutes
     python orpo.py --model Qwen/Qwen2.5-0.5B --data trl-lib/ultrafeedback_binarized
 
-What to expect of the toy, whose pairs are a right and a wrong answer of the warmed-up policy: from
+What to expect of the toy, whose pairs are a right and a wrong answer of the toy's policy: from
 0.6 of the held-out answers right to 0.8. The log's chosen and rejected are mean log-probs.
 """
 import math
@@ -34,7 +34,6 @@ from model import save_policy
 from preferences import for_all_completions, load_preferences
 from rollout import all_logprobs, load_policy, make_batch, micro_batches, token_logprobs
 from run import Run
-from sft import warm_start
 
 
 @dataclass
@@ -72,7 +71,7 @@ def train(cfg):
     problems, validation, test = load_preferences(cfg)
     K = 2  # chosen, rejected
     cfg.steps = cfg.steps or math.ceil(cfg.epochs * len(problems) / cfg.minibatch_size)
-    policy, tokenizer = load_policy(cfg.model or warm_start(cfg.seed, cfg.device), cfg.device)
+    policy, tokenizer = load_policy(cfg.model, cfg.device)
     run.open(policy, tokenizer)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.99),
                                   weight_decay=cfg.weight_decay, fused=True)
@@ -99,8 +98,7 @@ def train(cfg):
         for minibatch in mini_batches(len(mask), K * cfg.minibatch_size, group_size=K, epochs=1,
                                       generator=generator):
             optimizer.zero_grad()
-            for rows, _ in micro_batches(batch, minibatch, K * cfg.micro_batch_size,
-                                         whole_groups=True):
+            for rows, _ in micro_batches(batch, minibatch, K * cfg.micro_batch_size):
                 share = len(rows) / len(minibatch)
                 logprobs = token_logprobs(policy, batch, rows, temperature=1.0)    # (R, C); 0: pad
                 mean_logps = (logprobs.sum(1) / mask[rows].sum(1)).view(-1, K)     # (R / K, K)

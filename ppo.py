@@ -37,7 +37,6 @@ from rewards import load_rewards, score
 from rollout import (all_logprobs, all_values, load_policy, micro_batches, sample, token_logprobs,
                      token_values)
 from run import Run
-from sft import warm_start
 
 
 @dataclass
@@ -125,7 +124,7 @@ def train(cfg):
     run = Run(cfg, "ppo")
     problems, validation, test = load_problems(cfg)
     rewards = load_rewards(cfg, problems + validation + test)
-    policy, tokenizer = load_policy(cfg.model or warm_start(cfg.seed, cfg.device), cfg.device)
+    policy, tokenizer = load_policy(cfg.model, cfg.device)
     run.open(policy, tokenizer, networks=2)  # two to save: is there room on the disk?
     ref_model = copy.deepcopy(policy).requires_grad_(False) if cfg.kl_coef else None
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.99),

@@ -13,9 +13,10 @@ training, and its answers are judged by whether they are right.
 """
 import inspect
 import json
-import os
 import random
 import re
+import shutil
+import uuid
 import zlib
 from pathlib import Path
 
@@ -25,11 +26,10 @@ from tqdm import tqdm
 import toy
 from common import fail, step_generator
 from data import encode, load_problems, read_jsonl, settle
-from model import load_tokenizer
+from model import load_tokenizer, locate
 from rewards import decode, last_number
 from rollout import load_policy, make_batch, sample
-from run import make_once
-from sft import warm_start
+from run import check_writable
 
 SAMPLES = 8  # completions of each prompt that preferences are made of
 RANKED = 4   # completions in a ranking
@@ -64,29 +64,57 @@ def load_preferences(cfg, kind="pairs"):
 
 def make_preferences(cfg, kind):
     """toy or words -> {split: rows}, from runs/preferences, made now if they are not there yet."""
-    source = Path(os.path.expanduser(cfg.model or warm_start(cfg.seed, cfg.device)))
-    changed = max((path.stat().st_mtime for path in source.rglob("*.safetensors")), default=0)
-    recipe = (str(source), changed, cfg.data, cfg.prompts, cfg.eval_prompts, cfg.max_new_tokens,
-              cfg.seed, inspect.getsource(toy), Path(__file__).read_text())
+    recipe = (checksum_of_weights(cfg.model), cfg.data, cfg.prompts, cfg.eval_prompts,
+              cfg.max_new_tokens, cfg.seed, inspect.getsource(toy), Path(__file__).read_text())
     folder = Path("runs", "preferences", f"{cfg.data}-{zlib.crc32(repr(recipe).encode()):08x}")
+    name = cfg.model or "the toy's policy"
 
     def make(temporary):
-        print(f"making preferences: {SAMPLES} answers of {source} to each prompt, once")
-        policy, tokenizer = load_policy(str(source), cfg.device)
+        print(f"making preferences: {SAMPLES} answers of {name} to each prompt, once")
+        policy, tokenizer = load_policy(cfg.model, cfg.device)
         found = list(sample_answers(policy, tokenizer, cfg))
         temporary.mkdir(parents=True)
-        for name, rows in dict(pairs=to_pairs(found), rankings=to_rankings(found)).items():
+        for kind, rows in dict(pairs=to_pairs(found), rankings=to_rankings(found)).items():
             text = "".join(json.dumps(row) + "\n" for row in rows)
-            Path(temporary, f"{name}.jsonl").write_text(text)
+            Path(temporary, f"{kind}.jsonl").write_text(text)
         print(f"kept in {folder}")
     make_once(folder, make)
     rows = read_jsonl(folder / f"{kind}.jsonl")
     splits = {split: [row for row in rows if row["split"] == split]
               for split in ("train", "validation", "test")}
     if not splits["train"]:
-        fail(f"--data {cfg.data}: no {kind} could be made of what {source} answers: all is right, "
+        fail(f"--data {cfg.data}: no {kind} could be made of what {name} answers: all is right, "
              "all is wrong, or all the same; take more --prompts, or another --model")
     return {split: rows for split, rows in splits.items() if rows}
+
+
+def checksum_of_weights(name):
+    """Of a model's files of weights; a name on the hub stands for itself."""
+    where = locate(name)
+    checksum = zlib.crc32(b"" if Path(where).is_dir() else where.encode())
+    for path in sorted(Path(where).rglob("*.safetensors")):
+        with open(path, "rb") as file:
+            while chunk := file.read(2**24):
+                checksum = zlib.crc32(chunk, checksum)
+    return checksum
+
+
+def make_once(folder, make):
+    """Unless it is there, let make(a temporary folder) fill it, and rename that: all, or nothing.
+
+    What another process has made meanwhile is used.
+    """
+    if not folder.exists():
+        check_writable(folder, "cannot keep", "run this in a folder that can be written into")
+        temporary = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}")
+        try:
+            make(temporary)
+            temporary.rename(folder)
+        except OSError:
+            if not folder.exists():
+                raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def sample_answers(policy, tokenizer, cfg):

@@ -36,7 +36,6 @@ from rewards import load_rewards, score, score_steps
 from rloo import leave_one_out_advantages
 from rollout import all_logprobs, load_policy, micro_batches, sample, token_logprobs
 from run import Run
-from sft import warm_start
 
 
 @dataclass
@@ -127,7 +126,7 @@ def train(cfg):
     run = Run(cfg, "prime")
     problems, validation, test = load_problems(cfg)
     rewards = load_rewards(cfg, problems + validation + test)
-    policy, tokenizer = load_policy(cfg.model or warm_start(cfg.seed, cfg.device), cfg.device)
+    policy, tokenizer = load_policy(cfg.model, cfg.device)
     run.open(policy, tokenizer, networks=2)  # two to save: is there room on the disk?
     ref_model, prm = copy.deepcopy(policy).requires_grad_(False), copy.deepcopy(policy)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.99),

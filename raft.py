@@ -31,7 +31,6 @@ from model import save_policy
 from rewards import load_rewards, score
 from rollout import load_policy, micro_batches, sample, token_logprobs
 from run import Run
-from sft import warm_start
 
 
 @dataclass
@@ -68,7 +67,7 @@ def train(cfg):
     run = Run(cfg, "raft")
     problems, validation, test = load_problems(cfg)
     rewards = load_rewards(cfg, problems + validation + test)
-    policy, tokenizer = load_policy(cfg.model or warm_start(cfg.seed, cfg.device), cfg.device)
+    policy, tokenizer = load_policy(cfg.model, cfg.device)
     run.open(policy, tokenizer)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.99),
                                   weight_decay=cfg.weight_decay, fused=True)

@@ -13,7 +13,7 @@ differences within a prompt are learned: scores of two prompts cannot be compare
     python reward_model.py                                      the toy, offline: 2 minutes
     python reward_model.py --model Qwen/Qwen2.5-0.5B-Instruct --data trl-lib/ultrafeedback_binarized
 
-What to expect of the toy, whose pairs are a right and a wrong answer of the warmed-up policy: 0.9
+What to expect of the toy, whose pairs are a right and a wrong answer of the toy's policy: 0.9
 of the held-out pairs in the right order.
 """
 import math
@@ -32,7 +32,6 @@ from preferences import for_all_completions, load_preferences
 from rollout import load_policy, make_batch, micro_batches
 from run import Run
 from scorer import all_scores, make_scorer, sequence_scores
-from sft import warm_start
 
 
 @dataclass
@@ -62,7 +61,7 @@ def train(cfg):
     problems, validation, test = load_preferences(cfg)
     K = 2  # chosen, rejected
     cfg.steps = cfg.steps or math.ceil(cfg.epochs * len(problems) / cfg.minibatch_size)
-    policy, tokenizer = load_policy(cfg.model or warm_start(cfg.seed, cfg.device), cfg.device)
+    policy, tokenizer = load_policy(cfg.model, cfg.device)
     scorer = make_scorer(policy, tokenizer, cfg.model)
     del policy  # only its backbone was wanted
     run.open(scorer, tokenizer)
@@ -90,8 +89,7 @@ def train(cfg):
         for minibatch in mini_batches(len(mask), K * cfg.minibatch_size, group_size=K, epochs=1,
                                       generator=generator):
             optimizer.zero_grad()
-            for rows, _ in micro_batches(batch, minibatch, K * cfg.micro_batch_size,
-                                         whole_groups=True):
+            for rows, _ in micro_batches(batch, minibatch, K * cfg.micro_batch_size):
                 share = len(rows) / len(minibatch)
                 scores = sequence_scores(scorer, batch, rows).view(-1, K)          # (R / K, K)
                 loss = bradley_terry_loss(*scores.T).mean()

@@ -138,7 +138,7 @@ def load_rewards(cfg, problems):
                 fail(f"--reward last_number: {len(wrong)} of {len(problems)} answers are no "
                      f"number, {str(wrong[0])[:100]!r} for one; mend the column answer of --data, "
                      "or write a reward of your own, file.py:function")
-        # Most mistakes in a reward show here already, and not after the warm-up.
+        # Most mistakes in a reward show here already, before the model is loaded.
         judge(name, function, problems[:2], ["1", ""], [True, False], [[1], [1]])
     return rewards
 

@@ -51,7 +51,10 @@ def make_batch(prompts, completions, device):
 
 
 def load_policy(name, device):
-    """Hub name, model folder or run folder -> (policy, tokenizer), tried out, fp32, no dropout."""
+    """Hub name, model folder, run folder, or None for the toy's policy -> (policy, tokenizer).
+
+    fp32, without dropout, and tried out.
+    """
     tokenizer, _, _, stop = load_tokenizer(name)
     policy = load_model(name)
     policy.generation_config.eos_token_id = stop  # also for whoever loads the trained model
@@ -310,28 +313,22 @@ def sample(policy, tokenizer, prompts, group_size, max_new_tokens, temperature, 
 # Slices of a batch
 
 
-def micro_batches(batch, rows, size, advantages=None, whole_groups=False):
+def micro_batches(batch, rows, size, advantages=None):
     """Split a mini-batch into forwards of `size` rows -> yields (rows, share).
 
     share is the part of the mini-batch's tokens: token means weighted by it add up to the mean over
     the whole mini-batch, so that micro-batching changes memory and not the gradient. A forward is
-    as wide as its longest row, and has each of its prompts once: so rows are sorted by length, or
-    by group, whichever forwards fewer tokens. If a loss is only `advantages` (N,) or (N, C) times
-    something, a row where they are 0 has no gradient, and is not forwarded. Losses that compare the
-    completions of a prompt need whole_groups.
+    as wide as its longest row, and has each of its prompts once: so the completions of a prompt
+    stay together, those of prompts with short completions first. If a loss is only `advantages`
+    (N,) or (N, C) times something, a row where they are 0 has no gradient, and is not forwarded.
     """
-    lengths, owner = batch.mask[rows].sum(1).cpu(), batch.owner[rows].cpu()
-    longest = torch.zeros(len(batch.prompts)).scatter_reduce(0, owner, lengths, "amax")[owner]
-    prompts = torch.tensor([float(len(prompt)) for prompt in batch.prompts])
-
-    def tokens(parts):
-        return sum(len(part) * lengths[part].max() + prompts[owner[part].unique()].sum()
-                   for part in parts)
-    keep = torch.ones(len(rows), dtype=torch.bool)
+    lengths, owner = batch.mask[rows].sum(1).long().cpu(), batch.owner[rows].cpu()
+    longest = torch.zeros(len(batch.prompts), dtype=torch.long)
+    longest = longest.scatter_reduce(0, owner, lengths, "amax")[owner]
+    order = (longest * len(batch.prompts) + owner).argsort(stable=True)
     if advantages is not None:
-        keep = advantages[rows].reshape(len(rows), -1).ne(0).any(1).cpu()
-        keep[0] = True  # for AdamW: a gradient of 0 still moves a parameter, none at all does not
-    keys = (longest * len(prompts) + owner, lengths)[: 1 if whole_groups else 2]
-    orders = (key.argsort(stable=True) for key in keys)
-    for part in min((order[keep[order]].split(size) for order in orders), key=tokens):
+        forwarded = advantages[rows].reshape(len(rows), -1).ne(0).any(1).cpu()
+        forwarded[0] = True  # for AdamW: a gradient of 0 moves a parameter, none at all does not
+        order = order[forwarded[order]]
+    for part in order.split(size):
         yield rows[part], (lengths[part].sum() / lengths.sum()).item()

@@ -12,7 +12,6 @@ import signal
 import sys
 import tempfile
 import time
-import uuid
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -57,24 +56,6 @@ def write_atomically(path, write):
              code=1)
 
 
-def make_once(folder, make):
-    """Unless it is there, let make(a temporary folder) fill it, and rename that: all, or nothing.
-
-    What another process has made meanwhile is used.
-    """
-    if not folder.exists():
-        check_writable(folder, "cannot keep", "run this in a folder that can be written into")
-        temporary = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}")
-        try:
-            make(temporary)
-            temporary.rename(folder)
-        except OSError:
-            if not folder.exists():
-                raise
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-
-
 def check_writable(folder, what, remedy):
     """Find out at the start if a folder can't be made, or written into, when it will be needed."""
     parent = folder
@@ -98,7 +79,7 @@ class Run:
 
     def open(self, policy, tokenizer, networks=1):
         """Make the folder, and say what will be trained in it; networks: how many of its size."""
-        self.folder = find_folder(self.cfg, self.name)  # again: the warm-up takes a minute
+        self.folder = find_folder(self.cfg, self.name)  # again: loading may have taken a while
         self.folder.mkdir(parents=True, exist_ok=True)
         self.cfg.out_dir = self.cfg.out_dir or str(self.folder)
         check_saving(policy, tokenizer, self.folder, networks)

@@ -1,6 +1,6 @@
 """
-SFT, supervised fine-tuning: make the demonstrated completions likely. Stage 1 of the notes, and the
-warm-up of the toy model for every online script.
+SFT, supervised fine-tuning: make the demonstrated completions likely. Stage 1 of the notes. Run
+without arguments, it makes the policy in toy_policy/, from which all other scripts start.
 
     loss = -mean_t log pi(y_t | x, y_<t)        over completion tokens, the EOS included
 
@@ -13,22 +13,17 @@ here they are not scored at all). The EOS is one, or the model would not learn t
 What to expect of the toy: about 0.6 of the held-out problems right sampled, 0.9 greedy. Half of
 the demonstrations show their work and half just name the result; so does the trained policy.
 """
-import inspect
-import json
-import zlib
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 
 import toy
-from common import (HfArg, Means, RunConfig, fill, learning_rate, main, masked_mean, mini_batches,
-                    require_finite, step_generator)
+from common import (HfArg, Means, RunConfig, fill, learning_rate, main, masked_mean, require_finite)
 from data import draw_problems, load_problems
 from evaluation import evaluate, report, validate
 from model import save_policy
 from rollout import load_policy, make_batch, micro_batches, token_logprobs
-from run import Run, make_once
+from run import Run
 
 
 @dataclass
@@ -41,22 +36,6 @@ TOY = dict(steps=1200, lr=4e-3, minibatch_size=64, micro_batch_size=32, max_new_
 HUB = dict(steps=200, lr=1e-5, minibatch_size=64, micro_batch_size=8, max_new_tokens=256,
            eval_prompts=256)
 CPU = dict(HUB, steps=15, minibatch_size=16, max_new_tokens=48, eval_prompts=64)
-
-
-def warm_start(seed, device):
-    """The folder of the toy model after SFT; trained now if this seed's is not there yet."""
-    cfg = Config(seed=seed, device=device, log_every=200, save_every=1200)
-    fill(cfg, TOY, HUB, CPU)
-    recipe = json.dumps({**asdict(cfg), "device": None}) + inspect.getsource(toy)
-    folder = Path("runs", "warm_start", f"seed{seed}-{zlib.crc32(recipe.encode()):08x}")
-
-    def make(temporary):
-        print("warming up: supervised fine-tuning first, once for this seed")
-        cfg.out_dir = str(temporary)
-        train(cfg)
-        print(f"kept as {folder}\n")
-    make_once(folder, make)
-    return str(folder)
 
 
 def train(cfg):
@@ -75,7 +54,6 @@ def train(cfg):
 
     for step in run.steps():
         # 1. Batch: demonstrations instead of samples, and nothing to score.
-        generator = step_generator(cfg.seed, step)  # for the random numbers of this step
         asked = draw_problems(problems, step, cfg.minibatch_size, cfg.seed)
         batch = make_batch([problem["ids"] for problem in asked],
                            [problem["targets"][0] for problem in asked], cfg.device)
@@ -85,19 +63,17 @@ def train(cfg):
         # 2. Update.
         stats = Means()
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg, cfg.lr)
-        for minibatch in mini_batches(len(mask), cfg.minibatch_size, group_size=1, epochs=1,
-                                      generator=generator):
-            optimizer.zero_grad()
-            for rows, share in micro_batches(batch, minibatch, cfg.micro_batch_size):
-                logprobs = token_logprobs(policy, batch, rows, temperature=1.0)    # (R, C)
-                loss = -masked_mean(logprobs, mask[rows])
-                require_finite(loss, "loss", step, texts, rows, logprobs)
-                (loss * share).backward()
-                stats.add(share, loss=loss)
-            grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm,
-                                                       error_if_nonfinite=True)
-            optimizer.step()
-            stats.add(1, grad_norm=grad_norm, lr=optimizer.param_groups[0]["lr"])
+        optimizer.zero_grad()
+        for rows, share in micro_batches(batch, torch.arange(len(mask)), cfg.micro_batch_size):
+            logprobs = token_logprobs(policy, batch, rows, temperature=1.0)        # (R, C)
+            loss = -masked_mean(logprobs, mask[rows])
+            require_finite(loss, "loss", step, texts, rows, logprobs)
+            (loss * share).backward()
+            stats.add(share, loss=loss)
+        grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm,
+                                                   error_if_nonfinite=True)
+        optimizer.step()
+        stats.add(1, grad_norm=grad_norm, lr=optimizer.param_groups[0]["lr"])
 
         # 3. Log. Here the loss does say something: nats per token, and it falls.
         run.log(step, **stats())

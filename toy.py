@@ -6,13 +6,14 @@ The embedded world: chain arithmetic, and a language model small enough to learn
              or  2<eos>                               answers directly
 
 Both are legal; the answer is the last number. The demonstrations of SFT are all correct and flip a
-coin between the two, so that the warm policy shows its work half of the time, and is right far more
+coin between the two, so that toy_policy/ shows its work half of the time, and is right far more
 often when it does. What reinforcement learning discovers then is: show your work. Answers get
 longer because that is useful. `words` is the same arithmetic as a question to a pretrained model.
 """
 import random
 import re
 import zlib
+from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -20,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 KINDS = "toy", "words"
 HIGHEST = 50   # all running totals lie in 0..50
-CONTEXT = 128  # tokens that the model can look at
+POLICY = Path(__file__).with_name("toy_policy")  # made by `python sft.py`
 
 
 def make_tokenizer():
@@ -40,7 +41,7 @@ def make_model(seed):
     torch.manual_seed(seed)
     return LlamaForCausalLM(LlamaConfig(
         vocab_size=18, hidden_size=64, intermediate_size=192, num_hidden_layers=3,
-        num_attention_heads=4, max_position_embeddings=CONTEXT, initializer_range=0.05,
+        num_attention_heads=4, max_position_embeddings=128, initializer_range=0.05,
         rope_parameters={"rope_type": "default", "rope_theta": 1000.0}, tie_word_embeddings=False,
         pad_token_id=0, bos_token_id=1, eos_token_id=2))
 

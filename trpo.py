@@ -33,7 +33,6 @@ from reinforce_pp import reinforce_pp_advantages
 from rewards import load_rewards, score
 from rollout import all_logprobs, load_policy, micro_batches, pick, sample, token_logits
 from run import Run
-from sft import warm_start
 
 
 @dataclass
@@ -124,7 +123,7 @@ def train(cfg):
     run = Run(cfg, "trpo")
     problems, validation, test = load_problems(cfg)
     rewards = load_rewards(cfg, problems + validation + test)
-    policy, tokenizer = load_policy(cfg.model or warm_start(cfg.seed, cfg.device), cfg.device)
+    policy, tokenizer = load_policy(cfg.model, cfg.device)
     policy.set_attn_implementation("eager")  # the default, sdpa, cannot be differentiated twice
     check_memory(policy, 59 if cfg.kl_coef else 55, "take a smaller one, or reinforce_pp.py")
     run.open(policy, tokenizer)

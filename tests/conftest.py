@@ -1,4 +1,4 @@
-"""Tiny models and helpers of all tests. No network, no warm-up; PAPER_CUDA=1: see paper_cuda.py."""
+"""Tiny models and helpers of all tests. No network; PAPER_CUDA=1: see paper_cuda.py."""
 import functools
 import json
 import os

@@ -377,7 +377,7 @@ def test_learning_rate():
     assert rates[7] == pytest.approx(0.55) and rates[10] == pytest.approx(0.1)
 
 
-# ------------------------------------------------------------------ saving, SFT, warm start, plot
+# ------------------------------------------------------------------ saving, SFT, plot
 
 def test_a_full_disk_is_found_before_the_training(folders, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -419,26 +419,6 @@ def test_sft_learns_the_demonstrations_and_where_they_end(folders, tmp_path, mon
     assert batch.finished.all()
     _, scores, _ = rewards.score(dict(r=rewards.last_number), rows, batch, tokenizer)
     assert scores.mean() > 0.9
-
-
-def test_warm_start_trains_once_per_seed_and_recipe(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    seeds = []
-
-    def train(cfg):
-        seeds.append(cfg.seed)
-        Path(cfg.out_dir, "model").mkdir(parents=True)
-        if len(seeds) == 2:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(sft, "train", train)
-    one = sft.warm_start(1, "cpu")
-    assert sft.warm_start(1, "cpu") == one and seeds == [1] and Path(one, "model").exists()
-    with pytest.raises(KeyboardInterrupt):
-        sft.warm_start(2, "cpu")
-    assert sft.warm_start(2, "cpu") != one and seeds == [1, 2, 2]
-    monkeypatch.setitem(sft.TOY, "steps", 7)
-    assert sft.warm_start(1, "cpu") != one
 
 
 def test_plot(tmp_path):

@@ -34,12 +34,11 @@ def test_every_script_on_every_seed_from_one_start(tmp_path, monkeypatch, capsys
         return SimpleNamespace(returncode=0)
 
     monkeypatch.setattr(compare.subprocess, "run", train)
-    monkeypatch.setattr(compare, "warm_start", lambda seed, device: f"start of {seed}")
     monkeypatch.setattr(sys, "argv", ["compare.py", "--seeds", "1", "2", "--steps", "7"])
     compare.main()
     assert len(calls) == 2 * len(compare.SCRIPTS)
     for call in calls:
-        assert call[2:8] == ["--model", "start of 1", "--data", "toy", "--steps", "7"]
+        assert call[2:4] == ["--steps", "7"] and "--model" not in call
     n = len(compare.SCRIPTS)
     assert [Path(call[1]).stem for call in calls[:n]] == list(compare.SCRIPTS)
     table = capsys.readouterr().out.splitlines()
@@ -65,7 +64,7 @@ def test_every_script_on_every_seed_from_one_start(tmp_path, monkeypatch, capsys
         before = len(calls)
         compare.main()
         assert len(calls) == before + n  # other flags, other runs
-    assert calls[-1][2:8] == ["--model", "mine", "--data", "words", "--steps", "7"]
+    assert calls[-1][2:7] == ["--steps", "7", "--model=mine", "--data", "words"]
 
 
 def test_a_run_that_fails_is_said(tmp_path, monkeypatch, capsys):
@@ -78,7 +77,6 @@ def test_a_run_that_fails_is_said(tmp_path, monkeypatch, capsys):
 
 def test_a_flag_that_one_of_them_lacks_is_said_at_once(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(compare, "warm_start", lambda seed, device: "start")
     calls = []
     monkeypatch.setattr(compare, "run", lambda script, seed, flags: calls.append(script) or dict(
         completions=1, before=0, after=0, low=0, high=0, greedy=0, length=0, kl=None,

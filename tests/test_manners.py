@@ -188,7 +188,7 @@ def test_wrong_input_is_one_sentence_and_loses_nothing(
         props, tmp_path, monkeypatch, capsys, few_problems, kind):
     flags, words = KINDS[kind]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(reinforce_pp, "warm_start", lambda *_: pytest.fail("it begins to train"))
+    monkeypatch.setattr(torch.optim, "AdamW", lambda *_, **__: pytest.fail("it begins to train"))
     each_is_one_sentence([(flags.format(props), words)], reinforce_pp, monkeypatch, capsys)
 
 

@@ -7,7 +7,6 @@ import pytest
 
 import data
 import preferences
-import run
 import toy
 from conftest import TEMPLATE, write_jsonl
 from preferences import load_preferences
@@ -226,21 +225,21 @@ def test_what_another_process_made_meanwhile_is_used(tmp_path, capsys):
             folder.mkdir()
             (folder / "who").write_text(folder.name)
 
-    run.make_once(tmp_path / "kept", make)
+    preferences.make_once(tmp_path / "kept", make)
     assert (tmp_path / "kept" / "who").read_text() == "kept"
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
-    run.make_once(tmp_path / "kept", None)  # it is there: nothing is made
+    preferences.make_once(tmp_path / "kept", None)  # it is there: nothing is made
 
     def fail(temporary):
         temporary.mkdir()
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run.make_once(tmp_path / "more", fail)
+        preferences.make_once(tmp_path / "more", fail)
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit):
-        run.make_once(tmp_path / "file" / "kept", None)
+        preferences.make_once(tmp_path / "file" / "kept", None)
     assert "cannot write into" in capsys.readouterr().err
 
 
