@@ -207,10 +207,9 @@ def ours(work, steps, clock, name, flags):
             yield step
             clock.stop()
 
-    run = mock.Mock(steps=timed_steps, load=lambda **objects: dict(before={}), log=log)
+    run = mock.Mock(steps=timed_steps, open=lambda *args, **kwargs: {}, log=log)
     problems = [dict(prompt=text, ids=ids, columns={}) for text, ids in zip(work.texts, work.ids)]
-    instead = dict.fromkeys(("evaluate", "validate", "report", "save_policy"), mock.Mock())
-    instead.update(Run=lambda *_: run, load_problems=lambda *_: (problems, [], []),
+    instead = dict(Run=lambda *_: run, load_problems=lambda *_: (problems, [], []),
                    load_rewards=lambda *_: dict(ours=work.reward), sample=clock.sample,
                    load_policy=lambda *_: (copy.deepcopy(work.policy), work.tokenizer))
     for key in {"all_logprobs", "all_values"} & vars(script).keys():

@@ -6,10 +6,7 @@ micro-batch; P prompt tokens, C completion tokens, V vocabulary.
 `mask` (N, C) is 1 on completion tokens, EOS included, and 0 on the padding to their right. Padding
 may hold garbage, even nan: it influences nothing, and per-token results are 0 there. Unit: nats.
 """
-import argparse
-import contextlib
 import math
-import os
 import random
 import sys
 from dataclasses import dataclass, field
@@ -17,7 +14,7 @@ from typing import Optional
 
 import torch
 import transformers
-from transformers.hf_argparser import HfArg, HfArgumentParser
+from transformers.hf_argparser import HfArg
 
 # --------------------------------------------------------------------------------------------------
 # 1. The mathematics. Tensors and floats in, tensors out; paste any of it, at most with masked_mean.
@@ -103,36 +100,31 @@ def ppo_clip_loss(logprobs, old_logprobs, advantages, mask, clip_eps=0.2):
 
 @dataclass
 class RunConfig:
-    """The flags of every script. Where the default is None, one of its rows fills in a value."""
+    """The flags of every script, with the toy's defaults. A real model's are in REAL below."""
 
-    model: Optional[str] = HfArg(default=None, help="model folder, run folder or hub name; "
-                                                    "without it the embedded toy model")
-    data: Optional[str] = HfArg(default=None, help="toy, words, a .jsonl file, a folder, or a hub "
-                                                   "name[:configuration]; without it words if "
-                                                   "there is a --model, else toy")
-    steps: Optional[int] = HfArg(default=None, help="training steps")
-    lr: Optional[float] = HfArg(default=None, help="AdamW learning rate at its peak")
+    model: Optional[str] = HfArg(default=None, help="model folder, run folder or hub name; None: "
+                                                    "the toy's policy, toy_policy/")
+    data: str = HfArg(default="toy", help="toy, words, a .jsonl file, a folder, or a hub "
+                                          "name[:configuration]")
+    steps: int = HfArg(default=60, help="training steps")
+    lr: float = HfArg(default=2e-4, help="AdamW learning rate at its peak")
     warmup_steps: int = HfArg(default=0, help="steps in which the learning rate rises to its peak")
     weight_decay: float = HfArg(default=0.0, help="AdamW weight decay")
     max_grad_norm: float = HfArg(default=1.0, help="gradients are clipped to this norm")
-    minibatch_size: Optional[int] = HfArg(default=None, help="sequences per optimizer step")
-    micro_batch_size: Optional[int] = HfArg(default=None, help="sequences per pass: memory only")
+    minibatch_size: int = HfArg(default=64, help="completions per optimizer step")
+    micro_batch_size: int = HfArg(default=64, help="completions per pass: memory, not results")
     gradient_checkpointing: bool = HfArg(default=False, help="save memory: recompute activations")
-    max_new_tokens: Optional[int] = HfArg(default=None, help="longest completion, in tokens")
+    max_new_tokens: int = HfArg(default=32, help="longest completion, in tokens")
     log_every: int = HfArg(default=5, help="print a line of metrics every so many steps")
     eval_every: int = HfArg(default=0, help="steps between looks at validation prompts; 0: never")
-    eval_prompts: Optional[int] = HfArg(default=None, help="held-out prompts per evaluation")
+    eval_prompts: int = HfArg(default=512, help="held-out prompts per evaluation")
     save_every: int = HfArg(default=20, help="write the checkpoint every so many steps")
     seed: int = HfArg(default=1, help="seed of everything random")
-    device: Optional[str] = HfArg(default=None, help="cpu or cuda; without it cuda if present")
-    out_dir: Optional[str] = HfArg(default=None, help="run folder; without it runs/SCRIPT, with a "
-                                                      "number if taken")
+    device: Optional[str] = HfArg(default=None, help="cpu or cuda; None: cuda if present")
+    out_dir: Optional[str] = HfArg(default=None, help="run folder; None: runs/SCRIPT, numbered "
+                                                      "if it is taken")
     resume: bool = HfArg(default=False, help="go on from the checkpoint in the run folder")
     data_checksum: Optional[int] = field(default=None, init=False)  # no flag: load_problems sets it
-
-
-class FlagHelp(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """--help prints the script's docstring as it stands, and the default of every flag."""
 
 
 class Failure(SystemExit):
@@ -145,55 +137,9 @@ def fail(message, code=2):
     raise Failure(code)
 
 
-class Screen:
-    """stdout or stderr without errors: a closed pipe, or a character that the terminal cannot show,
-    must not end a run.
-    """
-
-    def __init__(self, stream):
-        self.stream = stream or open(os.devnull, "w")
-        if hasattr(self.stream, "reconfigure"):
-            self.stream.reconfigure(errors="backslashreplace")
-
-    def write(self, text):
-        with contextlib.suppress(OSError, ValueError):  # ValueError: it was closed
-            self.stream.write(text)
-
-    def flush(self):
-        with contextlib.suppress(OSError, ValueError):
-            self.stream.flush()
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-
-def main(config_class, train):
-    """What `python SCRIPT.py ...` does: flags -> config -> train(config)."""
-    sys.stdout, sys.stderr = Screen(sys.stdout), Screen(sys.stderr)
-    parser = HfArgumentParser(config_class, allow_abbrev=False, formatter_class=FlagHelp,
-                              description=sys.modules["__main__"].__doc__)
-    parser.error = lambda message: fail(f"{message}; see --help")
-    cfg, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True,
-                                                      look_for_args_file=False)
-    if unknown:
-        fail(f"there is no flag {unknown[0]}; see --help")
-    try:
-        train(cfg)
-    except RuntimeError as error:
-        if "non-finite" in str(error):  # of clip_grad_norm_
-            fail("a gradient is nan or infinite, though its loss was not; the last checkpoint, if "
-                 "any, is kept; a smaller --lr or --max_grad_norm is the usual remedy", code=1)
-        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
-            raise
-        fail(f"out of memory: halve --micro_batch_size (it is {cfg.micro_batch_size}), which "
-             "changes no result, then the prompts of a step; the last checkpoint is kept", code=1)
-    except KeyboardInterrupt:
-        fail("the last checkpoint, if there is one, is kept", code=130)
-
-
 # A number must be above 0, except where 0 has a meaning; and some have an upper end.
 ZERO_IS_FINE = set("lr critic_lr prm_lr warmup_steps critic_warmup weight_decay eval_every seed "
-                   "kl_coef reward_clip gamma lam decay beta damping accuracy_filter".split())
+                   "kl_coef reward_clip gamma lam decay damping accuracy_filter".split())
 AT_MOST = dict(gamma=1, lam=1, decay=1, backtrack=1, fisher_fraction=1, accuracy_filter=0.5) | \
     dict.fromkeys(("max_grad_norm", "clip_eps", "value_clip", "reward_clip"), math.inf)
 
@@ -207,37 +153,26 @@ def check_ranges(cfg):
             fail(f"--{key} {value}: it must be {'at least' if key in ZERO_IS_FINE else 'above'} 0")
         if value > (highest := AT_MOST.get(key, 2**63 - 1)):
             fail(f"--{key} {value}: it must be at most {highest}")
-    K = getattr(cfg, "group_size", 1)
-    batch = getattr(cfg, "prompts_per_step", cfg.minibatch_size) * K
-    if not K <= cfg.minibatch_size <= batch:
+    if not hasattr(cfg, "group_size"):
+        return
+    K, batch = cfg.group_size, cfg.prompts_per_step * cfg.group_size
+    if K == 1 and (type(cfg)().group_size > 1 or getattr(cfg, "group_baseline", False)):
+        fail("--group_size 1: completions of a prompt are compared with each other; take 4, say")
+    if cfg.minibatch_size and not K <= cfg.minibatch_size <= batch:
         fail(f"--minibatch_size {cfg.minibatch_size}: it must be at least a group of --group_size "
              f"{K}, and at most the {batch} completions of a step (--prompts_per_step groups)")
 
 
-def fill(cfg, toy, hub, cpu, **more):
-    """Choose device and data, then give flags without a value the one in the row for this world."""
-    for key, value in vars(cfg).items():
-        if value == "":
-            fail(f"--{key}: it is empty; give it a value, or leave it out")
-    cfg.device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    kind, _, number = cfg.device.partition(":")
+def find_device(name):
+    """--device, checked; None: a GPU if there is one."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, number = name.partition(":")
     if kind not in ("cpu", "cuda") or number and not (kind == "cuda" and number.isdigit()):
-        fail(f"--device {cfg.device}: choose cpu or cuda")
+        fail(f"--device {name}: choose cpu or cuda")
     if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
-        fail(f"--device {cfg.device}: torch sees {torch.cuda.device_count() or 'no'} GPU on this "
+        fail(f"--device {name}: torch sees {torch.cuda.device_count() or 'no'} GPU on this "
              "machine; use --device cpu")
-    cfg.data = cfg.data or ("words" if cfg.model else "toy")
-    small = cfg.data == "toy" or not cfg.model
-    row = {**(toy if small else hub if kind == "cuda" else cpu), **more}
-    if "completions" in row:
-        completions, K = row.pop("completions"), cfg.group_size or row["group_size"]
-        row["prompts_per_step"] = max(1, completions // max(1, K))
-        batch = (cfg.prompts_per_step or row["prompts_per_step"]) * K
-        row["minibatch_size"] = max(1, K, min(row.get("minibatch_size", batch), batch))
-    for key, value in row.items():
-        if getattr(cfg, key) is None:
-            setattr(cfg, key, value)
-    check_ranges(cfg)
+    return name
 
 
 def use_bf16(device):
@@ -274,27 +209,31 @@ def mini_batches(n, minibatch_size, group_size, epochs, generator):
             yield (groups[:, None] * group_size + torch.arange(group_size)).flatten()
 
 
-def require_finite(number, what, step, texts, rows, per_row):
-    """Stop if `number` is nan or inf, and name the step and the worst of `rows` (R,) of `texts`."""
-    if not torch.isfinite(number):
-        size = per_row.detach().reshape(len(rows), -1).abs().sum(1)
-        worst = int(rows[int(size.nan_to_num(nan=math.inf).argmax())])
-        fail(f"the {what} is {number.item()} in step {step + 1}, with the sample {texts[worst]!r}; "
-             "the last checkpoint, if any, is kept; take a smaller --lr", code=1)
-
-
 class Means:
-    """Weighted means over the micro-batches of a step; maxima for names that end in _max."""
+    """What the log says of a step: numbers of its micro-batches and mini-batches, put together."""
 
     def __init__(self):
-        self.sums, self.weights = {}, {}
+        self.sums, self.weights, self.parts, self.minibatches = {}, {}, {}, 0
 
     def add(self, weight, **scalars):
+        """Of a micro-batch: means over what was forwarded; maxima for names that end in _max."""
         for name, value in scalars.items():
             value = torch.as_tensor(value).detach()
             old, self.weights[name] = self.sums.get(name, 0), self.weights.get(name, 0) + weight
             self.sums[name] = max(old, value) if name.endswith("_max") else old + weight * value
 
+    def add_parts(self, weight, **scalars):
+        """Of a micro-batch: its part of a mini-batch's mean, to which what is not forwarded adds 0.
+        """
+        for name, value in scalars.items():
+            self.parts[name] = self.parts.get(name, 0) + weight * torch.as_tensor(value).detach()
+
+    def end_minibatch(self, **scalars):
+        """Of a mini-batch."""
+        self.minibatches += 1
+        self.add(1, **scalars)
+
     def __call__(self):
-        return {name: total if name.endswith("_max") else total / self.weights[name]
-                for name, total in self.sums.items()}
+        means = {name: total if name.endswith("_max") else total / self.weights[name]
+                 for name, total in self.sums.items()}
+        return means | {name: total / self.minibatches for name, total in self.parts.items()}

@@ -28,34 +28,31 @@ from typing import Literal, Optional
 import torch
 import torch.nn.functional as F
 
-from common import (HfArg, Means, RunConfig, fill, learning_rate, main, mini_batches,
-                    require_finite, step_generator)
-from common import fail
+from common import HfArg, Means, RunConfig, learning_rate
 from data import draw_problems
-from evaluation import evaluate, preference_stats, report, validate
-from model import save_policy
+from evaluation import preference_stats
+from flags import main
 from preferences import for_all_completions, load_preferences
 from rollout import all_logprobs, load_policy, make_batch, micro_batches, token_logprobs
 from run import Run
 
 
 @dataclass
-class Config(RunConfig):
-    minibatch_size: Optional[int] = HfArg(default=None, help="rows of data per optimizer step")
-    micro_batch_size: Optional[int] = HfArg(default=None, help="rows of data per pass: memory only")
+class Config(RunConfig):  # the rest is in common.py: --max_new_tokens, --seed, ...
+    steps: Optional[int] = HfArg(default=None, help="training steps; None: what --epochs take")
+    lr: float = HfArg(default=4e-4, help="AdamW learning rate at its peak")
+    minibatch_size: int = HfArg(default=64, help="rows of data per optimizer step")
+    micro_batch_size: int = HfArg(default=64, help="rows of data per pass: memory, not results")
     epochs: int = HfArg(default=1, help="passes over the data, where --steps are not given")
-    prompts: Optional[int] = HfArg(default=None, help="toy, words: prompts to make preferences of")
-    beta: Optional[float] = HfArg(default=None, help="weight of the KL to pi_ref, in h")
+    prompts: int = HfArg(default=1920, help="toy, words: prompts to make preferences of")
+    beta: float = HfArg(default=0.5, help="weight of the KL to pi_ref, in h")
     loss: Literal["bradley_terry", "plackett_luce"] = HfArg(
         default="bradley_terry", help="of pairs, or of rankings (column completions, best first)")
 
 
-# Defaults: TOY; HUB: --model on a GPU; CPU: --model without.
-TOY = dict(lr=4e-4, minibatch_size=64, micro_batch_size=64, max_new_tokens=32, eval_prompts=512,
-           prompts=1920, beta=0.5)
-HUB = dict(lr=1e-6, minibatch_size=64, micro_batch_size=4, max_new_tokens=512, eval_prompts=256,
-           prompts=1024, beta=0.1)
-CPU = dict(HUB, lr=1e-5, minibatch_size=8, max_new_tokens=48, eval_prompts=32, prompts=32)
+# The defaults above are the toy's; these are a real model's, made smaller on a CPU by flags.py.
+REAL = dict(lr=1e-6, minibatch_size=64, micro_batch_size=4, max_new_tokens=512, eval_prompts=256,
+            prompts=1024, beta=0.1)
 
 
 def dpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps,
@@ -78,16 +75,12 @@ def plackett_luce_loss(policy_logps, ref_logps, beta):
 
 
 def train(cfg):
-    fill(cfg, TOY, HUB, CPU)
-    if cfg.beta == 0:
-        fail("--beta 0: then all completions have the implicit reward 0; take 0.1, say")
     run = Run(cfg, "dpo")
     problems, validation, test = load_preferences(
         cfg, "rankings" if cfg.loss == "plackett_luce" else "pairs")
     K = len(problems[0]["targets"])  # a pair is a ranking of 2
     cfg.steps = cfg.steps or math.ceil(cfg.epochs * len(problems) / cfg.minibatch_size)
     policy, tokenizer = load_policy(cfg.model, cfg.device)
-    run.open(policy, tokenizer)
 
     def data_logps(asked):  # (B, K), sums over tokens, of the completions in the data
         return for_all_completions(lambda batch: all_logprobs(
@@ -99,53 +92,48 @@ def train(cfg):
         problem["ref_logps"] = ref_logps  # (K,), of the initial policy: --resume loads below
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.99),
                                   weight_decay=cfg.weight_decay, fused=True)
-    state = run.load(policy=policy, optimizer=optimizer)  # {}, or the checkpoint with --resume
 
     def rate(asked):  # (B, K), their implicit rewards
         ref_logps = torch.tensor([problem["ref_logps"] for problem in asked], device=cfg.device)
         return cfg.beta * (data_logps(asked) - ref_logps)
-    before = state.get("before") or evaluate(policy, tokenizer, test, cfg, rate=rate)
+    run.open(policy, tokenizer, validation, test, rate=rate, optimizer=optimizer)
 
     for step in run.steps():
         # 1. Batch: completions of the data instead of samples, and nothing to score.
-        generator = step_generator(cfg.seed, step)  # for the random numbers of this step
         asked = draw_problems(problems, step, cfg.minibatch_size, cfg.seed)
         batch = make_batch([problem["ids"] for problem in asked],
                            sum((problem["targets"] for problem in asked), []), cfg.device)
         mask = batch.mask                                       # (N, C), K rows of each prompt
-        texts = [text for problem in asked for text in problem["completions"]]
         ref_logps = torch.tensor([problem["ref_logps"] for problem in asked], device=cfg.device)
 
-        # 2. Update. share: a micro-batch's part of the prompts.
+        # 2. Update. by_row: the weight of a micro-batch, its part of the completions.
         stats = Means()
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg, cfg.lr)
-        for minibatch in mini_batches(len(mask), K * cfg.minibatch_size, group_size=K, epochs=1,
-                                      generator=generator):
-            optimizer.zero_grad()
-            for rows, _ in micro_batches(batch, minibatch, K * cfg.micro_batch_size):
-                share = len(rows) / len(minibatch)
-                logprobs = token_logprobs(policy, batch, rows, temperature=1.0)    # (R, C); 0: pad
-                logps, ref = logprobs.sum(1).view(-1, K), ref_logps[rows[::K] // K]    # (R / K, K)
-                if cfg.loss == "plackett_luce":
-                    loss = plackett_luce_loss(logps, ref, cfg.beta).mean()
-                else:
-                    loss = dpo_loss(*logps.T, *ref.T, cfg.beta)[0].mean()
-                require_finite(loss, "loss", step, texts, rows, logprobs)
-                (loss * share).backward()
-                stats.add(share, loss=loss, **preference_stats(cfg.beta * (logps - ref)))
-            grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm,
-                                                       error_if_nonfinite=True)
-            optimizer.step()
-            stats.add(1, grad_norm=grad_norm, lr=optimizer.param_groups[0]["lr"])
+        optimizer.zero_grad()
+        for rows, _, by_row in micro_batches(batch, torch.arange(len(mask)),
+                                             K * cfg.micro_batch_size):
+            logprobs = token_logprobs(policy, batch, rows, temperature=1.0)        # (R, C)
+            logps = logprobs.sum(dim=1).view(-1, K)                                # (R / K, K)
+            ref = ref_logps[batch.owner[rows[::K]]]  # of the same prompts           (R / K, K)
+            if cfg.loss == "plackett_luce":
+                losses, rewards = plackett_luce_loss(logps, ref, cfg.beta), cfg.beta * (logps - ref)
+            else:  # column 0 is chosen, column 1 rejected
+                losses, *rewards = dpo_loss(*logps.T, *ref.T, cfg.beta)
+                rewards = torch.stack(rewards, dim=1)
+            loss = losses.mean()
+            (loss * by_row).backward()
+            stats.add_parts(by_row, loss=loss, **preference_stats(rewards))
+        grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm,
+                                                   error_if_nonfinite=True)
+        optimizer.step()
+        stats.end_minibatch(grad_norm=grad_norm, lr=optimizer.param_groups[0]["lr"])
 
         # 3. Log. The loss begins at ln 2 = 0.693 of a pair, ln K! of a ranking: no opinion yet.
         run.log(step, **stats())
-        validate(run, step, policy, tokenizer, validation, cfg, rate=rate)
-        run.save(step, policy=policy, optimizer=optimizer, before=before)
+        run.end_step(step)  # validation, checkpoint, when due
 
-    save_policy(policy, tokenizer, run.folder)
-    report(before, evaluate(policy, tokenizer, test, cfg, rate=rate), run.folder)
+    run.close()  # saves the model, and reports how it fares on the test problems
 
 
 if __name__ == "__main__":
-    main(Config, train)
+    main(Config, REAL, train)

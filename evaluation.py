@@ -45,10 +45,8 @@ def preference_stats(rewards):
                 accuracy=right.mean())
 
 
-def check_first_step(step, policy, batch, scores, kl, cfg):
+def check_first_step(policy, batch, scores, kl, cfg):
     """What must hold before the first update, else the run is not what it seems. Warns, goes on."""
-    if step > 0:
-        return
     with torch.no_grad():
         rows = torch.arange(len(scores))[: cfg.micro_batch_size]
         logprobs = token_logprobs(policy, batch, rows, cfg.temperature)
@@ -139,16 +137,6 @@ def interval(values):
     values = torch.tensor(values, dtype=torch.float64)
     mean, margin = values.mean().item(), 1.96 * values.std(correction=0).item() / len(values) ** 0.5
     return [mean, mean - margin, mean + margin]
-
-
-def validate(run, step, policy, tokenizer, problems, cfg, rewards=None, rate=None):
-    """Every --eval_every steps: evaluate on validation problems, never on those of the test."""
-    if cfg.eval_every and (step + 1) % cfg.eval_every == 0:
-        results = evaluate(policy, tokenizer, problems, cfg, rewards, rate)
-        run.write("validation.jsonl", step, **results)
-        run.bar.write(f"step {step + 1}: validation, n = {results.pop('n')}: "
-                      + ", ".join(f"{name} {value[0]:.3f}" for name, value in results.items()
-                                  if isinstance(value, list)))
 
 
 def report(before, after, folder):

@@ -8,8 +8,7 @@ the reward to the loss, as k3, and each answer counts the same in the loss, howe
            ratio_t = pi / pi_old,   k3_t = r - 1 - log r,   r = pi_ref / pi
 
 k3 estimates KL(pi || pi_ref), but as a loss it descends KL(pi_ref || pi). Because of the divisions
-by std and by length, the gradient is not that of the mean score; Dr. GRPO (arXiv 2503.20783) has
-neither: --aggregation dr_grpo. --aggregation token: the mean over all tokens, as in DAPO and TRL.
+by std and by length, the gradient is not that of the mean score.
 --process: each reasoning step has a reward, z-scored over all steps of the group; A_t is their sum
 from t's step on. The last step's reward is the score; otherwise, stopping early would pay.
 
@@ -21,16 +20,14 @@ What to expect of the toy: asked 8+9-5=, it answers 12, or shows its work, 8+9=1
 """
 import copy
 from dataclasses import dataclass
-from typing import Literal, Optional
 
 import torch
 
-from common import (HfArg, Means, RunConfig, fill, learning_rate, main, mini_batches,
-                    require_finite, step_generator)
+from common import HfArg, Means, RunConfig, learning_rate, mini_batches, step_generator
 from common import fail, kl_estimate, masked_mean
 from data import draw_problems, load_problems
-from evaluation import batch_stats, check_first_step, evaluate, ratio_stats, report, validate
-from model import save_policy
+from evaluation import batch_stats, check_first_step, ratio_stats
+from flags import main
 from rewards import load_rewards, score, score_steps
 from rollout import all_logprobs, load_policy, micro_batches, sample, token_logprobs
 from run import Run
@@ -39,24 +36,18 @@ from run import Run
 @dataclass
 class Config(RunConfig):  # the rest is in common.py: --steps, --lr, --minibatch_size, ...
     reward: str = HfArg(default="last_number", help="name, file.py:function or folder; a,b: sum")
-    prompts_per_step: Optional[int] = HfArg(default=None, help="prompts per rollout batch")
-    group_size: Optional[int] = HfArg(default=None, help="completions per prompt, K")
+    prompts_per_step: int = HfArg(default=64, help="prompts per rollout batch")
+    group_size: int = HfArg(default=4, help="completions per prompt, K")
     temperature: float = HfArg(default=1.0, help="of the sampling, and of all log-probs with it")
     epochs: int = HfArg(default=1, help="passes over each rollout batch")
-    kl_coef: Optional[float] = HfArg(default=None, help="weight of the KL (beta in most papers)")
+    kl_coef: float = HfArg(default=0.01, help="weight of the KL (beta in most papers)")
     clip_eps: float = HfArg(default=0.2, help="clip range of the ratio")
     process: bool = HfArg(default=False, help="a reward of 0 or 1 per step too (toy only)")
-    aggregation: Literal["response", "token", "dr_grpo"] = HfArg(
-        default="response", help="loss averaged by response, over all tokens, or as in Dr. GRPO")
 
 
-# Defaults: TOY; HUB: --model on a GPU; CPU: --model without. completions = prompts * group_size.
-TOY = dict(steps=60, lr=2e-4, completions=256, minibatch_size=64, micro_batch_size=64,
-           max_new_tokens=32, kl_coef=0.01, eval_prompts=512)
-HUB = dict(steps=200, lr=1e-6, completions=256, minibatch_size=128, micro_batch_size=8,
-           max_new_tokens=256, kl_coef=0.04, eval_prompts=256)
-CPU = dict(HUB, steps=15, lr=1e-5, completions=32, minibatch_size=16, max_new_tokens=48,
-           eval_prompts=64)
+# The defaults above are the toy's; these are a real model's, made smaller on a CPU by flags.py.
+REAL = dict(steps=200, lr=1e-6, minibatch_size=128, micro_batch_size=8, max_new_tokens=256,
+            kl_coef=0.04, eval_prompts=256)
 
 
 def group_advantages(scores, group_size):
@@ -68,13 +59,6 @@ def group_advantages(scores, group_size):
     mean, std = groups.mean(dim=1, keepdim=True), groups.std(dim=1, keepdim=True)
     constant = groups.amax(dim=1, keepdim=True) == groups.amin(dim=1, keepdim=True)
     return torch.where(constant, 0, (groups - mean) / (std + 1e-4)).flatten()
-
-
-def dr_grpo_advantages(scores, group_size):
-    """score - mean of its group: (N,) -> (N,). A std would favour groups with one odd answer."""
-    groups = scores.view(-1, group_size)
-    groups = groups - groups[:, :1]  # changes nothing, but makes equal scores exactly 0
-    return (groups - groups.mean(dim=1, keepdim=True)).flatten()
 
 
 def process_advantages(step_rewards, step_ends, mask, group_size):
@@ -103,42 +87,33 @@ def response_mean(values, mask):
     return (values.sum(dim=1) / mask.sum(dim=1).clamp(min=1)).mean()
 
 
-def constant_mean(values, mask, length):
-    """Sum / (N * length), the same `length` always: (N, C) -> scalar. Dr. GRPO: no length bias."""
-    return torch.where(mask.bool(), values, 0).sum() / (len(mask) * length)
-
-
 def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, clip_eps, kl_coef,
               aggregate=response_mean):
-    """The clipped loss + kl_coef * k3, all (N, C), advantages also (N,) -> (loss, clip_frac)."""
+    """The clipped loss + kl_coef * k3, all (N, C), advantages also (N,) -> (loss, clip_frac).
+
+    aggregate: what makes the losses of the tokens one number; other papers have other means.
+    """
     A = advantages if advantages.dim() == 2 else advantages[:, None]
-    ratio = torch.where(mask.bool(), logprobs - old_logprobs, 0).exp()
+    logprobs, old_logprobs, ref_logprobs = (  # first: nan on padding would reach the gradient
+        torch.where(mask.bool(), x, 0) for x in (logprobs, old_logprobs, ref_logprobs))
+    ratio = (logprobs - old_logprobs).exp()
     unclipped, clipped = -A * ratio, -A * ratio.clamp(1 - clip_eps, 1 + clip_eps)
-    log_r = torch.where(mask.bool(), ref_logprobs - logprobs, 0)
-    k3 = torch.expm1(log_r) - log_r
+    k3 = kl_estimate(logprobs, ref_logprobs, "k3")
     loss = aggregate(torch.maximum(unclipped, clipped) + kl_coef * k3, mask)
     return loss, masked_mean((clipped > unclipped).to(loss.dtype), mask)
 
 
 def train(cfg):
-    fill(cfg, TOY, HUB, CPU, group_size=4)
-    if cfg.group_size < 2:
-        fail("--group_size 1: completions of a prompt are compared with each other; take 4, say")
-    if cfg.process and (cfg.data != "toy" or cfg.aggregation == "dr_grpo"):
-        fail("--process: only --data toy has a checker of steps; and it divides by a std, which "
-             "--aggregation dr_grpo forbids: leave one out")
-    aggregate = dict(response=response_mean, token=masked_mean,
-                     dr_grpo=lambda v, m: constant_mean(v, m, cfg.max_new_tokens))[cfg.aggregation]
+    if cfg.process and cfg.data != "toy":
+        fail(f"--process: --data {cfg.data} has no checker of steps, only toy has; leave it out")
     run = Run(cfg, "grpo")
     problems, validation, test = load_problems(cfg)
     rewards = load_rewards(cfg, problems + validation + test)
     policy, tokenizer = load_policy(cfg.model, cfg.device)
-    run.open(policy, tokenizer)
     ref_model = copy.deepcopy(policy).requires_grad_(False) if cfg.kl_coef else None
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.99),
                                   weight_decay=cfg.weight_decay, fused=True)
-    state = run.load(policy=policy, optimizer=optimizer)  # {}, or the checkpoint with --resume
-    before = state.get("before") or evaluate(policy, tokenizer, test, cfg, rewards)
+    run.open(policy, tokenizer, validation, test, rewards, optimizer=optimizer)
 
     for step in run.steps():
         # 1. Sample: K completions of each prompt of this step, from softmax(logits / temperature).
@@ -154,49 +129,46 @@ def train(cfg):
         ref_logprobs = old_logprobs if ref_model is None else all_logprobs(      # (N, C)
             ref_model, batch, cfg.micro_batch_size, cfg.temperature)
         kl = kl_estimate(old_logprobs, ref_logprobs, "k1")                       # only for the log
-        check_first_step(step, policy, batch, scores, kl, cfg)  # warns if the setup looks wrong
+        if step == 0:
+            check_first_step(policy, batch, scores, kl, cfg)  # warns if the setup looks wrong
         run.lap("score")
 
         # 3. Advantages: how much better than usual did it go? No gradient flows through them.
         if cfg.process:
             steps = score_steps(asked, batch, texts, scores, tokenizer)
             advantages = process_advantages(*steps, mask, cfg.group_size)
-        elif cfg.aggregation == "dr_grpo":
-            advantages = dr_grpo_advantages(scores, cfg.group_size)
         else:
             advantages = group_advantages(scores, cfg.group_size)
 
-        # 4. Update, once per mini-batch. share: a micro-batch's part of the mini-batch's tokens.
+        # 4. Update, once per mini-batch. by_token, by_row weight its micro-batches, for a mean over
+        # tokens or over completions; both sum to 1.
         stats = Means()
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg, cfg.lr)
         for minibatch in mini_batches(len(scores), cfg.minibatch_size, cfg.group_size, cfg.epochs,
                                       generator):
             optimizer.zero_grad()
-            for rows, share in micro_batches(batch, minibatch, cfg.micro_batch_size,
-                                             None if cfg.kl_coef else advantages):
+            for rows, by_token, by_row in micro_batches(batch, minibatch, cfg.micro_batch_size,
+                                                        None if cfg.kl_coef else advantages):
                 old, A, m = old_logprobs[rows], advantages[rows], mask[rows]     # R rows of each
                 logprobs = token_logprobs(policy, batch, rows, cfg.temperature)  # (R, C)
                 loss, clip_frac = grpo_loss(logprobs, old, ref_logprobs[rows], A, m, cfg.clip_eps,
-                                            cfg.kl_coef, aggregate)
-                stats.add(share, **ratio_stats(logprobs, old, m), clip_frac=clip_frac)
-                share = len(rows) / len(minibatch) if cfg.aggregation != "token" else share
-                require_finite(loss, "loss", step, texts, rows, logprobs)
-                (loss * share).backward()
-                stats.add(share, loss=loss)
+                                            cfg.kl_coef)
+                stats.add(by_token, **ratio_stats(logprobs, old, m))
+                stats.add_parts(by_token, clip_frac=clip_frac)
+                (loss * by_row).backward()  # this loss is a mean over completions
+                stats.add_parts(by_row, loss=loss)
             grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm,
                                                        error_if_nonfinite=True)
             optimizer.step()
-            stats.add(1, grad_norm=grad_norm, lr=optimizer.param_groups[0]["lr"])
+            stats.end_minibatch(grad_norm=grad_norm, lr=optimizer.param_groups[0]["lr"])
 
         # 5. Log. The loss is no measure of quality: what matters is its gradient.
         run.log(step, **batch_stats(scores, kl, batch, cfg.group_size), **each, **stats())
         run.show(step, asked, texts, scores)
-        validate(run, step, policy, tokenizer, validation, cfg, rewards)
-        run.save(step, policy=policy, optimizer=optimizer, before=before)
+        run.end_step(step)  # validation, checkpoint, when due
 
-    save_policy(policy, tokenizer, run.folder)
-    report(before, evaluate(policy, tokenizer, test, cfg, rewards), run.folder)
+    run.close()  # saves the model, and reports how it fares on the test problems
 
 
 if __name__ == "__main__":
-    main(Config, train)
+    main(Config, REAL, train)

@@ -160,8 +160,11 @@ def checkpoint_activations(model):
              "out, and lower --micro_batch_size instead")
 
 
-def check_saving(model, tokenizer, folder, networks=1):
-    """Find out before the training if its result could not be saved after it."""
+def check_saving(model, tokenizer, folder, networks):
+    """Find out before the training if its result could not be saved after it.
+
+    networks: all that a checkpoint holds.
+    """
     config = getattr(model, "generation_config", None) or transformers.GenerationConfig()
     with tempfile.TemporaryDirectory(dir=folder) as trial:
         try:
@@ -174,8 +177,8 @@ def check_saving(model, tokenizer, folder, networks=1):
         except ValueError as error:
             fail("--model: its settings could not be saved again; mend or delete its "
                  f"generation_config.json ({' '.join(str(error).split())})")
-    copies = 1 + 2 * 3 * networks  # model; and twice, while one replaces the other: weights, Adam
-    need = 4 * copies * sum(p.numel() for p in model.parameters())  # fp32
+    size, *_ = sizes = [sum(p.numel() for p in network.parameters()) for network in networks]
+    need = 4 * (size + 2 * 3 * sum(sizes))  # fp32; checkpoints, old and new: weights, two moments
     if (free := shutil.disk_usage(folder).free) < need:
         fail(f"--out_dir {folder}: checkpoints and model need {need / 1e9:.1f} GB, but only "
              f"{free / 1e9:.1f} GB are free; choose a folder on a larger disk")

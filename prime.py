@@ -22,16 +22,14 @@ What to expect of the toy: asked 8+9-5=, it answers 12, or shows its work, 8+9=1
 """
 import copy
 from dataclasses import dataclass
-from typing import Optional
 
 import torch
 
-from common import (HfArg, Means, RunConfig, fill, learning_rate, main, mini_batches,
-                    require_finite, step_generator)
+from common import HfArg, Means, RunConfig, learning_rate, mini_batches, step_generator
 from common import fail, kl_estimate, ppo_clip_loss, returns_to_go
 from data import draw_problems, load_problems
-from evaluation import batch_stats, check_first_step, evaluate, ratio_stats, report, validate
-from model import save_policy
+from evaluation import batch_stats, check_first_step, ratio_stats
+from flags import main
 from rewards import load_rewards, score, score_steps
 from rloo import leave_one_out_advantages
 from rollout import all_logprobs, load_policy, micro_batches, sample, token_logprobs
@@ -41,24 +39,20 @@ from run import Run
 @dataclass
 class Config(RunConfig):  # the rest is in common.py: --steps, --lr, --minibatch_size, ...
     reward: str = HfArg(default="last_number", help="name, file.py:function or folder; a,b: sum")
-    prompts_per_step: Optional[int] = HfArg(default=None, help="prompts per rollout batch")
-    group_size: Optional[int] = HfArg(default=None, help="completions per prompt, K")
+    prompts_per_step: int = HfArg(default=64, help="prompts per rollout batch")
+    group_size: int = HfArg(default=4, help="completions per prompt, K")
     temperature: float = HfArg(default=1.0, help="of the sampling, and of all log-probs with it")
     epochs: int = HfArg(default=1, help="passes over each rollout batch")
     clip_eps: float = HfArg(default=0.2, help="clip range of the ratio")
     gamma: float = HfArg(default=1.0, help="discount per token of the implicit rewards")
     beta: float = HfArg(default=0.05, help="of the implicit reward, beta * log(prm / ref)")
-    prm_lr: Optional[float] = HfArg(default=None, help="AdamW learning rate of the reward model")
+    prm_lr: float = HfArg(default=1e-3, help="AdamW learning rate of the reward model")
     accuracy_filter: float = HfArg(default=0.0, help="drop mean scores < this or > 1 - this")
 
 
-# Defaults: TOY; HUB: --model on a GPU; CPU: --model without. completions = prompts * group_size.
-TOY = dict(steps=60, lr=2e-4, completions=256, minibatch_size=64, micro_batch_size=64,
-           max_new_tokens=32, eval_prompts=512, prm_lr=1e-3)
-HUB = dict(steps=200, lr=5e-7, completions=256, minibatch_size=128, micro_batch_size=8,
-           max_new_tokens=256, eval_prompts=256, prm_lr=1e-6)
-CPU = dict(HUB, steps=15, lr=1e-5, completions=32, minibatch_size=16, max_new_tokens=48,
-           eval_prompts=64, prm_lr=1e-5)
+# The defaults above are the toy's; these are a real model's, made smaller on a CPU by flags.py.
+REAL = dict(steps=200, lr=5e-7, minibatch_size=128, micro_batch_size=8, max_new_tokens=256,
+            eval_prompts=256, prm_lr=1e-6)
 
 
 def implicit_rewards(prm_logprobs, ref_logprobs, beta):
@@ -120,20 +114,15 @@ def spell(batch, q, tokenizer, i):
 
 
 def train(cfg):
-    fill(cfg, TOY, HUB, CPU, group_size=4)
-    if cfg.group_size < 2:
-        fail("--group_size 1: completions of a prompt are compared with each other; take 4, say")
     run = Run(cfg, "prime")
     problems, validation, test = load_problems(cfg)
     rewards = load_rewards(cfg, problems + validation + test)
     policy, tokenizer = load_policy(cfg.model, cfg.device)
-    run.open(policy, tokenizer, networks=2)  # two to save: is there room on the disk?
     ref_model, prm = copy.deepcopy(policy).requires_grad_(False), copy.deepcopy(policy)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.99),
                                   weight_decay=cfg.weight_decay, fused=True)
     optimizer.add_param_group(dict(params=prm.parameters()))  # its group 1
-    state = run.load(policy=policy, optimizer=optimizer, prm=prm)  # {}, or the checkpoint
-    before = state.get("before") or evaluate(policy, tokenizer, test, cfg, rewards)
+    run.open(policy, tokenizer, validation, test, rewards, optimizer=optimizer, prm=prm)
 
     for step in run.steps():
         # 1. Sample: K completions of each prompt of this step, from softmax(logits / temperature).
@@ -154,49 +143,50 @@ def train(cfg):
         q = implicit_rewards(prm_logprobs, ref_logprobs, cfg.beta)               # (N, C)
         steps = score_steps(asked, batch, texts, scores, tokenizer) if cfg.data == "toy" else ()
         each.update(prm_stats(q, scores, *steps))
-        check_first_step(step, policy, batch, scores, kl, cfg)  # warns if the setup looks wrong
+        if step == 0:
+            check_first_step(policy, batch, scores, kl, cfg)  # warns if the setup looks wrong
         run.lap("score")
 
         # 3. Advantages: how much better than usual did it go? No gradient flows through them.
         advantages = prime_advantages(q, scores, mask, cfg.group_size, cfg.gamma)
         kept = filter_by_accuracy(scores, cfg.group_size, cfg.accuracy_filter).cpu()
 
-        # 4. Update, once per mini-batch. share: a micro-batch's part of the mini-batch's tokens.
+        # 4. Update, once per mini-batch. by_token, by_row weight its micro-batches, for a mean over
+        # tokens or over completions; both sum to 1.
         stats = Means()
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg, cfg.lr)
         optimizer.param_groups[1]["lr"] = learning_rate(step, cfg, cfg.prm_lr)
         for minibatch in mini_batches(len(kept), cfg.minibatch_size, cfg.group_size, cfg.epochs,
                                       generator):
             optimizer.zero_grad()
-            for rows, share in micro_batches(batch, kept[minibatch], cfg.micro_batch_size):
+            for rows, by_token, by_row in micro_batches(batch, kept[minibatch],
+                                                        cfg.micro_batch_size):
                 old, A, m = old_logprobs[rows], advantages[rows], mask[rows]     # R rows of each
                 logprobs = token_logprobs(policy, batch, rows, cfg.temperature)  # (R, C)
                 loss, clip_frac = ppo_clip_loss(logprobs, old, A, m, cfg.clip_eps)
-                stats.add(share, **ratio_stats(logprobs, old, m), clip_frac=clip_frac)
-                (loss * share).backward()  # now, to free the policy's activations
-                stats.add(share, loss=loss)
+                stats.add(by_token, **ratio_stats(logprobs, old, m))
+                stats.add_parts(by_token, clip_frac=clip_frac)
+                (loss * by_token).backward()  # now, to free the policy's activations
+                stats.add_parts(by_token, loss=loss)
                 new = token_logprobs(prm, batch, rows, cfg.temperature)          # (R, C)
                 error = implicit_reward_loss(new, ref_logprobs[rows], m, scores[rows], cfg.beta)
-                require_finite(loss + error, "loss", step, texts, rows, logprobs + new)
-                (error * len(rows) / len(minibatch)).backward()  # a mean over completions
-                stats.add(len(rows), prm_loss=error)
+                (error * by_row).backward()  # this loss is a mean over completions
+                stats.add_parts(by_row, prm_loss=error)
             grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm,
                                                        error_if_nonfinite=True)
             torch.nn.utils.clip_grad_norm_(prm.parameters(), cfg.max_grad_norm,
                                            error_if_nonfinite=True)
             optimizer.step()
-            stats.add(1, grad_norm=grad_norm, lr=optimizer.param_groups[0]["lr"])
+            stats.end_minibatch(grad_norm=grad_norm, lr=optimizer.param_groups[0]["lr"])
 
         # 5. Log. The loss is no measure of quality: what matters is its gradient.
         run.log(step, **batch_stats(scores, kl, batch, cfg.group_size), **each,
                 **{"loss": 0.0, **stats()})
         run.show(step, asked, texts, scores, token_rewards=lambda i: spell(batch, q, tokenizer, i))
-        validate(run, step, policy, tokenizer, validation, cfg, rewards)
-        run.save(step, policy=policy, optimizer=optimizer, before=before, prm=prm)
+        run.end_step(step)  # validation, checkpoint, when due
 
-    save_policy(policy, tokenizer, run.folder)
-    report(before, evaluate(policy, tokenizer, test, cfg, rewards), run.folder)
+    run.close()  # saves the model, and reports how it fares on the test problems
 
 
 if __name__ == "__main__":
-    main(Config, train)
+    main(Config, REAL, train)

@@ -18,16 +18,14 @@ What to expect of the toy: asked 8+9-5=, it answers 12, or shows its work, 8+9=1
 0.6 of the held-out answers are right and half show the work; at the end, 0.9 and nearly all.
 """
 from dataclasses import dataclass
-from typing import Optional
 
 import torch
 
-from common import (HfArg, Means, RunConfig, fill, learning_rate, main, mini_batches,
-                    require_finite, step_generator)
-from common import fail, masked_mean
+from common import HfArg, Means, RunConfig, learning_rate, mini_batches, step_generator
+from common import masked_mean
 from data import draw_problems, load_problems
-from evaluation import batch_stats, check_first_step, evaluate, ratio_stats, report, validate
-from model import save_policy
+from evaluation import batch_stats, check_first_step, ratio_stats
+from flags import main
 from rewards import load_rewards, score
 from rollout import load_policy, micro_batches, sample, token_logprobs
 from run import Run
@@ -36,19 +34,15 @@ from run import Run
 @dataclass
 class Config(RunConfig):  # the rest is in common.py: --steps, --lr, --minibatch_size, ...
     reward: str = HfArg(default="last_number", help="name, file.py:function or folder; a,b: sum")
-    prompts_per_step: Optional[int] = HfArg(default=None, help="prompts per rollout batch")
-    group_size: Optional[int] = HfArg(default=None, help="completions per prompt, K")
+    prompts_per_step: int = HfArg(default=64, help="prompts per rollout batch")
+    group_size: int = HfArg(default=4, help="completions per prompt, K")
     temperature: float = HfArg(default=1.0, help="of the sampling, and of all log-probs with it")
     epochs: int = HfArg(default=1, help="passes over the best of each batch")
 
 
-# Defaults: TOY; HUB: --model on a GPU; CPU: --model without. completions = prompts * group_size.
-TOY = dict(steps=60, lr=2e-4, completions=256, minibatch_size=64, micro_batch_size=64,
-           max_new_tokens=32, eval_prompts=512)
-HUB = dict(steps=200, lr=1e-6, completions=256, minibatch_size=128, micro_batch_size=8,
-           max_new_tokens=256, eval_prompts=256)
-CPU = dict(HUB, steps=15, lr=1e-5, completions=32, minibatch_size=16, max_new_tokens=48,
-           eval_prompts=64)
+# The defaults above are the toy's; these are a real model's, made smaller on a CPU by flags.py.
+REAL = dict(steps=200, lr=1e-6, minibatch_size=128, micro_batch_size=8, max_new_tokens=256,
+            eval_prompts=256)
 
 
 def best_of_k(scores, group_size):
@@ -61,18 +55,13 @@ def best_of_k(scores, group_size):
 
 
 def train(cfg):
-    fill(cfg, TOY, HUB, CPU, group_size=4)
-    if cfg.group_size < 2:
-        fail("--group_size 1: completions of a prompt are compared with each other; take 4, say")
     run = Run(cfg, "raft")
     problems, validation, test = load_problems(cfg)
     rewards = load_rewards(cfg, problems + validation + test)
     policy, tokenizer = load_policy(cfg.model, cfg.device)
-    run.open(policy, tokenizer)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.99),
                                   weight_decay=cfg.weight_decay, fused=True)
-    state = run.load(policy=policy, optimizer=optimizer)  # {}, or the checkpoint with --resume
-    before = state.get("before") or evaluate(policy, tokenizer, test, cfg, rewards)
+    run.open(policy, tokenizer, validation, test, rewards, optimizer=optimizer)
 
     for step in run.steps():
         # 1. Sample: K completions of each prompt of this step, from softmax(logits / temperature).
@@ -86,43 +75,44 @@ def train(cfg):
         # 2. Score: what each completion earned.
         texts, scores, each = score(rewards, asked, batch, tokenizer, step)      # scores: (N,)
         kl = torch.zeros_like(mask)  # not measured: nothing here needs a reference
-        check_first_step(step, policy, batch, scores, kl, cfg)  # warns if the setup looks wrong
+        if step == 0:
+            check_first_step(policy, batch, scores, kl, cfg)  # warns if the setup looks wrong
         run.lap("score")
 
         # 3. Select the best of each group, where there is one.
         groups = scores.view(-1, cfg.group_size)
         best = best_of_k(scores, cfg.group_size)[groups.amax(1) > groups.amin(1)].cpu()
 
-        # 4. Update, once per mini-batch. share: a micro-batch's part of the mini-batch's tokens.
+        # 4. Update, once per mini-batch. by_token, by_row weight its micro-batches, for a mean over
+        # tokens or over completions; both sum to 1.
         stats = Means()
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg, cfg.lr)
         size = cfg.minibatch_size // cfg.group_size  # the best of as many as a sibling's mini-batch
         for minibatch in mini_batches(len(best), size, group_size=1, epochs=cfg.epochs,
                                       generator=generator):
             optimizer.zero_grad()
-            for rows, share in micro_batches(batch, best[minibatch], cfg.micro_batch_size):
+            for rows, by_token, by_row in micro_batches(batch, best[minibatch],
+                                                        cfg.micro_batch_size):
                 old, m = old_logprobs[rows], mask[rows]                          # R rows of each
                 logprobs = token_logprobs(policy, batch, rows, cfg.temperature)  # (R, C)
                 loss = -masked_mean(logprobs, m)
-                stats.add(share, **ratio_stats(logprobs, old, m), clip_frac=0.0)  # not in the loss
-                require_finite(loss, "loss", step, texts, rows, logprobs)
-                (loss * share).backward()
-                stats.add(share, loss=loss)
+                stats.add(by_token, **ratio_stats(logprobs, old, m))
+                stats.add_parts(by_token, clip_frac=0.0)  # nothing is clipped
+                (loss * by_token).backward()
+                stats.add_parts(by_token, loss=loss)
             grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm,
                                                        error_if_nonfinite=True)
             optimizer.step()
-            stats.add(1, grad_norm=grad_norm, lr=optimizer.param_groups[0]["lr"])
+            stats.end_minibatch(grad_norm=grad_norm, lr=optimizer.param_groups[0]["lr"])
 
         # 5. Log. The loss is low from the start, because the policy has written this itself.
         run.log(step, **batch_stats(scores, kl, batch, cfg.group_size), **each,
                 **{"loss": 0.0, **stats()})
         run.show(step, asked, texts, scores)
-        validate(run, step, policy, tokenizer, validation, cfg, rewards)
-        run.save(step, policy=policy, optimizer=optimizer, before=before)
+        run.end_step(step)  # validation, checkpoint, when due
 
-    save_policy(policy, tokenizer, run.folder)
-    report(before, evaluate(policy, tokenizer, test, cfg, rewards), run.folder)
+    run.close()  # saves the model, and reports how it fares on the test problems
 
 
 if __name__ == "__main__":
-    main(Config, train)
+    main(Config, REAL, train)

@@ -23,40 +23,37 @@ What to expect of the toy: asked 8+9-5=, it answers 12, or shows its work, 8+9=1
 0.6 of the held-out answers are right and half show the work; at the end, 0.96 and nearly all.
 """
 import copy
-from dataclasses import dataclass
-from typing import Literal, Optional
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 
-from common import (HfArg, Means, RunConfig, fill, learning_rate, main, mini_batches,
-                    require_finite, step_generator)
-from common import fail, kl_estimate
+from common import HfArg, Means, RunConfig, learning_rate, mini_batches, step_generator
+from common import kl_estimate
 from data import draw_problems, load_problems
-from evaluation import batch_stats, check_first_step, evaluate, ratio_stats, report, validate
-from model import save_policy
+from evaluation import batch_stats, check_first_step, ratio_stats
+from flags import main
 from rewards import load_rewards, score
 from rollout import all_logprobs, load_policy, micro_batches, sample, token_logprobs
 from run import Run
 
 
 @dataclass
-class Config(RunConfig):  # the rest is in common.py: --steps, --lr, --minibatch_size, ...
+class Config(RunConfig):  # the rest is in common.py: --steps, --max_new_tokens, ...
+    lr: float = HfArg(default=5e-4, help="AdamW learning rate at its peak")
+    minibatch_size: None = field(default=None, init=False)  # no flag: one update per batch
     reward: str = HfArg(default="last_number", help="name, file.py:function or folder; a,b: sum")
-    prompts_per_step: Optional[int] = HfArg(default=None, help="prompts per rollout batch")
-    group_size: Optional[int] = HfArg(default=None, help="completions per prompt, K")
+    prompts_per_step: int = HfArg(default=256, help="prompts per rollout batch")
+    group_size: int = HfArg(default=1, help="completions per prompt, K")
     temperature: float = HfArg(default=1.0, help="of the sampling, and of all log-probs with it")
-    kl_coef: Optional[float] = HfArg(default=None, help="weight of the KL (beta in most papers)")
+    kl_coef: float = HfArg(default=0.01, help="weight of the KL (beta in most papers)")
     baseline: Literal["ema", "running_mean"] = HfArg(default="ema", help="mean of past scores")
     decay: float = HfArg(default=0.9, help="of the exponential moving average, ema")
 
 
-# Defaults: TOY; HUB: --model on a GPU; CPU: --model without. completions = prompts * group_size.
-TOY = dict(steps=60, lr=5e-4, completions=256, micro_batch_size=64,
-           max_new_tokens=32, kl_coef=0.01, eval_prompts=512)
-HUB = dict(steps=200, lr=2e-6, completions=256, micro_batch_size=8,
-           max_new_tokens=256, kl_coef=0.001, eval_prompts=256)
-CPU = dict(HUB, steps=15, lr=2e-5, completions=32, max_new_tokens=48,
-           eval_prompts=64)
+# The defaults above are the toy's; these are a real model's, made smaller on a CPU by flags.py.
+REAL = dict(steps=200, lr=2e-6, micro_batch_size=8, max_new_tokens=256, kl_coef=0.001,
+            eval_prompts=256)
 
 
 def ema_baseline(baseline, scores, decay):
@@ -77,21 +74,15 @@ def reinforce_loss(logprobs, advantages, mask):
 
 
 def train(cfg):
-    fill(cfg, TOY, HUB, CPU, group_size=1)
-    if cfg.minibatch_size < cfg.prompts_per_step * cfg.group_size:
-        fail(f"--minibatch_size {cfg.minibatch_size}: after a first update the batch would be off "
-             "policy, which REINFORCE, without a ratio, cannot correct; leave the flag out")
     run = Run(cfg, "reinforce")
     problems, validation, test = load_problems(cfg)
     rewards = load_rewards(cfg, problems + validation + test)
     policy, tokenizer = load_policy(cfg.model, cfg.device)
-    run.open(policy, tokenizer)
     ref_model = copy.deepcopy(policy).requires_grad_(False) if cfg.kl_coef else None
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.99),
                                   weight_decay=cfg.weight_decay, fused=True)
-    state = run.load(policy=policy, optimizer=optimizer)  # {}, or the checkpoint with --resume
+    state = run.open(policy, tokenizer, validation, test, rewards, optimizer=optimizer)
     baseline, count = state.get("baseline"), state.get("count", 0)
-    before = state.get("before") or evaluate(policy, tokenizer, test, cfg, rewards)
 
     for step in run.steps():
         # 1. Sample: K completions of each prompt of this step, from softmax(logits / temperature).
@@ -107,7 +98,8 @@ def train(cfg):
         ref_logprobs = old_logprobs if ref_model is None else all_logprobs(      # (N, C)
             ref_model, batch, cfg.micro_batch_size, cfg.temperature)
         kl = kl_estimate(old_logprobs, ref_logprobs, "k1")                       # (N, C) old - ref
-        check_first_step(step, policy, batch, scores, kl, cfg)  # warns if the setup looks wrong
+        if step == 0:
+            check_first_step(policy, batch, scores, kl, cfg)  # warns if the setup looks wrong
         run.lap("score")
 
         # 3. Advantages: how much better than usual did it go? No gradient flows through them.
@@ -117,36 +109,33 @@ def train(cfg):
         else:
             baseline, count = running_mean_baseline(baseline or 0, count, scores)
 
-        # 4. Update, once per mini-batch. share: a micro-batch's part of the mini-batch's tokens.
+        # 4. Update, once per mini-batch. by_token, by_row weight its micro-batches, for a mean over
+        # tokens or over completions; both sum to 1.
         stats = Means()
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg, cfg.lr)
-        for minibatch in mini_batches(len(scores), cfg.minibatch_size, cfg.group_size, 1,
+        for minibatch in mini_batches(len(scores), len(scores), cfg.group_size, 1,
                                       generator):
             optimizer.zero_grad()
-            for rows, share in micro_batches(batch, minibatch, cfg.micro_batch_size):
+            for rows, by_token, by_row in micro_batches(batch, minibatch, cfg.micro_batch_size):
                 old, A, m = old_logprobs[rows], advantages[rows], mask[rows]     # R rows of each
                 logprobs = token_logprobs(policy, batch, rows, cfg.temperature)  # (R, C)
                 loss = reinforce_loss(logprobs, A, m)
-                stats.add(share, **ratio_stats(logprobs, old, m), clip_frac=0.0)  # nothing to clip
-                share = len(rows) / len(minibatch)  # now of completions: the loss is their mean
-                require_finite(loss, "loss", step, texts, rows, logprobs)
-                (loss * share).backward()
-                stats.add(share, loss=loss)
+                stats.add(by_token, **ratio_stats(logprobs, old, m))
+                stats.add_parts(by_token, clip_frac=0.0)  # nothing is clipped
+                (loss * by_row).backward()  # this loss is a mean over completions
+                stats.add_parts(by_row, loss=loss)
             grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm,
                                                        error_if_nonfinite=True)
             optimizer.step()
-            stats.add(1, grad_norm=grad_norm, lr=optimizer.param_groups[0]["lr"])
+            stats.end_minibatch(grad_norm=grad_norm, lr=optimizer.param_groups[0]["lr"])
 
         # 5. Log. The loss is no measure of quality: what matters is its gradient.
         run.log(step, **batch_stats(scores, kl, batch, cfg.group_size), **each, **stats())
         run.show(step, asked, texts, scores)
-        validate(run, step, policy, tokenizer, validation, cfg, rewards)
-        run.save(step, policy=policy, optimizer=optimizer, before=before,
-                 baseline=baseline, count=count)
+        run.end_step(step, baseline=baseline, count=count)  # validation, checkpoint, when due
 
-    save_policy(policy, tokenizer, run.folder)
-    report(before, evaluate(policy, tokenizer, test, cfg, rewards), run.folder)
+    run.close()  # saves the model, and reports how it fares on the test problems
 
 
 if __name__ == "__main__":
-    main(Config, train)
+    main(Config, REAL, train)

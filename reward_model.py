@@ -23,11 +23,10 @@ from typing import Optional
 import torch
 import torch.nn.functional as F
 
-from common import (HfArg, Means, RunConfig, fill, learning_rate, main, mini_batches,
-                    require_finite, step_generator)
+from common import HfArg, Means, RunConfig, learning_rate
 from data import draw_problems
-from evaluation import evaluate, preference_stats, report, validate
-from model import save_policy
+from evaluation import preference_stats
+from flags import main
 from preferences import for_all_completions, load_preferences
 from rollout import load_policy, make_batch, micro_batches
 from run import Run
@@ -35,19 +34,18 @@ from scorer import all_scores, make_scorer, sequence_scores
 
 
 @dataclass
-class Config(RunConfig):
-    minibatch_size: Optional[int] = HfArg(default=None, help="rows of data per optimizer step")
-    micro_batch_size: Optional[int] = HfArg(default=None, help="rows of data per pass: memory only")
+class Config(RunConfig):  # the rest is in common.py: --max_new_tokens, --seed, ...
+    steps: Optional[int] = HfArg(default=None, help="training steps; None: what --epochs take")
+    lr: float = HfArg(default=1e-3, help="AdamW learning rate at its peak")
+    minibatch_size: int = HfArg(default=64, help="rows of data per optimizer step")
+    micro_batch_size: int = HfArg(default=64, help="rows of data per pass: memory, not results")
     epochs: int = HfArg(default=1, help="passes over the data, where --steps are not given")
-    prompts: Optional[int] = HfArg(default=None, help="toy, words: prompts to make preferences of")
+    prompts: int = HfArg(default=1920, help="toy, words: prompts to make preferences of")
 
 
-# Defaults: TOY; HUB: --model on a GPU; CPU: --model without.
-TOY = dict(lr=1e-3, minibatch_size=64, micro_batch_size=64, max_new_tokens=32, eval_prompts=512,
-           prompts=1920)
-HUB = dict(lr=1e-5, minibatch_size=64, micro_batch_size=4, max_new_tokens=512, eval_prompts=256,
-           prompts=1024)
-CPU = dict(HUB, lr=1e-4, minibatch_size=8, max_new_tokens=48, eval_prompts=32, prompts=32)
+# The defaults above are the toy's; these are a real model's, made smaller on a CPU by flags.py.
+REAL = dict(lr=1e-5, minibatch_size=64, micro_batch_size=4, max_new_tokens=512, eval_prompts=256,
+            prompts=1024)
 
 
 def bradley_terry_loss(chosen_scores, rejected_scores):
@@ -56,7 +54,6 @@ def bradley_terry_loss(chosen_scores, rejected_scores):
 
 
 def train(cfg):
-    fill(cfg, TOY, HUB, CPU)
     run = Run(cfg, "reward_model")
     problems, validation, test = load_preferences(cfg)
     K = 2  # chosen, rejected
@@ -64,51 +61,42 @@ def train(cfg):
     policy, tokenizer = load_policy(cfg.model, cfg.device)
     scorer = make_scorer(policy, tokenizer, cfg.model)
     del policy  # only its backbone was wanted
-    run.open(scorer, tokenizer)
     optimizer = torch.optim.AdamW(scorer.parameters(), lr=cfg.lr, betas=(0.9, 0.99),
                                   weight_decay=cfg.weight_decay, fused=True)
-    state = run.load(policy=scorer, optimizer=optimizer)  # {}, or the checkpoint with --resume
 
     def rate(asked):  # (B, K), scores of the completions in the data
         return for_all_completions(lambda batch: all_scores(
             scorer, batch, cfg.micro_batch_size), asked, cfg)
-    before = state.get("before") or evaluate(scorer, tokenizer, test, cfg, rate=rate)
+    run.open(scorer, tokenizer, validation, test, rate=rate, optimizer=optimizer)
 
     for step in run.steps():
         # 1. Batch: completions of the data instead of samples, and nothing to score.
-        generator = step_generator(cfg.seed, step)  # for the random numbers of this step
         asked = draw_problems(problems, step, cfg.minibatch_size, cfg.seed)
         batch = make_batch([problem["ids"] for problem in asked],
                            sum((problem["targets"] for problem in asked), []), cfg.device)
         mask = batch.mask                                       # (N, C), K rows of each prompt
-        texts = [text for problem in asked for text in problem["completions"]]
 
-        # 2. Update. share: a micro-batch's part of the prompts.
+        # 2. Update. by_row: the weight of a micro-batch, its part of the completions.
         stats = Means()
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg, cfg.lr)
-        for minibatch in mini_batches(len(mask), K * cfg.minibatch_size, group_size=K, epochs=1,
-                                      generator=generator):
-            optimizer.zero_grad()
-            for rows, _ in micro_batches(batch, minibatch, K * cfg.micro_batch_size):
-                share = len(rows) / len(minibatch)
-                scores = sequence_scores(scorer, batch, rows).view(-1, K)          # (R / K, K)
-                loss = bradley_terry_loss(*scores.T).mean()
-                require_finite(loss, "loss", step, texts, rows, scores.flatten())
-                (loss * share).backward()
-                stats.add(share, loss=loss, **preference_stats(scores))
-            grad_norm = torch.nn.utils.clip_grad_norm_(scorer.parameters(), cfg.max_grad_norm,
-                                                       error_if_nonfinite=True)
-            optimizer.step()
-            stats.add(1, grad_norm=grad_norm, lr=optimizer.param_groups[0]["lr"])
+        optimizer.zero_grad()
+        for rows, _, by_row in micro_batches(batch, torch.arange(len(mask)),
+                                             K * cfg.micro_batch_size):
+            scores = sequence_scores(scorer, batch, rows).view(-1, K)              # (R / K, K)
+            loss = bradley_terry_loss(*scores.T).mean()
+            (loss * by_row).backward()
+            stats.add_parts(by_row, loss=loss, **preference_stats(scores))
+        grad_norm = torch.nn.utils.clip_grad_norm_(scorer.parameters(), cfg.max_grad_norm,
+                                                   error_if_nonfinite=True)
+        optimizer.step()
+        stats.end_minibatch(grad_norm=grad_norm, lr=optimizer.param_groups[0]["lr"])
 
         # 3. Log. The loss begins at ln 2 = 0.693, the log of a coin.
         run.log(step, **stats())
-        validate(run, step, scorer, tokenizer, validation, cfg, rate=rate)
-        run.save(step, policy=scorer, optimizer=optimizer, before=before)
+        run.end_step(step)  # validation, checkpoint, when due
 
-    save_policy(scorer, tokenizer, run.folder)
-    report(before, evaluate(scorer, tokenizer, test, cfg, rate=rate), run.folder)
+    run.close()  # saves the model, and reports how it fares on the test problems
 
 
 if __name__ == "__main__":
-    main(Config, train)
+    main(Config, REAL, train)

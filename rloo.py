@@ -21,16 +21,14 @@ What to expect of the toy: asked 8+9-5=, it answers 12, or shows its work, 8+9=1
 """
 import copy
 from dataclasses import dataclass
-from typing import Optional
 
 import torch
 
-from common import (HfArg, Means, RunConfig, fill, learning_rate, main, mini_batches,
-                    require_finite, step_generator)
-from common import fail, kl_estimate, masked_mean, ppo_clip_loss
+from common import HfArg, Means, RunConfig, learning_rate, mini_batches, step_generator
+from common import kl_estimate, masked_mean, ppo_clip_loss
 from data import draw_problems, load_problems
-from evaluation import batch_stats, check_first_step, evaluate, ratio_stats, report, validate
-from model import save_policy
+from evaluation import batch_stats, check_first_step, ratio_stats
+from flags import main
 from rewards import load_rewards, score
 from rollout import all_logprobs, load_policy, micro_batches, sample, token_logprobs
 from run import Run
@@ -39,22 +37,18 @@ from run import Run
 @dataclass
 class Config(RunConfig):  # the rest is in common.py: --steps, --lr, --minibatch_size, ...
     reward: str = HfArg(default="last_number", help="name, file.py:function or folder; a,b: sum")
-    prompts_per_step: Optional[int] = HfArg(default=None, help="prompts per rollout batch")
-    group_size: Optional[int] = HfArg(default=None, help="completions per prompt, K")
+    prompts_per_step: int = HfArg(default=64, help="prompts per rollout batch")
+    group_size: int = HfArg(default=4, help="completions per prompt, K")
     temperature: float = HfArg(default=1.0, help="of the sampling, and of all log-probs with it")
     epochs: int = HfArg(default=1, help="passes over each rollout batch")
-    kl_coef: Optional[float] = HfArg(default=None, help="weight of the KL (beta in most papers)")
+    kl_coef: float = HfArg(default=0.01, help="weight of the KL (beta in most papers)")
     clip_eps: float = HfArg(default=0.2, help="clip range of the ratio")
     sequence_ratio: bool = HfArg(default=False, help="one ratio per completion, as TRL has it")
 
 
-# Defaults: TOY; HUB: --model on a GPU; CPU: --model without. completions = prompts * group_size.
-TOY = dict(steps=60, lr=2e-4, completions=256, minibatch_size=64, micro_batch_size=64,
-           max_new_tokens=32, kl_coef=0.01, eval_prompts=512)
-HUB = dict(steps=200, lr=1e-6, completions=256, minibatch_size=128, micro_batch_size=8,
-           max_new_tokens=256, kl_coef=0.001, eval_prompts=256)
-CPU = dict(HUB, steps=15, lr=1e-5, completions=32, minibatch_size=16, max_new_tokens=48,
-           eval_prompts=64)
+# The defaults above are the toy's; these are a real model's, made smaller on a CPU by flags.py.
+REAL = dict(steps=200, lr=1e-6, minibatch_size=128, micro_batch_size=8, max_new_tokens=256,
+            kl_coef=0.001, eval_prompts=256)
 
 
 def leave_one_out_advantages(rewards, group_size):
@@ -79,19 +73,14 @@ def sequence_ratio_loss(logprobs, old_logprobs, advantages, mask, clip_eps):
 
 
 def train(cfg):
-    fill(cfg, TOY, HUB, CPU, group_size=4)
-    if cfg.group_size < 2:
-        fail("--group_size 1: completions of a prompt are compared with each other; take 4, say")
     run = Run(cfg, "rloo")
     problems, validation, test = load_problems(cfg)
     rewards = load_rewards(cfg, problems + validation + test)
     policy, tokenizer = load_policy(cfg.model, cfg.device)
-    run.open(policy, tokenizer)
     ref_model = copy.deepcopy(policy).requires_grad_(False) if cfg.kl_coef else None
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.99),
                                   weight_decay=cfg.weight_decay, fused=True)
-    state = run.load(policy=policy, optimizer=optimizer)  # {}, or the checkpoint with --resume
-    before = state.get("before") or evaluate(policy, tokenizer, test, cfg, rewards)
+    run.open(policy, tokenizer, validation, test, rewards, optimizer=optimizer)
 
     for step in run.steps():
         # 1. Sample: K completions of each prompt of this step, from softmax(logits / temperature).
@@ -109,44 +98,45 @@ def train(cfg):
         ref_logprobs = old_logprobs if ref_model is None else all_logprobs(      # (N, C)
             ref_model, batch, cfg.micro_batch_size, cfg.temperature)
         kl = kl_estimate(old_logprobs, ref_logprobs, "k1")                       # (N, C) old - ref
-        check_first_step(step, policy, batch, scores, kl, cfg)  # warns if the setup looks wrong
+        if step == 0:
+            check_first_step(policy, batch, scores, kl, cfg)  # warns if the setup looks wrong
         run.lap("score")
 
         # 3. Advantages: how much better than usual did it go? No gradient flows through them.
         advantages = leave_one_out_advantages(scores - cfg.kl_coef * kl.sum(dim=1), cfg.group_size)
 
-        # 4. Update, once per mini-batch. share: a micro-batch's part of the mini-batch's tokens.
+        # 4. Update, once per mini-batch. by_token, by_row weight its micro-batches, for a mean over
+        # tokens or over completions; both sum to 1.
         stats = Means()
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg, cfg.lr)
         for minibatch in mini_batches(len(scores), cfg.minibatch_size, cfg.group_size, cfg.epochs,
                                       generator):
             optimizer.zero_grad()
-            for rows, share in micro_batches(batch, minibatch, cfg.micro_batch_size, advantages):
+            for rows, by_token, by_row in micro_batches(batch, minibatch, cfg.micro_batch_size,
+                                                        advantages):
                 old, A, m = old_logprobs[rows], advantages[rows], mask[rows]     # R rows of each
                 logprobs = token_logprobs(policy, batch, rows, cfg.temperature)  # (R, C)
                 if cfg.sequence_ratio:
                     loss, clip_frac = sequence_ratio_loss(logprobs, old, A, m, cfg.clip_eps)
                 else:
                     loss, clip_frac = ppo_clip_loss(logprobs, old, A[:, None], m, cfg.clip_eps)
-                stats.add(share, **ratio_stats(logprobs, old, m), clip_frac=clip_frac)
-                share = len(rows) / len(minibatch) if cfg.sequence_ratio else share  # completions
-                require_finite(loss, "loss", step, texts, rows, logprobs)
-                (loss * share).backward()
-                stats.add(share, loss=loss)
+                stats.add(by_token, **ratio_stats(logprobs, old, m))
+                stats.add_parts(by_token, clip_frac=clip_frac)
+                weight = by_row if cfg.sequence_ratio else by_token  # a mean over which of them?
+                (loss * weight).backward()
+                stats.add_parts(weight, loss=loss)
             grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm,
                                                        error_if_nonfinite=True)
             optimizer.step()
-            stats.add(1, grad_norm=grad_norm, lr=optimizer.param_groups[0]["lr"])
+            stats.end_minibatch(grad_norm=grad_norm, lr=optimizer.param_groups[0]["lr"])
 
         # 5. Log. The loss is no measure of quality: what matters is its gradient.
         run.log(step, **batch_stats(scores, kl, batch, cfg.group_size), **each, **stats())
         run.show(step, asked, texts, scores)
-        validate(run, step, policy, tokenizer, validation, cfg, rewards)
-        run.save(step, policy=policy, optimizer=optimizer, before=before)
+        run.end_step(step)  # validation, checkpoint, when due
 
-    save_policy(policy, tokenizer, run.folder)
-    report(before, evaluate(policy, tokenizer, test, cfg, rewards), run.folder)
+    run.close()  # saves the model, and reports how it fares on the test problems
 
 
 if __name__ == "__main__":
-    main(Config, train)
+    main(Config, REAL, train)

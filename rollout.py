@@ -235,7 +235,7 @@ def token_values(critic, batch, rows):
 def for_all(per_rows, model, batch, micro_batch_size, *more):
     """per_rows, token_logprobs or token_values, over the whole batch in slices of its rows."""
     result = torch.zeros_like(batch.mask)
-    for rows, _ in micro_batches(batch, torch.arange(len(result)), micro_batch_size):
+    for rows, *_ in micro_batches(batch, torch.arange(len(result)), micro_batch_size):
         result[rows] = per_rows(model, batch, rows, *more)
     return result
 
@@ -314,13 +314,14 @@ def sample(policy, tokenizer, prompts, group_size, max_new_tokens, temperature, 
 
 
 def micro_batches(batch, rows, size, advantages=None):
-    """Split a mini-batch into forwards of `size` rows -> yields (rows, share).
+    """Split a mini-batch into forwards of `size` rows -> yields (rows, by_token, by_row).
 
-    share is the part of the mini-batch's tokens: token means weighted by it add up to the mean over
-    the whole mini-batch, so that micro-batching changes memory and not the gradient. A forward is
-    as wide as its longest row, and has each of its prompts once: so the completions of a prompt
-    stay together, those of prompts with short completions first. If a loss is only `advantages`
-    (N,) or (N, C) times something, a row where they are 0 has no gradient, and is not forwarded.
+    by_token and by_row are the part of the mini-batch's tokens and of its rows. Means of the parts,
+    weighted by the one or the other, add up to the mean over the mini-batch, so that `size` changes
+    memory and not the gradient. A forward is as wide as its longest row, and has each prompt once:
+    so the completions of a prompt stay together, and prompts with short ones come first. If a loss
+    is nothing but `advantages` (N,) or (N, C) times something, a row where they are 0 has no
+    gradient, and is not forwarded; the weights of the others stay.
     """
     lengths, owner = batch.mask[rows].sum(1).long().cpu(), batch.owner[rows].cpu()
     longest = torch.zeros(len(batch.prompts), dtype=torch.long)
@@ -331,4 +332,5 @@ def micro_batches(batch, rows, size, advantages=None):
         forwarded[0] = True  # for AdamW: a gradient of 0 moves a parameter, none at all does not
         order = order[forwarded[order]]
     for part in order.split(size):
-        yield rows[part], (lengths[part].sum() / lengths.sum()).item()
+        by_token = (lengths[part].sum() / lengths.sum()).item()
+        yield rows[part], by_token, len(part) / len(rows)

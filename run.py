@@ -1,13 +1,13 @@
 """
-A run: its folder (config.json, metrics.jsonl, samples.jsonl, checkpoint.pt, model/) and its screen.
+A run: its folder (config.json, metrics.jsonl, samples.jsonl, checkpoint.pt, test.json, model/) and
+its screen.
 
-Where a script says run.steps(), run.lap(), run.log(), run.save(), all that happens is counting,
-timing, one line of JSON, one file. Nothing here touches the learning.
+Where a script says run.open(), run.steps(), run.lap(), run.log(), run.show(), run.end_step() and
+run.close(), files, times and evaluations are looked after. Nothing here learns.
 """
 import json
 import os
 import shlex
-import shutil
 import signal
 import sys
 import tempfile
@@ -18,8 +18,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from common import fail, use_bf16
-from model import check_saving, checkpoint_activations
+from common import check_ranges, fail, find_device, use_bf16
+from evaluation import evaluate, report
+from model import check_saving, checkpoint_activations, save_policy
 
 # What --resume lets differ from the run's own: where, how long and in how much memory it runs, how
 # often it reports. The data's checksum is compared on its own, when the data has been read.
@@ -69,19 +70,30 @@ def check_writable(folder, what, remedy):
 
 
 class Run:
+    step = None  # the number of the one that is being made, for main()
+
     def __init__(self, cfg, name):
         """Refuse what cannot work before anything is trained; nothing is written yet."""
+        cfg.device = find_device(cfg.device)
+        check_ranges(cfg)
         self.cfg, self.name, self.folder = cfg, name, find_folder(cfg, name)
         self.first, self.saved, self.stopping, self.times = 0, 0, False, {}
         self.command = ["python", *sys.argv]
         flags = (field.name for field in fields(cfg) if field.init)
         print(f"{name}: " + " ".join(f"{k}={getattr(cfg, k)}" for k in flags), flush=True)
 
-    def open(self, policy, tokenizer, networks=1):
-        """Make the folder, and say what will be trained in it; networks: how many of its size."""
+    def open(self, policy, tokenizer, validation, test, rewards=None, rate=None, **trained):
+        """Make the folder; with --resume, load the checkpoint; look at the test problems.
+
+        trained: what has a state beside the policy, optimizer=..., critic=... rewards, rate: of
+        evaluate(). -> {}, or what end_step() was given for the checkpoint.
+        """
         self.folder = find_folder(self.cfg, self.name)  # again: loading may have taken a while
         self.folder.mkdir(parents=True, exist_ok=True)
         self.cfg.out_dir = self.cfg.out_dir or str(self.folder)
+        self.policy, self.tokenizer = policy, tokenizer
+        self.trained = dict(policy=policy, **trained)
+        networks = [thing for thing in self.trained.values() if isinstance(thing, torch.nn.Module)]
         check_saving(policy, tokenizer, self.folder, networks)
         torch.use_deterministic_algorithms(policy.device.type == "cpu")  # to the last bit
         torch.utils.deterministic.fill_uninitialized_memory = False  # costs 3 %, decides nothing
@@ -95,6 +107,12 @@ class Run:
                 "in fp32, because this GPU has no bf16"
         print(f"{policy.config.model_type} of {size:,} parameters on {policy.device}, computing "
               f"{how}, into {self.folder}", flush=True)
+        self.validation, self.test = validation, test
+        self.evaluate = lambda problems: evaluate(policy, tokenizer, problems, self.cfg, rewards,
+                                                  rate)
+        state = self.load()
+        self.before = state.get("before") or self.evaluate(test)
+        return state
 
     def steps(self):
         """Count the steps. Ctrl-C: finish this one, save, say how to go on; again: stop at once."""
@@ -108,7 +126,7 @@ class Run:
         self.bar = tqdm(total=self.cfg.steps, initial=self.first, dynamic_ncols=True)
         try:
             for step in range(self.first, self.cfg.steps):
-                self.mark = time.perf_counter()
+                Run.step, self.mark = step + 1, time.perf_counter()
                 yield step
                 self.bar.update()
                 if self.stopping and self.saved == step + 1 < self.cfg.steps:
@@ -167,16 +185,32 @@ class Run:
         with open(self.folder / name, "a") as file:
             file.write(json.dumps({"step": step + 1, **fields}, default=str) + "\n")
 
-    def save(self, step, **state):
-        """checkpoint.pt, when it is due: every --save_every steps, at the last, after Ctrl-C."""
-        if self.stopping or (step + 1) % self.cfg.save_every == 0 or step + 1 == self.cfg.steps:
-            state = {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in state.items()}
-            state.update(step=step + 1)
-            write_atomically(self.folder / "checkpoint.pt", lambda path: torch.save(state, path))
-            self.saved = step + 1
+    def end_step(self, step, **numbers):
+        """A look at the validation problems, and checkpoint.pt, each when it is due.
 
-    def load(self, **objects):
-        """-> {}; with --resume, checkpoint.pt into `objects` -> the whole of it.
+        The checkpoint also keeps `numbers`; it is due every --save_every steps, at the last one,
+        and after Ctrl-C.
+        """
+        done = step + 1
+        if self.cfg.eval_every and done % self.cfg.eval_every == 0:
+            results = self.evaluate(self.validation)
+            self.write("validation.jsonl", step, **results)
+            self.bar.write(f"step {done}: validation, n = {results.pop('n')}: "
+                           + ", ".join(f"{name} {value[0]:.3f}" for name, value in results.items()
+                                       if isinstance(value, list)))
+        if self.stopping or done % self.cfg.save_every == 0 or done == self.cfg.steps:
+            state = {name: thing.state_dict() for name, thing in self.trained.items()}
+            state.update(step=done, before=self.before, **numbers)
+            write_atomically(self.folder / "checkpoint.pt", lambda path: torch.save(state, path))
+            self.saved = done
+
+    def close(self):
+        """Save the model, and report how it fares on the test problems."""
+        save_policy(self.policy, self.tokenizer, self.folder)
+        report(self.before, self.evaluate(self.test), self.folder)
+
+    def load(self):
+        """-> {}; with --resume, checkpoint.pt, of which what has a state has been loaded.
 
         It holds no random numbers: those of a step are a function of seed and step.
         """
@@ -185,7 +219,7 @@ class Run:
         path = self.folder / "checkpoint.pt"
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            for name, thing in objects.items():
+            for name, thing in self.trained.items():
                 thing.load_state_dict(state[name])
             self.first = state["step"]
         except Exception:  # of zip, of pickle, of other shapes, ...

@@ -18,39 +18,37 @@ from dataclasses import dataclass
 import torch
 
 import toy
-from common import (HfArg, Means, RunConfig, fill, learning_rate, main, masked_mean, require_finite)
+from common import HfArg, Means, RunConfig, learning_rate
+from common import masked_mean
 from data import draw_problems, load_problems
-from evaluation import evaluate, report, validate
-from model import save_policy
+from flags import main
 from rollout import load_policy, make_batch, micro_batches, token_logprobs
 from run import Run
 
 
 @dataclass
-class Config(RunConfig):
+class Config(RunConfig):  # the rest is in common.py: --max_new_tokens, --seed, ...
+    steps: int = HfArg(default=1200, help="training steps")
+    lr: float = HfArg(default=4e-3, help="AdamW learning rate at its peak")
     warmup_steps: int = HfArg(default=20, help="steps in which the learning rate rises to its peak")
+    micro_batch_size: int = HfArg(default=32, help="completions per pass: memory, not results")
 
 
-TOY = dict(steps=1200, lr=4e-3, minibatch_size=64, micro_batch_size=32, max_new_tokens=32,
-           eval_prompts=512)
-HUB = dict(steps=200, lr=1e-5, minibatch_size=64, micro_batch_size=8, max_new_tokens=256,
-           eval_prompts=256)
-CPU = dict(HUB, steps=15, minibatch_size=16, max_new_tokens=48, eval_prompts=64)
+# The defaults above are the toy's; these are a real model's, made smaller on a CPU by flags.py.
+REAL = dict(steps=200, lr=1e-5, minibatch_size=64, micro_batch_size=8, max_new_tokens=256,
+            eval_prompts=256)
 
 
 def train(cfg):
-    fill(cfg, TOY, HUB, CPU)
     run = Run(cfg, "sft")
     problems, validation, test = load_problems(cfg, "completion")
     if cfg.model:
         policy, tokenizer = load_policy(cfg.model, cfg.device)
     else:
         policy, tokenizer = toy.make_model(cfg.seed).to(cfg.device), toy.make_tokenizer()
-    run.open(policy, tokenizer)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.98),
                                   weight_decay=cfg.weight_decay, fused=True)
-    state = run.load(policy=policy, optimizer=optimizer)  # {}, or the checkpoint with --resume
-    before = state.get("before") or evaluate(policy, tokenizer, test, cfg)
+    run.open(policy, tokenizer, validation, test, optimizer=optimizer)
 
     for step in run.steps():
         # 1. Batch: demonstrations instead of samples, and nothing to score.
@@ -58,31 +56,28 @@ def train(cfg):
         batch = make_batch([problem["ids"] for problem in asked],
                            [problem["targets"][0] for problem in asked], cfg.device)
         mask = batch.mask                                                          # (N, C)
-        texts = [problem["completion"] for problem in asked]
 
         # 2. Update.
         stats = Means()
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg, cfg.lr)
         optimizer.zero_grad()
-        for rows, share in micro_batches(batch, torch.arange(len(mask)), cfg.micro_batch_size):
+        for rows, by_token, _ in micro_batches(batch, torch.arange(len(mask)),
+                                               cfg.micro_batch_size):
             logprobs = token_logprobs(policy, batch, rows, temperature=1.0)        # (R, C)
             loss = -masked_mean(logprobs, mask[rows])
-            require_finite(loss, "loss", step, texts, rows, logprobs)
-            (loss * share).backward()
-            stats.add(share, loss=loss)
+            (loss * by_token).backward()
+            stats.add_parts(by_token, loss=loss)
         grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm,
                                                    error_if_nonfinite=True)
         optimizer.step()
-        stats.add(1, grad_norm=grad_norm, lr=optimizer.param_groups[0]["lr"])
+        stats.end_minibatch(grad_norm=grad_norm, lr=optimizer.param_groups[0]["lr"])
 
         # 3. Log. Here the loss does say something: nats per token, and it falls.
         run.log(step, **stats())
-        validate(run, step, policy, tokenizer, validation, cfg)
-        run.save(step, policy=policy, optimizer=optimizer, before=before)
+        run.end_step(step)  # validation, checkpoint, when due
 
-    save_policy(policy, tokenizer, run.folder)
-    report(before, evaluate(policy, tokenizer, test, cfg), run.folder)
+    run.close()  # saves the model, and reports how it fares on the test problems
 
 
 if __name__ == "__main__":
-    main(Config, train)
+    main(Config, REAL, train)

@@ -36,6 +36,11 @@ def make_tokenizer():
                                    unk_token="<unk>")
 
 
+def is_toy(tokenizer):
+    """Whether a tokenizer knows what make_tokenizer()'s knows, and nothing else."""
+    return tokenizer.get_vocab() == make_tokenizer().get_vocab()
+
+
 def make_model(seed):
     """A Llama of 162,496 parameters with random weights."""
     torch.manual_seed(seed)

@@ -20,15 +20,15 @@ What to expect of the toy: asked 8+9-5=, it answers 12, or shows its work, 8+9=1
 """
 import copy
 from dataclasses import dataclass, field
-from typing import Optional
 
 import torch
 
-from common import HfArg, Means, RunConfig, fill, main, step_generator
+from common import HfArg, Means, RunConfig, step_generator
 from common import fail, kl_estimate, masked_mean, normalize_rewards
 from data import draw_problems, load_problems
-from evaluation import batch_stats, check_first_step, evaluate, ratio_stats, report, validate
-from model import check_memory, save_policy
+from evaluation import batch_stats, check_first_step, ratio_stats
+from flags import main
+from model import check_memory
 from reinforce_pp import reinforce_pp_advantages
 from rewards import load_rewards, score
 from rollout import all_logprobs, load_policy, micro_batches, pick, sample, token_logits
@@ -37,31 +37,29 @@ from run import Run
 
 @dataclass
 class Config(RunConfig):  # the rest is in common.py: --steps, --max_new_tokens, ...
+    steps: int = HfArg(default=30, help="training steps")
     lr: None = field(default=None, init=False)  # with init=False it is no flag: there is no AdamW
     warmup_steps: None = field(default=None, init=False)
     weight_decay: None = field(default=None, init=False)
     max_grad_norm: None = field(default=None, init=False)
-    minibatch_size: Optional[int] = field(default=None, init=False)
+    minibatch_size: None = field(default=None, init=False)
     reward: str = HfArg(default="last_number", help="name, file.py:function or folder; a,b: sum")
-    prompts_per_step: Optional[int] = HfArg(default=None, help="prompts per rollout batch")
-    group_size: Optional[int] = HfArg(default=None, help="completions per prompt, K")
+    prompts_per_step: int = HfArg(default=512, help="prompts per rollout batch")
+    group_size: int = HfArg(default=1, help="completions per prompt, K")
     temperature: float = HfArg(default=1.0, help="of the sampling, and of all log-probs with it")
-    kl_coef: Optional[float] = HfArg(default=None, help="weight of the KL (beta in most papers)")
+    kl_coef: float = HfArg(default=0.01, help="weight of the KL (beta in most papers)")
     reward_clip: float = HfArg(default=5.0, help="clip z-scored scores to this; 0: raw scores")
-    delta: Optional[float] = HfArg(default=None, help="largest KL of a step, nats per token")
-    damping: Optional[float] = HfArg(default=None, help="added to the diagonal of the matrix F")
-    fisher_fraction: Optional[float] = HfArg(default=None, help="part of the batch that makes F")
+    delta: float = HfArg(default=0.005, help="largest KL of a step, nats per token")
+    damping: float = HfArg(default=1.0, help="added to the diagonal of the matrix F")
+    fisher_fraction: float = HfArg(default=0.0625, help="part of the batch that makes F")
     cg_iterations: int = HfArg(default=10, help="products with F to find the step, at most")
     backtrack: float = HfArg(default=0.8, help="factor that shortens a step not accepted")
-    max_backtracks: int = HfArg(default=10, help="tries, after which no step is made")
+    max_tries: int = HfArg(default=10, help="tries to shorten it, after which no step is made")
 
 
-# Defaults: TOY; HUB: --model on a GPU; CPU: --model without. completions = prompts * group_size.
-TOY = dict(steps=30, completions=512, micro_batch_size=64, max_new_tokens=32, kl_coef=0.01,
-           eval_prompts=512, delta=0.005, damping=1.0, fisher_fraction=0.0625)
-HUB = dict(steps=200, completions=256, micro_batch_size=4, max_new_tokens=256, kl_coef=0.001,
-           eval_prompts=256, delta=0.001, damping=0.1, fisher_fraction=0.125)
-CPU = dict(HUB, steps=15, completions=32, max_new_tokens=48, eval_prompts=64)
+# The defaults above are the toy's; these are a real model's, made smaller on a CPU by flags.py.
+REAL = dict(steps=200, prompts_per_step=256, micro_batch_size=4, max_new_tokens=256, kl_coef=0.001,
+            eval_prompts=256, delta=0.001, damping=0.1, fisher_fraction=0.125)
 
 
 def surrogate(logprobs, old_logprobs, advantages, mask):
@@ -106,31 +104,29 @@ def conjugate_gradient(matvec, b, iterations=10, tolerance=1e-10):
 
 
 @torch.no_grad()
-def compare(policy, old_policy, batch, advantages, cfg):
-    """The policy beside the old one, on the whole batch -> what the log says of a step."""
+def measure_step(policy, old_policy, batch, advantages, cfg):
+    """A step that is tried, measured on the whole batch: its KL, and what L has gained by it."""
     stats = Means()
-    for rows, share in micro_batches(batch, torch.arange(len(advantages)), cfg.micro_batch_size):
+    everything = torch.arange(len(advantages))
+    for rows, by_token, _ in micro_batches(batch, everything, cfg.micro_batch_size):
         A, m = advantages[rows], batch.mask[rows]
         logits = [token_logits(p, batch, rows, cfg.temperature) for p in (old_policy, policy)]
         old, new = (pick(x, batch.completions[rows], 1.0) for x in logits)
-        stats.add(share, kl_after=mean_kl(*logits, m), **ratio_stats(new, old, m),
+        stats.add(by_token, kl_step=mean_kl(*logits, m), **ratio_stats(new, old, m),
                   real_gain=surrogate(new, old, A, m) - masked_mean(A, m))
     return stats()
 
 
 def train(cfg):
-    fill(cfg, TOY, HUB, CPU, group_size=1)
     run = Run(cfg, "trpo")
     problems, validation, test = load_problems(cfg)
     rewards = load_rewards(cfg, problems + validation + test)
     policy, tokenizer = load_policy(cfg.model, cfg.device)
     policy.set_attn_implementation("eager")  # the default, sdpa, cannot be differentiated twice
     check_memory(policy, 59 if cfg.kl_coef else 55, "take a smaller one, or reinforce_pp.py")
-    run.open(policy, tokenizer)
     ref_model = copy.deepcopy(policy).requires_grad_(False) if cfg.kl_coef else None
     old_policy, parameters = copy.deepcopy(policy), list(policy.parameters())
-    state = run.load(policy=policy)  # {}, or the checkpoint with --resume
-    before = state.get("before") or evaluate(policy, tokenizer, test, cfg, rewards)
+    run.open(policy, tokenizer, validation, test, rewards)
 
     for step in run.steps():
         # 1. Sample: K completions of each prompt of this step, from softmax(logits / temperature).
@@ -146,28 +142,29 @@ def train(cfg):
         ref_logprobs = old_logprobs if ref_model is None else all_logprobs(      # (N, C)
             ref_model, batch, cfg.micro_batch_size, cfg.temperature)
         kl = kl_estimate(old_logprobs, ref_logprobs, "k1")                       # (N, C) old - ref
-        check_first_step(step, policy, batch, scores, kl, cfg)  # warns if the setup looks wrong
+        if step == 0:
+            check_first_step(policy, batch, scores, kl, cfg)  # warns if the setup looks wrong
         run.lap("score")
 
         # 3. Advantages: how much better than usual did it go? No gradient flows through them.
         clipped = normalize_rewards(scores, cfg.reward_clip) if cfg.reward_clip else scores
         advantages = reinforce_pp_advantages(clipped, kl, mask, cfg.kl_coef)
 
-        # 4. Update, once for the batch. share: a micro-batch's part of the batch's tokens.
+        # 4. Update, once for the batch. by_token weights its micro-batches, for means over tokens.
         everything, gradient = torch.arange(len(scores)), 0
-        for rows, share in micro_batches(batch, everything, cfg.micro_batch_size):
+        for rows, by_token, _ in micro_batches(batch, everything, cfg.micro_batch_size):
             logits = token_logits(policy, batch, rows, cfg.temperature)          # (R, C, V)
             logprobs = pick(logits, batch.completions[rows], 1.0)                # (R, C)
             L = surrogate(logprobs, logprobs.detach(), advantages[rows], mask[rows])  # at pi_old
-            parts = torch.autograd.grad(L * share, parameters, materialize_grads=True)
+            parts = torch.autograd.grad(L * by_token, parameters, materialize_grads=True)
             gradient += torch.cat([part.flatten() for part in parts])            # (P,), uphill
 
         def matvec(vector):  # (F + damping) v, from a part of the batch
             product, part = 0, everything[: max(1, int(cfg.fisher_fraction * len(scores)))]
-            for rows, share in micro_batches(batch, part, cfg.micro_batch_size):
+            for rows, by_token, _ in micro_batches(batch, part, cfg.micro_batch_size):
                 logits = token_logits(policy, batch, rows, cfg.temperature)
                 here = mean_kl(logits.detach(), logits, mask[rows])  # it is 0; its Hessian is not
-                product += share * fisher_vector_product(here, parameters, vector, cfg.damping)
+                product += by_token * fisher_vector_product(here, parameters, vector, cfg.damping)
             return product
 
         x = conjugate_gradient(matvec, gradient, cfg.cg_iterations)
@@ -176,25 +173,23 @@ def train(cfg):
             fail(f"in step {step + 1}, no direction is finite; take a larger --damping", code=1)
         old_policy.load_state_dict(policy.state_dict())
         tries, sizes = [], [p.numel() for p in parameters]
-        for scale in [cfg.backtrack**i for i in range(cfg.max_backtracks)] + [0]:  # 0: none
+        for scale in [cfg.backtrack**i for i in range(cfg.max_tries)] + [0]:  # 0: no step
             for p, old, part in zip(parameters, old_policy.parameters(), full.split(sizes)):
                 p.data.copy_(old + scale * part.view_as(p))
-            tries.append(compare(policy, old_policy, batch, advantages, cfg))
-            if tries[-1]["kl_after"] <= cfg.delta and tries[-1]["real_gain"] > 0:
+            tries.append(measure_step(policy, old_policy, batch, advantages, cfg))
+            if tries[-1]["kl_step"] <= cfg.delta and tries[-1]["real_gain"] > 0:
                 break
-        stats = dict(tries[-1], kl_before=tries[0]["kl_after"], backtracks=len(tries) - 1,
+        stats = dict(tries[-1], kl_full_step=tries[0]["kl_step"], tries=len(tries),
                      predicted_gain=scale * gradient.dot(full), grad_norm=gradient.norm(),
                      loss=-tries[-1]["real_gain"])
 
         # 5. Log. The loss is minus what L has gained, measured after the step.
         run.log(step, **batch_stats(scores, kl, batch, cfg.group_size), **each, **stats)
         run.show(step, asked, texts, scores)
-        validate(run, step, policy, tokenizer, validation, cfg, rewards)
-        run.save(step, policy=policy, before=before)
+        run.end_step(step)  # validation, checkpoint, when due
 
-    save_policy(policy, tokenizer, run.folder)
-    report(before, evaluate(policy, tokenizer, test, cfg, rewards), run.folder)
+    run.close()  # saves the model, and reports how it fares on the test problems
 
 
 if __name__ == "__main__":
-    main(Config, train)
+    main(Config, REAL, train)

@@ -62,9 +62,14 @@ def make_model(name, scale=0.3, seed=0):
 
 
 def save_folder(folder, name="llama", hostile=False, template=None, dtype=torch.float32,
-                pad="<pad>", **kwargs):
-    """A model folder as it would come from the hub -> its path as a string."""
+                pad="<pad>", text=False, **kwargs):
+    """A model folder as it would come from the hub -> its path as a string.
+
+    Its tokenizer is the toy's; with text it knows one token more, and is a real model's.
+    """
     model, tokenizer = make_model(name, **kwargs).to(dtype), toy.make_tokenizer()
+    if text:
+        tokenizer.add_tokens(["<more>"])
     tokenizer.chat_template, tokenizer.pad_token = template, pad
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

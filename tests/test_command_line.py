@@ -15,12 +15,24 @@ import pytest
 import torch
 
 import common
+import dpo
+import flags as flags_py
+import grpo
 import model as model_py
+import orpo
+import ppo
+import prime
+import raft
+import reinforce
 import reinforce_pp
+import remax
+import reward_model
 import rewards
+import rloo
 import run
 import sft
 import toy
+import trpo
 import warm
 from conftest import (CONFIGS, HOSTILE, ROOT, TEMPLATE, by_text, moved, save_folder, to_problems,
                       write_jsonl)
@@ -176,8 +188,8 @@ def test_signals_end_the_processes_of_a_reward(folders, tmp_path, monkeypatch):
         try:
             reinforce_pp.train(quick(folders("llama"), lr=lr, steps=3, max_grad_norm=1e9,
                                      out_dir=f"run{lr}"))
-        except SystemExit as stop:
-            assert stop.code == code
+        except (SystemExit, RuntimeError) as stop:
+            assert code == 1 and "non-finite" in str(stop)
         assert before == [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
 
 
@@ -185,11 +197,11 @@ def test_a_character_that_the_terminal_cannot_show_is_replaced(folders, tmp_path
     monkeypatch.chdir(tmp_path)
     file = write_jsonl("sums.jsonl", [dict(prompt=f"{i}\u7b54\U0001f34e=", answer=i)
                                       for i in range(9)])
-    monkeypatch.setattr(sys, "argv", ["reinforce_pp.py", "--model", folders("llama"), *SMALL,
+    monkeypatch.setattr(sys, "argv", ["reinforce_pp.py", "--model", folders("llama", text=True), *SMALL,
                                       "--steps", "1", "--data", file])
     screen = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", screen)
-    common.main(reinforce_pp.Config, reinforce_pp.train)
+    flags_py.main(reinforce_pp.Config, reinforce_pp.REAL, reinforce_pp.train)
     screen.flush()
     assert b"\\u7b54" in screen.buffer.getvalue()
     assert Path("runs/reinforce_pp/model").is_dir()
@@ -246,12 +258,14 @@ def quick(model, **flags):
     return reinforce_pp.Config(**{**base, **flags})
 
 
-def test_a_run_that_blows_up_names_step_and_sample(folders, tmp_path, monkeypatch, capsys):
+def test_a_run_that_blows_up_names_the_step(folders, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["reinforce_pp.py", "--model", folders("llama"), *SMALL,
+                                      "--lr", "1e18", "--max_grad_norm", "1e9"])
     with pytest.raises(SystemExit) as stop:
-        reinforce_pp.train(quick(folders("llama"), lr=1e18, steps=5, max_grad_norm=1e9))
+        flags_py.main(reinforce_pp.Config, reinforce_pp.REAL, reinforce_pp.train)
     error = capsys.readouterr().err.splitlines()[-1]
-    assert stop.value.code == 1 and "in step 2" in error and "sample '" in error
+    assert stop.value.code == 1 and "in step 1, a gradient is nan" in error and "--lr" in error
 
 
 RELOAD = """
@@ -304,10 +318,11 @@ def test_infinite_gradients_and_full_memory_are_sentences(tmp_path, monkeypatch,
         def train(cfg):
             raise error
         with pytest.raises(SystemExit) as stop:
-            common.main(reinforce_pp.Config, train)
+            flags_py.main(reinforce_pp.Config, {}, train)
         assert stop.value.code == 1 and word in capsys.readouterr().err
     with pytest.raises(RuntimeError):  # anything else is our error, and shows itself
-        common.main(reinforce_pp.Config, lambda cfg: (_ for _ in ()).throw(RuntimeError("a bug")))
+        flags_py.main(reinforce_pp.Config, {},
+                      lambda cfg: (_ for _ in ()).throw(RuntimeError("a bug")))
 
 
 def test_same_seed_same_run(folders, tmp_path, monkeypatch):
@@ -337,15 +352,18 @@ def test_memory_flags_may_change_on_resume(folders, tmp_path, monkeypatch, plain
         seen.add(any(getattr(m, "gradient_checkpointing", False) for m in policy.modules()))
         return real(policy, *args)
 
-    def stop_in_the_third_step(run, step, *args):
+    def stop_in_the_third_step(run, step):
         if step == 2:
             raise KeyboardInterrupt
+        end_step(run, step)
+
+    end_step = reinforce_pp.Run.end_step
 
     monkeypatch.setattr(reinforce_pp, "token_logprobs", spy)
     flags = dict(group_size=2, lr=0.1, steps=3, save_every=1)
     reinforce_pp.train(quick(folders("llama"), **flags, out_dir="plain"))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(reinforce_pp, "validate", stop_in_the_third_step)
+        patch.setattr(reinforce_pp.Run, "end_step", stop_in_the_third_step)
         reinforce_pp.train(quick(folders("llama"), **flags, out_dir="spare"))
     assert seen == {False}
     reinforce_pp.train(quick(folders("llama"), **flags, out_dir="spare", micro_batch_size=3,
@@ -354,20 +372,72 @@ def test_memory_flags_may_change_on_resume(folders, tmp_path, monkeypatch, plain
     assert metrics("plain")[2] == pytest.approx(metrics("spare")[2], rel=1e-3, abs=1e-4)
 
 
-def test_rows_of_defaults_follow_the_world(folders, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    worlds = ((dict(), 2e-4, "toy", 256), (dict(group_size=4), 2e-4, "toy", 64),
-              (dict(model="x"), 1e-5, "words", 32))
-    for flags, lr, name, prompts in worlds:
-        cfg = reinforce_pp.Config(**flags)
-        common.fill(cfg, reinforce_pp.TOY, reinforce_pp.HUB, reinforce_pp.CPU, group_size=1)
-        assert (cfg.lr, cfg.data, cfg.prompts_per_step, cfg.device) == (lr, name, prompts, "cpu")
-    cfg = reinforce_pp.Config(lr=3.0)
-    common.fill(cfg, reinforce_pp.TOY, reinforce_pp.HUB, reinforce_pp.CPU, group_size=1)
-    assert cfg.lr == 3.0
-    cfg = reinforce_pp.Config(prompts_per_step=4)  # a default never makes a smaller batch wrong
-    common.fill(cfg, reinforce_pp.TOY, reinforce_pp.HUB, reinforce_pp.CPU, group_size=1)
-    assert cfg.minibatch_size == 4
+def choose(script, *arguments):
+    """The config that a script's train() gets."""
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, arguments)])
+        patch.setattr(sys.modules["__main__"], "__doc__", "")
+        flags_py.main(script.Config, script.REAL, seen.append)
+    return seen[0]
+
+
+def test_defaults_are_the_toys_unless_the_model_is_a_real_one(folders, monkeypatch, capsys):
+    """What decides is the model's vocabulary, not --data; what is typed stays."""
+    real = folders("llama", text=True)
+    for cuda, lr, prompts, longest in ((False, 1e-5, 32, 48), (True, 1e-6, 256, 256)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: int(cuda))
+        for flags in ([], ["--model", folders("llama")]):
+            cfg = choose(reinforce_pp, *flags)
+            assert (cfg.lr, cfg.data, cfg.prompts_per_step, cfg.max_new_tokens) == (
+                2e-4, "toy", 256, 32)
+        assert "real" not in capsys.readouterr().out
+        cfg = choose(reinforce_pp, "--model", real, "--kl-coef", 0.5, "--epochs=2")
+        assert (cfg.lr, cfg.data, cfg.prompts_per_step, cfg.max_new_tokens) == (
+            lr, "words", prompts, longest)
+        assert (cfg.kl_coef, cfg.epochs, cfg.minibatch_size) == (0.5, 2, prompts // 2)
+        said = capsys.readouterr().out
+        assert "defaults for a real model" in said and f"lr={lr}" in said
+        assert ("on a CPU" in said) == (not cuda) and "kl_coef" not in said
+        cfg = choose(reinforce_pp, "--model", real, "--data", "toy", "--lr", 3)
+        assert (cfg.lr, cfg.data, cfg.steps) == (3, "toy", 200 if cuda else 15)
+        assert choose(dpo, "--model", real).steps is None  # --epochs decides
+        capsys.readouterr()
+
+
+def test_a_default_never_makes_a_typed_size_wrong():
+    """A step has as many completions as by default, among fewer prompts; no mini-batch is larger
+    than the batch; and groups of 4 are what --group_baseline means."""
+    for script, flags, expected in (
+            (reinforce_pp, [], (256, 1, 64)), (reinforce_pp, ["--group_size", 8], (32, 8, 64)),
+            (reinforce_pp, ["--prompts_per_step", 4], (4, 1, 4)),
+            (reinforce_pp, ["--group_baseline"], (64, 4, 64)),
+            (reinforce_pp, ["--group_baseline", "--group_size", 2], (128, 2, 64)),
+            (reinforce_pp, ["--group_baseline", "--prompts_per_step", 4], (4, 4, 16)),
+            (grpo, [], (64, 4, 64)), (grpo, ["--group_size", 100], (2, 100, 100)),
+            (grpo, ["--group_size", 1000], (1, 1000, 1000)), (remax, [], (128, 1, 32)),
+            (grpo, ["--prompts_per_step", 4, "--group_size", 8], (4, 8, 32)),
+            (reinforce, ["--prompts_per_step", 4], (4, 1, None))):
+        cfg = choose(script, *flags)
+        assert (cfg.prompts_per_step, cfg.group_size, cfg.minibatch_size) == expected, flags
+        common.check_ranges(cfg)
+
+
+@pytest.mark.parametrize("script", [dpo, grpo, orpo, ppo, prime, raft, reinforce, reinforce_pp,
+                                    remax, reward_model, rloo, sft, trpo])
+def test_help_shows_the_defaults_of_all_three(script, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", "--help"])
+    with pytest.raises(SystemExit):
+        flags_py.main(script.Config, script.REAL, None)
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"(default: {script.Config().max_new_tokens})" in text
+    on_gpu, on_cpu = text.partition("a real model on a GPU, and on a CPU:")[2].split("--data")[1:]
+    for key, value in script.REAL.items():
+        assert f"--{key} {value}" in on_gpu and f"--{key} " in on_cpu
+    config = script.Config(**script.REAL)  # each is a flag, and none is out of range
+    common.check_ranges(config)
+    common.check_ranges(script.Config(**flags_py.for_a_cpu(script.Config, script.REAL)))
 
 
 def test_learning_rate():
@@ -391,14 +461,14 @@ def test_settings_that_transformers_would_not_save_are_saved(tmp_path, capsys):
     from transformers import GenerationConfig
     policy, tokenizer = toy.make_model(0), toy.make_tokenizer()
     policy.generation_config = GenerationConfig(temperature=0.7, top_k=5)
-    model_py.check_saving(policy, tokenizer, tmp_path)
+    model_py.check_saving(policy, tokenizer, tmp_path, [policy])
     for _ in range(2):  # the second replaces the first
         model_py.save_policy(policy, tokenizer, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     assert load_policy(str(tmp_path), "cpu")[0].generation_config.top_k == 5
     policy.generation_config = GenerationConfig(early_stopping=True, num_beams=1)
     with pytest.raises(SystemExit):  # before the training, and not after it
-        model_py.check_saving(policy, tokenizer, tmp_path)
+        model_py.check_saving(policy, tokenizer, tmp_path, [policy])
     assert "generation_config.json" in capsys.readouterr().err
 
 

@@ -19,6 +19,7 @@ import transformers
 
 import common
 import memory
+import run
 import reward_model
 import rewards
 import rollout
@@ -140,14 +141,17 @@ def test_kill_and_resume(folders, here, name):
     class Killed(BaseException):
         pass
 
-    def kill(run, step, *args, **kwargs):
+    def kill(run, step, **numbers):
         if step == 1:
             raise Killed
+        end_step(run, step, **numbers)
+
+    end_step = SCRIPTS[name].Run.end_step
 
     train(name, folders("llama"), steps=3, save_every=1)
     Path("run").rename("whole")
     with here.context() as patch:
-        patch.setattr(SCRIPTS[name], "validate", kill)
+        patch.setattr(SCRIPTS[name].Run, "end_step", kill)
         with pytest.raises(Killed):
             train(name, folders("llama"), steps=3, save_every=1)
     torch.manual_seed(7)  # of both devices
@@ -258,8 +262,8 @@ def test_a_log_prob_pass_and_its_backward_wait_a_known_number_of_times(folders):
     assert waits(update) == {"item": 1, "unique": 1, "tolist": 1, "copy to GPU": 6}
 
 
-WAITS = dict(sft=32, reinforce=71, reinforce_pp=91, ppo=132, remax=111, rloo=94, grpo=92, trpo=161,
-             prime=142, raft=74, reward_model=23, dpo=26, orpo=26)
+WAITS = dict(sft=30, reinforce=70, reinforce_pp=89, ppo=129, remax=110, rloo=92, grpo=90, trpo=161,
+             prime=140, raft=72, reward_model=22, dpo=25, orpo=24)
 
 
 @on_paper
@@ -269,9 +273,9 @@ def test_a_training_step_waits_a_known_number_of_times(folders, here, name):
     write_jsonl("sums.jsonl", [dict(prompt=f"{i}+1=", answer=i + 1, completion="7")
                                for i in range(30)])
     script, marks = SCRIPTS[name], []
-    here.setattr(script, "evaluate", lambda *args, **kwargs: {})
-    here.setattr(script, "report", lambda *args: None)
-    here.setattr(script, "validate", lambda *args, **kwargs: marks.append(
+    here.setattr(run, "evaluate", lambda *args, **kwargs: {})
+    here.setattr(script.Run, "close", lambda *args: None)
+    here.setattr(script.Run, "end_step", lambda *args, **kwargs: marks.append(
         sum(PAPER.SYNCS.values())))
     data = "pairs.jsonl" if name in test_offline_scripts.SCRIPTS else "sums.jsonl"
     train(name, folders("llama", scale=0.1), data=data, log_every=9)

@@ -48,11 +48,11 @@ def test_first_step_checks_are_silent_when_all_is_well_and_speak_when_not(tokeni
     policy.generation_config.eos_token_id = list(range(9))
     batch = sample(policy, tokenizer, [[5], [6]], 8, 12, 1.0, seeded())
     scores, kl = torch.arange(16).float(), torch.zeros_like(batch.mask)
-    evaluation.check_first_step(0, policy, batch, scores, kl, Knobs)
+    evaluation.check_first_step(policy, batch, scores, kl, Knobs)
     assert capsys.readouterr().out == ""
     batch.finished[:9] = False
     other = make_model("llama", seed=1).eval()
-    evaluation.check_first_step(0, other, batch, 0 * scores, kl + 0.1, Knobs)
+    evaluation.check_first_step(other, batch, 0 * scores, kl + 0.1, Knobs)
     out = capsys.readouterr().out
     assert out.count("warning") == 4
     for word in ("ratio", "KL", "scores", "--max_new_tokens"):

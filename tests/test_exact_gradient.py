@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from common import kl_estimate, ppo_clip_loss, returns_to_go, token_rewards
-from grpo import (constant_mean, dr_grpo_advantages, group_advantages, grpo_loss, masked_mean,
-                  response_mean)
+from dr_grpo import constant_mean, dr_grpo_advantages
+from grpo import group_advantages, grpo_loss, masked_mean, response_mean
 from ppo import gae
 from reinforce import ema_baseline, reinforce_loss, running_mean_baseline
 from remax import remax_advantages

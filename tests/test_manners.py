@@ -237,8 +237,8 @@ def test_sft_has_the_same_manners(
 def test_a_second_gpu_that_is_not_there(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     for device in ("cuda", "cuda:0", "cpu"):
-        common.fill(sft.Config(device=device), sft.TOY, sft.HUB, sft.CPU)
+        assert common.find_device(device) == device
     for device in ("cuda:1", "cuda:x", "cpu:1"):
         with pytest.raises(SystemExit) as stop:
-            common.fill(sft.Config(device=device), sft.TOY, sft.HUB, sft.CPU)
+            common.find_device(device)
         assert stop.value.code == 2 and device in capsys.readouterr().err

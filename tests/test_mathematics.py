@@ -242,8 +242,14 @@ def test_ratio_stats_and_means():
     assert stats["ratio_max"].item() == pytest.approx(math.exp(max(gaps)))
     expected = sum(math.exp(g) - 1 - g for g in gaps) / len(gaps)
     assert stats["approx_kl"].item() == pytest.approx(expected)
-    means = common.Means()
-    means.add(0.25, loss=torch.tensor(4.0), ratio_max=torch.tensor(3.0))
-    means.add(0.75, loss=torch.tensor(8.0), ratio_max=torch.tensor(2.0))
-    means.add(1.0, loss=torch.tensor(1.0), ratio_max=torch.tensor(1.0), lr=0.5)
-    assert {k: v.item() for k, v in means().items()} == {"loss": 4.0, "ratio_max": 3.0, "lr": 0.5}
+    means = common.Means()  # two mini-batches, of one of which a quarter is not forwarded
+    means.add(0.25, approx_kl=torch.tensor(4.0), ratio_max=torch.tensor(3.0))
+    means.add_parts(0.25, loss=torch.tensor(4.0))
+    means.add(0.5, approx_kl=torch.tensor(8.0), ratio_max=torch.tensor(2.0))
+    means.add_parts(0.5, loss=torch.tensor(8.0))
+    means.end_minibatch(lr=0.5)
+    means.add(1.0, approx_kl=torch.tensor(1.0), ratio_max=torch.tensor(1.0))
+    means.add_parts(1.0, loss=torch.tensor(1.0))
+    means.end_minibatch(lr=0.3)
+    assert {k: v.item() for k, v in means().items()} == pytest.approx({
+        "approx_kl": (1 + 4 + 1) / 1.75, "loss": (1 + 4 + 1) / 2, "ratio_max": 3.0, "lr": 0.4})

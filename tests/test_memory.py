@@ -11,6 +11,7 @@ import transformers
 import decode
 import memory
 import rewards
+import run
 import rollout
 import toy
 import trpo
@@ -104,15 +105,16 @@ def of_this_process(key):
 
 def take_one_step_of_trpo(folder):
     """In a process of its own -> bytes per parameter that it took at most, the weights included."""
-    real, start = trpo.Run.open, {}
+    real, start = trpo.load_policy, {}
 
-    def note(self, policy, *args, **kwargs):
+    def note(*args):
+        policy, tokenizer = real(*args)
         start["size"] = sum(p.numel() for p in policy.parameters())
         start["bytes"] = of_this_process("VmRSS")
-        return real(self, policy, *args, **kwargs)
+        return policy, tokenizer
 
-    trpo.Run.open, trpo.evaluate = note, lambda *args: {"n": 1}
-    trpo.report = trpo.save_policy = trpo.Run.save = lambda *args, **kwargs: None
+    trpo.load_policy, run.evaluate = note, lambda *args: {"n": 1}
+    trpo.Run.close = trpo.Run.end_step = lambda *args, **kwargs: None
     rewards.REWARDS["last_number"] = lambda prompts, completions, **columns: [
         float(i % 2) for i in range(len(prompts))]
     torch.set_num_threads(1)

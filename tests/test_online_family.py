@@ -10,6 +10,7 @@ import ppo
 import reinforce
 import remax
 import rloo
+from dr_grpo import constant_mean, dr_grpo_advantages
 from test_mathematics import T, cases, check_padding, random_batch, same
 
 # --------------------------------------------------------------- oracles: reference implementations
@@ -70,7 +71,7 @@ def test_leave_one_out_advantages_and_the_sequence_ratio(x, y):
 @pytest.mark.parametrize("x, y", cases("grpo_advantages"))
 def test_group_advantages(x, y):
     same(grpo.group_advantages(T(x["scores"]), x["group_size"]), y["with_std_trl_eps1e_4"])
-    same(grpo.dr_grpo_advantages(T(x["scores"]), x["group_size"]), y["without_std"])
+    same(dr_grpo_advantages(T(x["scores"]), x["group_size"]), y["without_std"])
 
 
 @pytest.mark.parametrize("x, y", cases("grpo_process_advantages"))
@@ -84,7 +85,7 @@ def test_process_advantages(x, y):
 @pytest.mark.parametrize("name", ["grpo", "bnpo", "dr_grpo"])
 def test_grpo_loss(x, y, name):
     def constant(values, mask):
-        return grpo.constant_mean(values, mask, x["max_completion_length"])
+        return constant_mean(values, mask, x["max_completion_length"])
     aggregate = dict(grpo=grpo.response_mean, bnpo=common.masked_mean, dr_grpo=constant)[name]
     for advantages in (T(x["advantages"]), T(x["advantages"])[:, None].expand_as(T(x["mask"]))):
         logprobs = T(x["logprobs"]).requires_grad_()
@@ -101,7 +102,7 @@ def test_grpo_loss(x, y, name):
 def test_aggregations(x, y):
     values, mask = T(x["loss_per_token"]), T(x["mask"])
     same(grpo.response_mean(values, mask), y["seq_mean_token_mean"])
-    same(grpo.constant_mean(values, mask, 1), y["seq_mean_token_sum"])
+    same(constant_mean(values, mask, 1), y["seq_mean_token_sum"])
     # reinforce_loss is the mean over sequences of the sum over tokens of -A * logprobs
     same(-reinforce.reinforce_loss(values, torch.ones(len(mask)).double(), mask),
          y["seq_mean_token_sum"])
@@ -201,7 +202,7 @@ def test_rloo_is_k_over_k_minus_1_of_dr_grpo():
     scores = torch.randn(12).double()
     for K in (2, 3, 4):
         same(rloo.leave_one_out_advantages(scores, K),
-             K / (K - 1) * grpo.dr_grpo_advantages(scores, K))
+             K / (K - 1) * dr_grpo_advantages(scores, K))
 
 
 def test_one_step_per_answer_is_outcome_supervision():
@@ -217,7 +218,7 @@ def test_without_kl_and_clip_dr_grpo_is_reinforce():
     advantages = torch.randn(6).double()
     one, two = (logprobs.clone().requires_grad_() for _ in range(2))
     grpo.grpo_loss(one, one.detach(), one.detach(), advantages, mask, 0.2, 0.0,
-                   lambda v, m: grpo.constant_mean(v, m, 5))[0].backward()
+                   lambda v, m: constant_mean(v, m, 5))[0].backward()
     reinforce.reinforce_loss(two, advantages, mask).backward()
     same(5 * one.grad, two.grad)
 
@@ -232,7 +233,7 @@ def every_function(mask, a, b, c):
             ppo.explained_variance(a, b, mask), reinforce.reinforce_loss(a, scores, mask),
             remax.remax_advantages(scores, greedy, a, mask, 0.1),
             *rloo.sequence_ratio_loss(a, b, scores, mask, 0.2), grpo.response_mean(a, mask),
-            grpo.constant_mean(a, mask, 9), *grpo.grpo_loss(a, b, c, scores, mask, 0.2, 0.1),
+            constant_mean(a, mask, 9), *grpo.grpo_loss(a, b, c, scores, mask, 0.2, 0.1),
             *grpo.grpo_loss(a, b, c, c, mask, 0.2, 0.1, common.masked_mean),
             grpo.process_advantages(steps, ends, mask, 2)]
 
@@ -269,7 +270,7 @@ def test_constant_groups_are_exactly_no_signal():
 def test_whole_groups_can_be_permuted():
     mask, *_ = random_batch()
     scores, order = torch.randn(6).double(), torch.tensor([4, 5, 0, 1, 2, 3])
-    for function in (rloo.leave_one_out_advantages, grpo.group_advantages, grpo.dr_grpo_advantages):
+    for function in (rloo.leave_one_out_advantages, grpo.group_advantages, dr_grpo_advantages):
         torch.testing.assert_close(function(scores, 2)[order], function(scores[order], 2))
     steps, ends = [[s, 1.0] for s in scores.tolist()], [[0, i] for i in (4, 0, 2, 3, 1, 6)]
     ours = grpo.process_advantages(steps, ends, mask, 2)

@@ -67,7 +67,7 @@ def test_every_format_is_the_same_pair(folders, tmp_path, row):
     for i, other in enumerate(("7-3=", "5-2=")):  # as text: prompts of two more splits
         rows.append(dict(prompt=other, chosen="4", rejected="1", note=i) if "prompt" in row else
                     dict(chosen=f"{other}4", rejected=f"{other}1", note=i))
-    model = folders("llama", template=TEMPLATE if "role" in str(row) else None)
+    model = folders("llama", template=TEMPLATE if "role" in str(row) else None, text=True)
     found = load_preferences(config(write_jsonl(tmp_path / "p.jsonl", rows), model))
     pair = next(problem for part in found for problem in part
                 if problem["row"].get("answer") == 3)
@@ -100,7 +100,7 @@ def test_several_turns_are_left_out_and_counted(folders, tmp_path, capsys):
     rows += [dict(prompt=[asks(f"{i}+2=")], chosen=[says("3")], rejected=[says("4")])
              for i in range(9)]
     found = load_preferences(config(write_jsonl(tmp_path / "p.jsonl", rows),
-                                    folders("llama", template=TEMPLATE)))
+                                    folders("llama", template=TEMPLATE, text=True)))
     assert "dropped 2 of 12 rows of train" in capsys.readouterr().out
     prompts = [row["prompt"] for part in found for row in part]
     assert len(prompts) == 10 and start in prompts
@@ -112,7 +112,7 @@ def test_a_conversation_that_repeats_its_prompt_is_cut_after_it(folders, tmp_pat
     rows = [dict(prompt=prompt, chosen=[*prompt, says("3")], rejected=[*prompt, says("4")])
             for prompt in prompts]
     found = load_preferences(config(write_jsonl(tmp_path / "p.jsonl", rows),
-                                    folders("llama", template=TEMPLATE)))
+                                    folders("llama", template=TEMPLATE, text=True)))
     problems = [problem for part in found for problem in part]
     assert len(problems) == 9 and "dropped" not in capsys.readouterr().out
     for problem in problems:
@@ -144,7 +144,7 @@ def test_if_all_rows_are_left_out_the_error_says_why(folders, tmp_path, capsys):
             dict(prompt=[asks("1")], chosen=[says("4")], rejected=[says("4")])]
     with pytest.raises(SystemExit) as stop:
         load_preferences(config(write_jsonl(tmp_path / "p.jsonl", rows),
-                                folders("llama", template=TEMPLATE)))
+                                folders("llama", template=TEMPLATE, text=True)))
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count("\n") == 1
     assert "2 of 2 rows of train" in error and "several messages" in error and "the same" in error
@@ -192,7 +192,7 @@ def made(tmp_path, monkeypatch, folders):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(preferences, "last_number", lambda prompts, completions, *rest: [
         float(text[:1] in "0123456789" and text != "") for text in completions])
-    return config("toy", folders("llama"), prompts=40)
+    return config("toy", folders("llama", text=True), prompts=40)
 
 
 def test_pairs_and_rankings_are_made_once_and_kept(made, capsys):
@@ -261,7 +261,7 @@ def test_no_prompt_is_in_two_splits(made):
 def test_another_model_or_size_makes_its_own(made, folders):
     load_preferences(made)
     load_preferences(config("toy", made.model, prompts=20))
-    load_preferences(config("toy", folders("gpt2"), prompts=40))
+    load_preferences(config("toy", folders("gpt2", text=True), prompts=40))
     assert len(list(Path("runs/preferences").iterdir())) == 3
 
 

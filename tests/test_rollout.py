@@ -95,11 +95,11 @@ def test_gradient_of_the_shared_pass(policy, tokenizer):
     expected = gradient()
     for size in (1, 2, 5, 12):
         total = 0
-        for rows, share in micro_batches(batch, torch.randperm(12), size):
+        for rows, by_token, _ in micro_batches(batch, torch.randperm(12), size):
             logprobs = token_logprobs(policy, batch, rows, 1.0)
             loss = (logprobs * weights[rows]).sum() / batch.mask[rows].sum()  # a token mean
-            (loss * share).backward()
-            total += share
+            (loss * by_token).backward()
+            total += by_token
         assert total == pytest.approx(1)
         assert (gradient() - expected).norm() < 1e-4 * expected.norm()
 
@@ -430,8 +430,18 @@ def test_no_mini_batch_is_a_tiny_rest(n, size, K):
     assert sum(sizes) == n and max(sizes) <= size and max(sizes) - min(sizes) <= K
 
 
-def test_micro_batches_share_by_tokens_and_sort_by_length():
+def test_micro_batches_are_weighted_by_tokens_or_rows_and_sorted_by_length():
     batch = make_batch([[5]] * 5, [[5] * n for n in (8, 2, 5, 1, 4)], "cpu")
-    parts = list(micro_batches(batch, torch.tensor([0, 1, 2, 4]), 2))
-    assert [rows.tolist() for rows, _ in parts] == [[1, 4], [2, 0]]
-    assert [share for _, share in parts] == pytest.approx([6 / 19, 13 / 19])
+    parts = list(micro_batches(batch, torch.tensor([0, 1, 2, 4]), 3))
+    assert [rows.tolist() for rows, *_ in parts] == [[1, 4, 2], [0]]
+    assert [by_token for _, by_token, _ in parts] == pytest.approx([11 / 19, 8 / 19])
+    assert [by_row for *_, by_row in parts] == [3 / 4, 1 / 4]
+
+
+def test_the_completions_of_a_prompt_stay_together():
+    """Also if the mini-batch is not in order: prompts in order of their longest completion."""
+    batch = make_batch([[5]] * 3, [[5] * n for n in (1, 9, 2, 3, 1, 8)], "cpu")
+    for seed in range(5):
+        rows = torch.randperm(6, generator=seeded(seed))
+        parts = [sorted(part.tolist()) for part, *_ in micro_batches(batch, rows, 2)]
+        assert parts == [[2, 3], [4, 5], [0, 1]]

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-LAYERS = ["common", "toy", "model", "run", "decode", "rollout", "data", "scorer",
-          "rewards", "evaluation"]  # upwards
+LAYERS = ["common", "toy", "model", "decode", "rollout", "data", "scorer", "rewards",
+          "evaluation", "run", "flags"]  # upwards
 FILES = sorted(path.name for path in ROOT.glob("*.py"))
 
 

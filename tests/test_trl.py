@@ -13,6 +13,7 @@ import grpo
 import rloo
 import toy
 from conftest import make_model, save_folder
+from dr_grpo import constant_mean, dr_grpo_advantages
 from rollout import all_logprobs, sample, token_logprobs
 
 trl = pytest.importorskip("trl", reason="an oracle for development: requirements-dev.txt")
@@ -95,8 +96,8 @@ def test_grpo(step, loss_type):
     A, aggregate = dict(
         grpo=(grpo.group_advantages(scores, K), grpo.response_mean),
         bnpo=(grpo.group_advantages(scores, K), common.masked_mean),
-        dr_grpo=(grpo.dr_grpo_advantages(scores, K),
-                 lambda values, mask: grpo.constant_mean(values, mask, LONGEST)))[loss_type]
+        dr_grpo=(dr_grpo_advantages(scores, K),
+                 lambda values, mask: constant_mean(values, mask, LONGEST)))[loss_type]
     torch.testing.assert_close(A, theirs["advantages"], rtol=1e-5, atol=1e-5)
     rows, ref_logprobs = torch.arange(len(A)), all_logprobs(ref_model, batch, 5, TEMPERATURE)
     ours, clip_frac = grpo.grpo_loss(

@@ -203,11 +203,11 @@ def test_after_every_step_the_kl_is_at_most_delta(folders, here, name):  # noqa:
     train("trpo", folders(name), steps=3, prompts=16, temperature=0.8, delta=0.02, damping=0.1,
           fisher_fraction=0.2, micro_batch_size=5)
     rows = metrics("run")
-    assert [row["kl_after"] for row in rows] == pytest.approx(kls, rel=1e-3, abs=1e-6)
+    assert [row["kl_step"] for row in rows] == pytest.approx(kls, rel=1e-3, abs=1e-6)
     assert all(kl <= 0.02 for kl in kls) and max(kls) > 0.01
-    assert all((row["real_gain"] > 0) == (row["backtracks"] < 10) for row in rows)
-    assert any(0 < row["backtracks"] < 10 and row["kl_before"] > 0.02 for row in rows)
-    assert all(row["kl_before"] == row["kl_after"] for row in rows if row["backtracks"] == 0)
+    assert all((row["real_gain"] > 0) == (row["tries"] <= 10) for row in rows)
+    assert any(1 < row["tries"] <= 10 and row["kl_full_step"] > 0.02 for row in rows)
+    assert all(row["kl_full_step"] == row["kl_step"] for row in rows if row["tries"] == 1)
 
 
 def test_a_tiny_step_gains_what_was_predicted(folders, here):  # noqa: F811
@@ -222,16 +222,16 @@ def test_a_tiny_step_gains_what_was_predicted(folders, here):  # noqa: F811
           temperature=0.6)
     (row,) = metrics("run")
     assert row["real_gain"] == pytest.approx(row["predicted_gain"], rel=0.05)
-    assert row["backtracks"] <= 1 and row["kl_before"] == pytest.approx(1e-6, rel=0.15)
+    assert row["tries"] <= 2 and row["kl_full_step"] == pytest.approx(1e-6, rel=0.15)
 
 
 @pytest.mark.parametrize("flags", [dict(delta=1e-30), dict(kl_coef=0.0)])
 def test_a_step_that_is_refused_leaves_everything_as_it_was(folders, here, flags):  # noqa: F811
     """To the last bit: no length is short enough; or there is no advantage and so no direction."""
     here.setitem(rewards.REWARDS, "last_number", shorter if "delta" in flags else blind)
-    train("trpo", folders("gpt2"), max_backtracks=3, **flags)
+    train("trpo", folders("gpt2"), max_tries=3, **flags)
     for row in metrics("run"):
-        assert row["backtracks"] == 3 and row["kl_after"] == row["real_gain"] == 0, row
+        assert row["tries"] == 4 and row["kl_step"] == row["real_gain"] == 0, row
         assert row["predicted_gain"] == 0 and all(value == value for value in row.values())
     old = load_policy(folders("gpt2"), "cpu")[0].state_dict()
     assert all(torch.equal(old[key], value) for key, value in weights("run").items())
