@@ -312,11 +312,8 @@ def render(prompt, tokenizer, data):
     What the data has begun of the answer (a last message of the assistant) follows to the letter.
     """
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    if not tokenizer.chat_template:
-        if isinstance(prompt, str):
-            return prompt
-        fail(f"{data}: the prompts are messages, but the model has no chat template; give it "
-             "prompts that are text, or choose a chat model")
+    if isinstance(prompt, str) and not tokenizer.chat_template:
+        return prompt
     begun = ""
     if messages[-1]["role"] == "assistant":
         *messages, begun = *messages[:-1], messages[-1]["content"]
@@ -324,7 +321,9 @@ def render(prompt, tokenizer, data):
         return tokenizer.apply_chat_template(messages, tokenize=False,
                                              add_generation_prompt=True) + begun
     except Exception as error:  # templates raise what they like: "roles must alternate", ...
-        fail(f"{data}: the chat template refuses the prompt {prompt!r:.200} ({error}); mend it")
+        reason = " ".join(str(error).split())[:200]  # also if the model has no template
+        fail(f"{data}: the prompt {prompt!r:.200} is refused by the model's chat template "
+             f"({reason}); mend it, or choose a chat model")
 
 
 def encode_completions(problems, tokenizer, column="completion", stop=()):

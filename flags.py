@@ -64,8 +64,8 @@ def main(config_class, real, train):
     for key, value in typed.items():
         if value == "":
             fail(f"--{key}: it is empty; give it a value, or leave it out")
-    cfg = choose(config_class, typed, real)
     try:
+        cfg = choose(config_class, typed, real)
         train(cfg)
     except RuntimeError as error:
         if "non-finite" in str(error):  # of clip_grad_norm_
@@ -110,11 +110,13 @@ def for_a_cpu(config_class, real):
     at_most = dict(steps=15, max_new_tokens=48, eval_prompts=64, prompts=32)
     small = dict(real)
     for key, value in {**vars(config_class()), **real}.items():
-        if key in at_most and value is not None:
+        if value is None:  # no flag of this script
+            continue
+        if key in at_most:
             small[key] = min(at_most[key], value)
-        elif key in ("prompts_per_step", "minibatch_size") and value is not None:
+        elif key in ("prompts_per_step", "minibatch_size"):
             small[key] = value // 8
-        elif key in ("lr", "critic_lr", "prm_lr") and value is not None:
+        elif key in ("lr", "critic_lr", "prm_lr"):
             small[key] = float(f"{10 * value:.2g}")
     return small
 

@@ -10,8 +10,8 @@ in use. (trpo.py: 59 in all, 55 without a reference, all in fp32.) Beyond that
 
     prompts           prompt tokens x (8 x MLP width + 16 x width + 6 x layers x key/value width)
                       bytes, while the prompts of a step are read
-    keys and values   tokens x layers x key/value width x 2 (keys, values) x 2 bytes (bf16), while
-                      sampling
+    keys and values   tokens x layers x key/value width x 6 bytes (keys in fp32, as they leave the
+                      rotary embedding, values in bf16), while sampling
     sampler           completions x vocabulary x 22 bytes, likewise
     activations       tokens x layers x (34.5 x width + 8 x MLP width) bytes in bf16, while
                       updating; with --gradient_checkpointing 4 x width instead
@@ -42,7 +42,7 @@ def gigabytes(m, per_parameter, args, recompute):
     """What is always there, and the largest phase."""
     tokens, kv_width = args.prompt_tokens + args.new_tokens, m.layers * m.kv_width
     reading = args.completions * args.prompt_tokens * (8 * m.mlp + 16 * m.width + 6 * kv_width)
-    sampling = args.completions * (tokens * kv_width * 4 + m.vocabulary * 22)
+    sampling = args.completions * (tokens * kv_width * 6 + m.vocabulary * 22)
     layer = 4 * m.width if recompute else 34.5 * m.width + 8 * m.mlp
     targets = args.micro_batch_size * args.new_tokens
     updating = args.micro_batch_size * tokens * m.layers * layer + m.vocabulary * (

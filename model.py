@@ -10,7 +10,6 @@ import math
 import os
 import re
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 
@@ -182,19 +181,6 @@ def check_saving(model, tokenizer, folder, networks):
     if (free := shutil.disk_usage(folder).free) < need:
         fail(f"--out_dir {folder}: checkpoints and model need {need / 1e9:.1f} GB, but only "
              f"{free / 1e9:.1f} GB are free; choose a folder on a larger disk")
-
-
-def check_memory(model, bytes_each, remedy):
-    """Find out before the training if a model is too large: it takes bytes_each per parameter."""
-    if model.device.type == "cuda":
-        have = torch.cuda.mem_get_info(model.device)[1]
-    elif sys.platform == "win32":  # where Python's library cannot tell
-        return
-    else:
-        have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if (need := bytes_each * sum(p.numel() for p in model.parameters())) > have:
-        fail(f"--model: it is too large, {need / 1e9:.1f} GB would be needed, and there are "
-             f"{have / 1e9:.1f}; {remedy}")
 
 
 def save_policy(policy, tokenizer, folder):

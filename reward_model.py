@@ -16,21 +16,24 @@ differences within a prompt are learned: scores of two prompts cannot be compare
 What to expect of the toy, whose pairs are a right and a wrong answer of the toy's policy: 0.9
 of the held-out pairs in the right order.
 """
+import copy
 import math
 from dataclasses import dataclass
 from typing import Optional
 
 import torch
 import torch.nn.functional as F
+from transformers import AutoModelForSequenceClassification
 
 from common import HfArg, Means, RunConfig, learning_rate
+from common import fail
 from data import draw_problems
 from evaluation import preference_stats
 from flags import main
+from model import remove_dropout
 from preferences import for_all_completions, load_preferences
-from rollout import load_policy, make_batch, micro_batches
+from rollout import all_scores, load_policy, make_batch, micro_batches, sequence_scores
 from run import Run
-from scorer import all_scores, make_scorer, sequence_scores
 
 
 @dataclass
@@ -51,6 +54,22 @@ REAL = dict(lr=1e-5, minibatch_size=64, micro_batch_size=4, max_new_tokens=512, 
 def bradley_terry_loss(chosen_scores, rejected_scores):
     """-log sigmoid(s(chosen) - s(rejected)): (B,), (B,) -> (B,). arXiv 2203.02155, eq. 1, K = 2."""
     return -F.logsigmoid(chosen_scores - rejected_scores)  # log(sigmoid()) would end in log(0)
+
+
+def make_scorer(policy, tokenizer, name):
+    """The policy's backbone with a new head. It starts at 0: no opinion yet."""
+    config = copy.deepcopy(policy.config)
+    config.num_labels = 1
+    try:
+        scorer = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+        scorer.base_model.load_state_dict(policy.base_model.state_dict())
+        torch.nn.init.zeros_(scorer.score.weight)
+    except (ValueError, AttributeError, RuntimeError):  # no such class, head, or backbone
+        fail(f"--model {name}: transformers has no sequence classifier for {config.model_type} "
+             "with a head called score; choose another model")
+    if scorer.config.pad_token_id is None:  # for transformers' own forward, which we do not use
+        scorer.config.pad_token_id = tokenizer.pad_token_id or tokenizer.eos_token_id
+    return remove_dropout(scorer).to(policy.device)
 
 
 def train(cfg):

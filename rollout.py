@@ -21,7 +21,6 @@ from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import DynamicCache
 
 from common import fail, use_bf16
-from decode import Decoder
 from model import eos_ids, load_model, load_tokenizer
 
 
@@ -250,6 +249,34 @@ def all_values(critic, batch, micro_batch_size):
     return for_all(token_values, critic, batch, micro_batch_size)
 
 
+def sequence_scores(scorer, batch, rows):
+    """s(x, y) = w^T h of completions `rows` (R,), by a sequence classifier -> (R,), with gradient.
+
+    h is the last layer's output at the last token, which is known from the mask. The classifier's
+    own forward looks for the last id that is not pad: where pad is the EOS, the token before it.
+    """
+    scorer.train(recomputes(scorer))
+    prompt_ids, valid = pad_left([batch.prompts[i] for i in batch.owner[rows].tolist()],
+                                 batch.mask.device)
+    mask = batch.mask[rows, : int(batch.mask[rows].sum(1).max())].bool()
+    ids = torch.where(mask, batch.completions[rows, : mask.shape[1]], 0)
+    ids = torch.cat([prompt_ids, ids], 1)
+    valid = torch.cat([valid, mask], 1)
+    with precision(ids.device):
+        hidden = scorer.base_model(**inputs(scorer, ids, valid), use_cache=False).last_hidden_state
+    scorer.eval()
+    last = valid.cumsum(1).argmax(1)  # the first column with the full count
+    hidden = hidden[torch.arange(len(rows), device=ids.device), last]            # (R, d)
+    return scorer.score(hidden.float()).squeeze(-1)
+
+
+@torch.no_grad()
+def all_scores(scorer, batch, micro_batch_size):
+    """s(x, y) of all completions, without gradient -> (N,)."""
+    rows = torch.arange(len(batch.mask), device=batch.mask.device).split(micro_batch_size)
+    return torch.cat([sequence_scores(scorer, batch, part) for part in rows])
+
+
 # --------------------------------------------------------------------------------------------------
 # Sampling
 
@@ -289,7 +316,9 @@ def sample(policy, tokenizer, prompts, group_size, max_new_tokens, temperature, 
     with without_gradient(device), precision(device):
         (prompt_ids, valid), cache = pad_left(prompts, device), DynamicCache()
         logits = forward(policy, prompt_ids, valid, cache, keep=1)[owner, -1]
-        decode = Decoder(forward, policy, cache, owner, valid, max_new_tokens)
+        cache.reorder_cache(owner)  # each completion gets a copy of its prompt's keys and values
+        # All completion columns count as real: those after a row's EOS are never read.
+        P, valid = valid.shape[1], F.pad(valid[owner], (0, max_new_tokens), value=True)
         for t in range(max_new_tokens):
             # The mask is what the sampler knows. It can't be read off the ids: pad may equal EOS.
             mask[rows, t] = (~finished[rows]).float()
@@ -301,10 +330,13 @@ def sample(policy, tokenizer, prompts, group_size, max_new_tokens, temperature, 
             ids[rows, t], logprobs[rows, t] = tokens, chosen
             finished[rows] |= torch.isin(tokens, stop)
             if device.type == "cpu" or t % 16 == 15:  # asking a GPU makes it wait: ask seldom
-                rows = decode.drop(rows, finished)
+                alive = (~finished[rows]).nonzero().flatten()
+                if len(alive) <= 0.75 * len(rows):  # copying the cache must pay
+                    cache.reorder_cache(alive)
+                    rows = rows[alive]
             if len(rows) == 0 or t + 1 == max_new_tokens:
                 break
-            logits = decode(ids[rows, t])
+            logits = forward(policy, ids[rows, t, None], valid[rows, : P + t + 1], cache)[:, -1]
     logprobs, C = torch.where(mask.bool(), logprobs, 0), int(mask.sum(1).max())
     return Batch(prompts, owner, ids[:, :C], mask[:, :C], logprobs[:, :C], finished)
 

@@ -28,7 +28,6 @@ from common import fail, kl_estimate, masked_mean, normalize_rewards
 from data import draw_problems, load_problems
 from evaluation import batch_stats, check_first_step, ratio_stats
 from flags import main
-from model import check_memory
 from reinforce_pp import reinforce_pp_advantages
 from rewards import load_rewards, score
 from rollout import all_logprobs, load_policy, micro_batches, pick, sample, token_logits
@@ -123,7 +122,6 @@ def train(cfg):
     rewards = load_rewards(cfg, problems + validation + test)
     policy, tokenizer = load_policy(cfg.model, cfg.device)
     policy.set_attn_implementation("eager")  # the default, sdpa, cannot be differentiated twice
-    check_memory(policy, 59 if cfg.kl_coef else 55, "take a smaller one, or reinforce_pp.py")
     ref_model = copy.deepcopy(policy).requires_grad_(False) if cfg.kl_coef else None
     old_policy, parameters = copy.deepcopy(policy), list(policy.parameters())
     run.open(policy, tokenizer, validation, test, rewards)

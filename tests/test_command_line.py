@@ -197,8 +197,9 @@ def test_a_character_that_the_terminal_cannot_show_is_replaced(folders, tmp_path
     monkeypatch.chdir(tmp_path)
     file = write_jsonl("sums.jsonl", [dict(prompt=f"{i}\u7b54\U0001f34e=", answer=i)
                                       for i in range(9)])
-    monkeypatch.setattr(sys, "argv", ["reinforce_pp.py", "--model", folders("llama", text=True), *SMALL,
-                                      "--steps", "1", "--data", file])
+    model = folders("llama", text=True)
+    monkeypatch.setattr(sys, "argv", ["reinforce_pp.py", "--model", model, *SMALL, "--steps", "1",
+                                      "--data", file])
     screen = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", screen)
     flags_py.main(reinforce_pp.Config, reinforce_pp.REAL, reinforce_pp.train)

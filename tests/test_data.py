@@ -311,11 +311,11 @@ def test_prompts_may_be_messages(tmp_path, tokenizer, capsys):
     assert [row["targets"] for row in data.encode_completions(done, tokenizer)] == [[[5, 6, 2]]] * 2
     with pytest.raises(SystemExit):
         load(write_jsonl(tmp_path / "a.jsonl", [dict(prompt=turns)] * 3))
-    assert "no chat template" in capsys.readouterr().err
+    assert "chat_template is not set" in capsys.readouterr().err
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(SystemExit):
         data.encode([dict(prompt="1")], tokenizer, "--data x")
-    assert "--data x: the chat template" in capsys.readouterr().err
+    assert "by the model's chat template" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("rows, column, words", [

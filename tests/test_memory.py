@@ -8,7 +8,6 @@ import pytest
 import torch
 import transformers
 
-import decode
 import memory
 import rewards
 import run
@@ -71,7 +70,7 @@ def test_the_sum_of_it():
     assert memory.gigabytes(model, 22, args, False) * 1e9 == pytest.approx(
         22_000 + 2 * (activations + logits))
     args = SimpleNamespace(completions=10, micro_batch_size=2, prompt_tokens=1, new_tokens=900)
-    cache, sampler = 10 * 901 * 10 * 2 * 2, 10 * 50 * 22
+    cache, sampler = 10 * 901 * 10 * 6, 10 * 50 * 22
     activations, logits = 2 * 901 * 400, 50 * (2 * 900 * 4 + 1024 * 16)
     assert memory.gigabytes(model, 22, args, True) * 1e9 == pytest.approx(
         22_000 + activations + logits)
@@ -79,7 +78,7 @@ def test_the_sum_of_it():
     assert memory.gigabytes(model, 22, args, True) * 1e9 == pytest.approx(22_000 + cache + sampler)
 
 
-def test_weights_and_cache():
+def test_weights_and_cache(monkeypatch):
     policy, tokenizer, caches = llama(), toy.make_tokenizer(), []
     n = sum(p.numel() for p in policy.parameters())
     optimizer = torch.optim.AdamW(policy.parameters(), fused=True)
@@ -88,13 +87,10 @@ def test_weights_and_cache():
     optimizer.step()
     tensors = [t for p in policy.parameters() for t in (p, p.grad, *optimizer.state[p].values())]
     assert sum(t.nbytes for t in tensors) / n == pytest.approx(16, abs=0.01)
-    real = decode.Cache
-    try:
-        decode.Cache = lambda layers: caches.append(layers) or real(layers=layers)
-        sample(policy, tokenizer, [[5] * 10, [6] * 10], 3, 20, 1.0, torch.Generator())
-    finally:
-        decode.Cache = real
-    found = sum(t.nbytes for layer in caches[0] for t in (layer.keys, layer.values))
+    real = rollout.DynamicCache
+    monkeypatch.setattr(rollout, "DynamicCache", lambda: caches.append(real()) or caches[-1])
+    sample(policy, tokenizer, [[5] * 10, [6] * 10], 3, 20, 1.0, torch.Generator())
+    found = sum(t.nbytes for layer in caches[0].layers for t in (layer.keys, layer.values))
     assert 0.5 <= found / (6 * 30 * 4 * 3 * 64 * 2 * 4) <= 1  # 4 bytes on a CPU; finished rows go
 
 
@@ -126,7 +122,7 @@ def take_one_step_of_trpo(folder):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks /proc for the memory of a process")
 def test_bytes_per_parameter_of_trpo(tmp_path):
-    """What its docstring, its check of the model's size and README say."""
+    """What README says."""
     policy = transformers.LlamaForCausalLM(transformers.LlamaConfig(
         vocab_size=18, hidden_size=768, intermediate_size=2048, num_hidden_layers=2,
         num_attention_heads=8, bos_token_id=1, eos_token_id=2, pad_token_id=0))

@@ -13,7 +13,7 @@ import preferences
 import reinforce_pp
 import reward_model
 import rewards
-import scorer
+import rollout
 from common import masked_mean
 from conftest import CONFIGS, TEMPLATE, save_folder, to_problems, write_jsonl
 from rollout import load_policy, make_batch, token_logprobs
@@ -78,7 +78,8 @@ def test_on_the_toy_its_own_answers_are_the_data(folders, here, name, variant):
     (Random weights are right too seldom: here a digit at the beginning is.)"""
     here.setattr(preferences, "last_number", lambda prompts, completions, *rest: [
         float(text[:1].isdigit()) for text in completions])
-    train(name, folders("llama", text=True), **variant, data="toy", prompts=60, eval_prompts=50, steps=None)
+    train(name, folders("llama", text=True), **variant, data="toy", prompts=60, eval_prompts=50,
+          steps=None)
     after = json.loads(Path("run/test.json").read_text())["after"]
     assert after["n"] == 50 and 0 < after["n_rated"] <= 25 and metrics("run")
     assert len(list(Path("runs/preferences").iterdir())) == 1
@@ -236,11 +237,11 @@ def test_orpo_is_sft_on_the_chosen_and_the_odds(folders, here, beta):
 def test_a_score_is_that_of_the_last_token(tmp_path, name):
     """Against each row alone, without padding; ids that equal pad and EOS inside the completion."""
     policy, tokenizer = load_policy(save_folder(tmp_path, name, pad="<eos>"), "cpu")
-    model = scorer.make_scorer(policy, tokenizer, name)
+    model = reward_model.make_scorer(policy, tokenizer, name)
     torch.nn.init.normal_(model.score.weight)
     prompts, answers = [[5, 6, 7, 8], [9]], [[2, 7, 2], [6], [7, 8, 9, 5, 2], [2]]
     batch = make_batch(prompts, answers, "cpu")
-    ours = scorer.all_scores(model, batch, 3)
+    ours = rollout.all_scores(model, batch, 3)
     for i, answer in enumerate(answers):
         ids = torch.tensor([prompts[i // 2] + answer])
         alone = model.score(policy.base_model(input_ids=ids).last_hidden_state[:, -1])

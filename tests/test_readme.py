@@ -101,8 +101,9 @@ def test_own_data_and_own_reward_as_readme_shows_them(tmp_path, monkeypatch):
 def test_every_log_key_is_explained():
     for key in ("score score_std kl entropy length truncated frac_zero_std approx_kl clip_frac "
                 "ratio_max grad_norm lr loss steps_per_s value_loss explained_var chosen rejected "
-                "margin accuracy kl_full_step kl_step tries value_clip_frac greedy_score predicted_gain real_gain prm_loss "
-                "prm_accuracy step_found step_chance wrong_answers").split():
+                "margin accuracy kl_full_step kl_step tries value_clip_frac greedy_score "
+                "predicted_gain real_gain prm_loss prm_accuracy step_found step_chance "
+                "wrong_answers").split():
         assert f"`{key}`" in README, key
 
 

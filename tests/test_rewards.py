@@ -170,7 +170,7 @@ def test_what_a_reward_is_given(tokenizer):
 
 @pytest.mark.parametrize("spec, words", [
     ("bad.py:few", ["few", "1 scores for 2 completions"]),
-    ("bad.py:nothing", ["nothing returned None", "list of numbers"]),
+    ("bad.py:nothing", ["nothing returned None", "list with one number"]),
     ("bad.py:nan", ["nan gave nan to the completion '1' of the prompt '1+2='"]),
     ("bad.py:words", ["words gave good to the completion '1'"]),
     ("bad.py:none", ["none gave None"]),

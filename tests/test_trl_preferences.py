@@ -9,9 +9,8 @@ import toy
 from conftest import make_model
 from dpo import dpo_loss
 from orpo import odds_ratio_loss
-from reward_model import bradley_terry_loss
-from rollout import make_batch, token_logprobs
-from scorer import make_scorer, sequence_scores
+from reward_model import bradley_terry_loss, make_scorer
+from rollout import make_batch, sequence_scores, token_logprobs
 from test_trl import nudge, same_gradient
 
 trl = pytest.importorskip("trl", reason="an oracle for development: requirements-dev.txt")

@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 
-import model as model_py
 import rewards
 import trpo
 from conftest import CONFIGS, make_model
@@ -235,17 +234,6 @@ def test_a_step_that_is_refused_leaves_everything_as_it_was(folders, here, flags
         assert row["predicted_gain"] == 0 and all(value == value for value in row.values())
     old = load_policy(folders("gpt2"), "cpu")[0].state_dict()
     assert all(torch.equal(old[key], value) for key, value in weights("run").items())
-
-
-def test_a_model_that_is_too_large_gets_one_sentence(folders, here, capsys):  # noqa: F811
-    size = sum(p.numel() for p in load_policy(folders("llama"), "cpu")[0].parameters())
-    here.setattr(model_py.os, "sysconf", {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": 57 * size}.get)
-    train("trpo", folders("llama"), steps=1, kl_coef=0.0)  # 4 bytes less: no reference
-    with pytest.raises(SystemExit) as stop:
-        train("trpo", folders("llama"), steps=1, out_dir="large")
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert stop.value.code == 2 and error.startswith("error: --model: it is too large"), error
-    assert "reinforce_pp.py" in error
 
 
 def test_the_saved_model_is_not_bound_to_eager_attention(folders, here):  # noqa: F811

@@ -1,0 +1,101 @@
+"""
+A reward of the user's own, file.py:function, under settings of its own.
+"""
+import atexit
+import contextlib
+import functools
+import importlib.util
+import os
+import shutil
+import sys
+import tempfile
+import zlib
+from pathlib import Path
+
+import torch
+
+from common import describe, fail
+
+
+def load_function(file, name):
+    """The function `name` of the Python file."""
+    path = Path(os.path.abspath(os.path.expanduser(file)))
+    if not path.is_file() or path.suffix != ".py":
+        fail(f"--reward {file}:{name}: there is no Python file {file}; write file.py:function")
+    module_name = importable_name(path)
+    settings = kept_settings.setdefault(module_name, {})
+    try:
+        with own_settings(settings):
+            module = importlib.import_module(module_name)
+    except (Exception, SystemExit) as error:
+        fail(f"--reward {file}:{name}: {describe(error)}; mend the file")
+    function = getattr(module, name, None)
+    if not callable(function):
+        found = [key for key, value in vars(module).items() if callable(value) and key[0] != "_"]
+        fail(f"--reward {file}:{name}: there is no function {name} in {file}, but "
+             f"{', '.join(found) or 'none at all'}")
+
+    def reward(**arguments):
+        with own_settings(settings):
+            return function(**arguments)
+    return reward
+
+
+def importable_name(path):
+    """A name under which `import` finds a file, here and in the processes that a reward starts.
+
+    Its own; or, where another module has that name (rewards.py, json.py, two files of one name),
+    that of a file in a temporary folder which runs this one.
+    """
+    folder, name = str(path.parent), path.stem
+    sys.path += [folder] if folder not in sys.path else []  # its neighbours can be imported, too
+    importlib.invalidate_caches()
+    try:
+        found = importlib.util.find_spec(name)
+        if found and found.origin and Path(found.origin).resolve() == path.resolve():
+            return name
+    except (ImportError, ValueError):  # a name with a dot; __main__
+        pass
+    name = f"reward_{zlib.crc32(str(path).encode()):08x}"
+    Path(temporary_folder(), f"{name}.py").write_text(
+        f"__file__ = {str(path)!r}\n"
+        "exec(compile(open(__file__, 'rb').read(), __file__, 'exec'))\n", encoding="utf-8")
+    importlib.invalidate_caches()
+    return name
+
+
+@functools.cache
+def temporary_folder():
+    folder = tempfile.mkdtemp()
+    sys.path.append(folder)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+SETTINGS = {torch.is_grad_enabled: torch.set_grad_enabled,
+            torch.get_default_dtype: torch.set_default_dtype,
+            torch.get_default_device: torch.set_default_device,
+            torch.get_float32_matmul_precision: torch.set_float32_matmul_precision,
+            torch.get_num_threads: torch.set_num_threads,
+            torch.are_deterministic_algorithms_enabled: torch.use_deterministic_algorithms,
+            os.getcwd: os.chdir}
+kept_settings = {}  # of each file of rewards
+
+
+@contextlib.contextmanager
+def own_settings(theirs):
+    """A reward runs under settings of its own, `theirs`: those it was loaded under, as it changed
+    them. Else it would find gradients in the training, and none in an evaluation.
+    """
+    def change(settings):
+        for get, value in settings.items():
+            if get() != value:
+                SETTINGS[get](value)
+
+    ours = {get: get() for get in SETTINGS}
+    change(theirs)
+    try:
+        yield
+    finally:
+        theirs.update((get, get()) for get in SETTINGS)
+        change(ours)
