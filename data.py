@@ -9,18 +9,15 @@ A problem is a dict of ours, so that no column of the data can be in its way:
     ids, targets  tokens: the prompt as the model sees it, and each completion that is learned from
 """
 import json
-import os
 import random
 import re
 import zlib
-from itertools import combinations, takewhile
-from pathlib import Path
+from itertools import combinations
 
-import torch
 
 import toy
 from common import fail
-from model import ask_hub, load_tokenizer
+from model import load_tokenizer
 
 # --------------------------------------------------------------------------------------------------
 # From --data to problems
@@ -32,7 +29,12 @@ def load_problems(cfg, wanted=None, splits=None):
     wanted, beside the prompt: completion, pairs or rankings.
     """
     tokenizer, context, vocab_size, stop = load_tokenizer(cfg.model)
-    splits = splits or read(cfg.data, cfg.eval_prompts)
+    if splits is None and cfg.data in toy.KINDS:
+        sizes = dict(train=16384, validation=cfg.eval_prompts, test=cfg.eval_prompts)
+        splits = {split: toy.problems(cfg.data, split, n) for split, n in sizes.items()}
+    elif splits is None:
+        from data_file import read  # here, because the toy does not need it
+        splits = read(cfg.data)
     cfg.data_checksum = checksum([*splits.values()])  # a run is not resumed on other data
     splits = settle(splits, cfg.data, wanted)
     for rows in splits.values():
@@ -54,64 +56,6 @@ def load_problems(cfg, wanted=None, splits=None):
             splits[split] = random.Random(0).sample(splits[split], cfg.eval_prompts)
     print(f"data {cfg.data}: " + ", ".join(f"{len(rows):,} {key}" for key, rows in splits.items()))
     return splits["train"], splits["validation"], splits["test"]
-
-
-def read(data, held_out):
-    """toy, words, .jsonl file, folder that `datasets` can load, hub name -> {split: rows}."""
-    if data in toy.KINDS:
-        sizes = dict(train=16384, validation=held_out, test=held_out)
-        return {split: toy.problems(data, split, n) for split, n in sizes.items()}
-    data = os.path.expanduser(data)
-    path = Path(data)
-    if path.is_file() or path.suffix in (".jsonl", ".json") and not path.is_dir():
-        return {"train": read_jsonl(path)}
-    name, _, configuration = (data, "", "") if path.is_dir() else data.partition(":")
-    if not Path(name).is_dir():
-        ask_hub("--data", name, "dataset")
-    import datasets  # here, because it takes a second, and the toy does not need it
-    try:
-        if any(Path(name, saved).exists() for saved in ("dataset_dict.json", "state.json")):
-            found = datasets.load_from_disk(name)
-        else:
-            found = datasets.load_dataset(name, configuration or None)
-        found = found if isinstance(found, dict) else {"train": found}
-        wanted = ("train", "validation", "test") if "train" in found else found
-        return {split: to_rows(table) for split, table in found.items() if split in wanted}
-    except Exception as error:
-        error = error.__cause__ or error  # "An error occurred", says the one around it
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        fail(f"--data {data}: {reason}; name toy, words, a .jsonl file, a folder that `datasets` "
-             "can load, or a hub name[:configuration]")
-
-
-def to_rows(table):
-    """A split of `datasets` -> rows.
-
-    `datasets` gives 0.1 in a column of 32 bits as 0.10000000149011612. A row has the shortest
-    decimal that rounds to it.
-    """
-    def written(value, kind):
-        decimals = (float(f"{value:.{digits}g}") for digits in range(1, 17))
-        return next((decimal for decimal in decimals
-                     if torch.tensor(decimal, dtype=kind).item() == value), value)
-
-    kinds = {key: dict(float32=torch.float32, float16=torch.float16).get(
-        getattr(feature, "dtype", None)) for key, feature in table.features.items()}
-    return [{key: written(value, kinds[key]) if kinds[key] and isinstance(value, float) else value
-             for key, value in row.items()} for row in table.with_format(None)]
-
-
-def read_jsonl(path):
-    """One JSON object per line -> rows; empty lines are skipped."""
-    if not path.is_file() or path.suffix not in (".jsonl", ".json"):
-        fail(f"--data {path}: there is no such .jsonl file (of csv or parquet, name the folder)")
-    rows = []
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
-        try:
-            rows += [{**json.loads(line)}] if line.strip() else []
-        except (ValueError, TypeError, RecursionError) as error:  # not JSON; not UTF-8; no {...}
-            fail(f"--data {path}: line {number} is not a JSON object ({error}); mend or delete it")
-    return rows
 
 
 NEEDED = dict(
@@ -161,43 +105,10 @@ def to_problem(row, columns):
     if row.get("chosen") is not None and row.get("rejected") is not None:
         others = (key for key in columns if key not in ("chosen", "rejected"))
         asked = any(key in ("prompt", "question") or is_text(row.get(key)) for key in others)
+        from data_file import to_pair  # here, because most data has no pairs
         prompt, completions = to_pair(prompt, row["chosen"], row["rejected"], not asked)
     return dict(row=row, columns={key: row.get(key) for key in columns}, prompt=prompt,
                 completion=completion, completions=completions)
-
-
-def to_pair(prompt, chosen, rejected, split_texts=False):
-    """-> prompt, [chosen, rejected]; without a prompt, they begin with it (texts if split_texts).
-
-    Conversations that both repeat the prompt are cut after it.
-    """
-    pair, kinds = [chosen, rejected], {type(chosen), type(rejected)}
-    if prompt is None and (kinds == {list} or kinds == {str} and split_texts):
-        prompt, pair = split_prompt(*pair)
-        return prompt or None, pair
-    if kinds != {list}:
-        return prompt, pair
-    if isinstance(prompt, list):
-        n = len(prompt) if chosen[: len(prompt)] == prompt else 0
-    else:  # text: the conversation may begin with a system message
-        contents = [message.get("content") for message in chosen if isinstance(message, dict)]
-        n = contents.index(prompt) + 1 if prompt in contents else 0
-    if chosen[:n] != rejected[:n]:
-        return prompt, pair
-    return chosen[:n] or prompt, [chosen[n:], rejected[n:]]
-
-
-def split_prompt(chosen, rejected):
-    """Two texts, or lists of messages, that begin alike -> the beginning, and the two rests.
-
-    Texts are not cut inside a word, which may be one token, nor after a space, which tokenizers
-    take for the beginning of the next.
-    """
-    n = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected)))
-    if isinstance(chosen, str):
-        inside = any(re.match(r"\w\w", text[max(n - 1, 0):]) for text in (chosen, rejected))
-        n = re.search(r"\s?\w*\Z" if inside else r"\s?\Z", chosen[:n]).start()
-    return chosen[:n], [chosen[n:], rejected[n:]]
 
 
 def check_parts(problem, wanted, where):

@@ -159,11 +159,8 @@ def checkpoint_activations(model):
              "out, and lower --micro_batch_size instead")
 
 
-def check_saving(model, tokenizer, folder, networks):
-    """Find out before the training if its result could not be saved after it.
-
-    networks: all that a checkpoint holds.
-    """
+def check_saving(model, tokenizer, folder):
+    """Find out before the training if its result could not be saved after it."""
     config = getattr(model, "generation_config", None) or transformers.GenerationConfig()
     with tempfile.TemporaryDirectory(dir=folder) as trial:
         try:
@@ -176,22 +173,14 @@ def check_saving(model, tokenizer, folder, networks):
         except ValueError as error:
             fail("--model: its settings could not be saved again; mend or delete its "
                  f"generation_config.json ({' '.join(str(error).split())})")
-    size, *_ = sizes = [sum(p.numel() for p in network.parameters()) for network in networks]
-    need = 4 * (size + 2 * 3 * sum(sizes))  # fp32; checkpoints, old and new: weights, two moments
-    if (free := shutil.disk_usage(folder).free) < need:
-        fail(f"--out_dir {folder}: checkpoints and model need {need / 1e9:.1f} GB, but only "
-             f"{free / 1e9:.1f} GB are free; choose a folder on a larger disk")
 
 
 def save_policy(policy, tokenizer, folder):
-    """Write folder/model, fp32, for from_pretrained; an old one goes when the new one is whole."""
+    """Write folder/model, fp32, for from_pretrained; it replaces an old one when it is whole."""
     if not all(parameter.isfinite().all() for parameter in policy.parameters()):
         fail("the last update made weights nan or infinite; take a smaller --lr", code=1)
-    temporary, final, old = (Path(folder, name) for name in ("model.tmp", "model", "model.old"))
-    shutil.rmtree(old, ignore_errors=True)
+    temporary, final = Path(folder, "model.tmp"), Path(folder, "model")
     policy.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
-    if final.exists():
-        final.rename(old)
+    shutil.rmtree(final, ignore_errors=True)
     temporary.rename(final)
-    shutil.rmtree(old, ignore_errors=True)

@@ -1,5 +1,6 @@
 """
-A reward of the user's own, file.py:function, under settings of its own.
+A reward of the user's own: file.py:function, under settings of its own; or the folder of a run of
+reward_model.py.
 """
 import atexit
 import contextlib
@@ -13,8 +14,12 @@ import zlib
 from pathlib import Path
 
 import torch
+import transformers
 
 from common import describe, fail
+from data import encode, encode_completions
+from model import check_config, remove_dropout
+from rollout import all_scores, make_batch
 
 
 def load_function(file, name):
@@ -99,3 +104,34 @@ def own_settings(theirs):
     finally:
         theirs.update((get, get()) for get in SETTINGS)
         change(ours)
+
+
+def load_scorer(folder, cfg):
+    """The folder of a run of reward_model.py, or of such a model -> a reward, like any other."""
+    inside = str(folder / "model" if (folder / "model").is_dir() else folder)
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        scorer, info = transformers.AutoModelForSequenceClassification.from_pretrained(
+            inside, dtype=torch.float32, num_labels=1, output_loading_info=True,
+            ignore_mismatched_sizes=True, trust_remote_code=False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(inside, trust_remote_code=False)
+        missing = [*info["missing_keys"], *info["mismatched_keys"]]
+    except Exception as error:  # no model, a torn file, ...
+        missing = (str(error).strip() or type(error).__name__).splitlines()[:1]
+    if missing:
+        fail(f"--reward {folder}: no reward model can be loaded from it ({missing[0]}); name the "
+             "folder of a finished run of reward_model.py")
+    check_config("--reward", folder, scorer.config)
+    remove_dropout(scorer).to(cfg.device).requires_grad_(False)
+
+    def learned(prompts, completions, finished, **columns):
+        rows = [dict(prompt=prompt, completion=text) for prompt, text in zip(prompts, completions)]
+        rows = encode_completions(encode(rows, tokenizer), tokenizer)
+        targets = [row["targets"][0] if done else row["targets"][0][:-1]  # cut short: without EOS
+                   for row, done in zip(rows, finished)]
+        batch = make_batch([row["ids"] for row in rows], targets, cfg.device)
+        longest = max(len(row["ids"]) + len(target) for row, target in zip(rows, targets))
+        if longest > (context := getattr(scorer.config, "max_position_embeddings", longest)):
+            raise ValueError(f"{longest} tokens, but it can read {context}: lower --max_new_tokens")
+        return all_scores(scorer, batch, cfg.micro_batch_size).tolist()
+    return learned

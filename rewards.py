@@ -21,13 +21,9 @@ from fractions import Fraction
 from pathlib import Path
 
 import torch
-import transformers
 
 import toy
 from common import Failure, describe, fail
-from data import encode, encode_completions
-from model import check_config, remove_dropout
-from rollout import all_scores, make_batch
 
 NUMBER = (r"[-+]?\d+/0*[1-9]\d*|"  # 1/2, or 1,234.5 with a comma only as in 1,234,567, or 1.5e3
           r"[-+]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,2})?")
@@ -124,11 +120,12 @@ def load_rewards(cfg, problems):
                  "folder of a reward model, or one of your own, file.py:function")
         if name in rewards:
             fail(f"--reward {cfg.reward}: two are called {name}; rename one")
-        if colon:
-            from reward_file import load_function  # here, because few runs need it
-            function = load_function(file, name)
+        if name in REWARDS and not colon:
+            function = REWARDS[name]
         else:
-            function = REWARDS.get(name) or load_scorer(folder, cfg)
+            import reward_file  # here, because most runs do not need it
+            function = reward_file.load_function(file, name) if colon else \
+                reward_file.load_scorer(folder, cfg)
         rewards[name] = function
         if function is last_number:
             answers = [problem["columns"].get("answer") for problem in problems]
@@ -140,37 +137,6 @@ def load_rewards(cfg, problems):
         # Most mistakes in a reward show here already, before the model is loaded.
         judge(name, function, problems[:2], ["1", ""], [True, False], [[1], [1]])
     return rewards
-
-
-def load_scorer(folder, cfg):
-    """The folder of a run of reward_model.py, or of such a model -> a reward, like any other."""
-    inside = str(folder / "model" if (folder / "model").is_dir() else folder)
-    transformers.utils.logging.set_verbosity_error()
-    try:
-        scorer, info = transformers.AutoModelForSequenceClassification.from_pretrained(
-            inside, dtype=torch.float32, num_labels=1, output_loading_info=True,
-            ignore_mismatched_sizes=True, trust_remote_code=False)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(inside, trust_remote_code=False)
-        missing = [*info["missing_keys"], *info["mismatched_keys"]]
-    except Exception as error:  # no model, a torn file, ...
-        missing = (str(error).strip() or type(error).__name__).splitlines()[:1]
-    if missing:
-        fail(f"--reward {folder}: no reward model can be loaded from it ({missing[0]}); name the "
-             "folder of a finished run of reward_model.py")
-    check_config("--reward", folder, scorer.config)
-    remove_dropout(scorer).to(cfg.device).requires_grad_(False)
-
-    def learned(prompts, completions, finished, **columns):
-        rows = [dict(prompt=prompt, completion=text) for prompt, text in zip(prompts, completions)]
-        rows = encode_completions(encode(rows, tokenizer), tokenizer)
-        targets = [row["targets"][0] if done else row["targets"][0][:-1]  # cut short: without EOS
-                   for row, done in zip(rows, finished)]
-        batch = make_batch([row["ids"] for row in rows], targets, cfg.device)
-        longest = max(len(row["ids"]) + len(target) for row, target in zip(rows, targets))
-        if longest > (context := getattr(scorer.config, "max_position_embeddings", longest)):
-            raise ValueError(f"{longest} tokens, but it can read {context}: lower --max_new_tokens")
-        return all_scores(scorer, batch, cfg.micro_batch_size).tolist()
-    return learned
 
 
 def judge(name, reward, problems, texts, finished, completion_ids, when=""):

@@ -93,8 +93,7 @@ class Run:
         self.cfg.out_dir = self.cfg.out_dir or str(self.folder)
         self.policy, self.tokenizer = policy, tokenizer
         self.trained = dict(policy=policy, **trained)
-        networks = [thing for thing in self.trained.values() if isinstance(thing, torch.nn.Module)]
-        check_saving(policy, tokenizer, self.folder, networks)
+        check_saving(policy, tokenizer, self.folder)
         torch.use_deterministic_algorithms(policy.device.type == "cpu")  # to the last bit
         torch.utils.deterministic.fill_uninitialized_memory = False  # costs 3 %, decides nothing
         if self.cfg.gradient_checkpointing:

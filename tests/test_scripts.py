@@ -16,7 +16,6 @@ import common
 import dpo
 import flags as flags_py
 import grpo
-import model as model_py
 import ppo
 import prime
 import raft
@@ -473,16 +472,6 @@ def test_ppo_trains_its_critic_alone_at_first(folders, here):
     assert critic["lm_head.weight"].shape == (1, 32) and critic["lm_head.weight"].abs().max() > 0
     rows = metrics("run")
     assert rows[0]["explained_var"] == pytest.approx(0, abs=1e-6) and rows[0]["lr"] == 0
-
-
-def test_ppo_asks_for_room_on_the_disk_for_two_networks(folders, here, capsys):
-    """A checkpoint is weights and two moments, old and new at once; the model comes on top."""
-    size = 4 * sum(p.numel() for p in load_policy(folders("llama"), "cpu")[0].parameters())
-    here.setattr(model_py.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10 * size))
-    train("reinforce", folders("llama"), steps=1)
-    with pytest.raises(SystemExit):
-        train("ppo", folders("llama"), steps=1, out_dir="ppo")
-    assert "--out_dir" in capsys.readouterr().err
 
 
 def test_ppo_learns_to_predict(folders, here):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-LAYERS = ["common", "toy", "model", "rollout", "data", "reward_file", "rewards",
+LAYERS = ["common", "toy", "model", "rollout", "data_file", "data", "reward_file", "rewards",
           "evaluation", "run", "flags"]  # upwards
 FILES = sorted(path.name for path in ROOT.glob("*.py"))
 
