@@ -117,6 +117,7 @@ class RunConfig:
     micro_batch_size: int = HfArg(default=64, help="completions per pass: memory, not results")
     gradient_checkpointing: bool = HfArg(default=False, help="save memory: recompute activations")
     max_new_tokens: int = HfArg(default=32, help="longest completion, in tokens")
+    compile: bool = HfArg(default=False, help="sample with torch.compile, for a GPU")
     log_every: int = HfArg(default=5, help="print a line of metrics every so many steps")
     eval_every: int = HfArg(default=0, help="steps between looks at validation prompts; 0: never")
     eval_prompts: int = HfArg(default=512, help="held-out prompts per evaluation")

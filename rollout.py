@@ -12,13 +12,14 @@ The only file that knows padding, positions and key/value caches. Three facts sh
 import contextlib
 import functools
 import inspect
+import warnings
 from dataclasses import dataclass
 from typing import Optional
 
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, StaticLayer
 
 from common import fail, use_bf16
 from model import eos_ids, load_model, load_tokenizer
@@ -98,8 +99,9 @@ def plain_logprobs(policy, batch, temperature):
 # One forward pass over prompts, one over completions that share them
 
 
-def precision(device):
-    return torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(device))
+def precision(device, keep_casts=True):
+    return torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(device),
+                          cache_enabled=keep_casts)
 
 
 def without_gradient(device):
@@ -132,9 +134,10 @@ def attention_mask(policy, valid, at):
     return additive(visible)
 
 
-def inputs(policy, ids, valid):
-    """What a model takes: `ids` (n, q) are the last q columns of `valid` (n, W)."""
-    at = torch.arange(valid.shape[1] - ids.shape[1], valid.shape[1], device=ids.device)
+def inputs(policy, ids, valid, at=None):
+    """What a model takes: `ids` (n, q) are the columns `at` of `valid` (n, W); None: the last q."""
+    if at is None:
+        at = torch.arange(valid.shape[1] - ids.shape[1], valid.shape[1], device=ids.device)
     positions = (valid.cumsum(1) - 1).clamp(min=0)  # padding does not count: GPT-2 would notice
     return dict(input_ids=ids, attention_mask=attention_mask(policy, valid, at),
                 position_ids=positions.index_select(1, at))
@@ -147,16 +150,16 @@ def cache_argument(model_class):
     return "cache" if "cache" in parameters else "past_key_values"
 
 
-def forward(policy, ids, valid, cache=None, keep=0):
+def forward(policy, ids, valid, cache=None, keep=0, at=None):
     """Logits (n, q or keep, V) of ids (n, q)."""
     named_cache = {cache_argument(type(policy.base_model)): cache}
-    return policy(**inputs(policy, ids, valid), **named_cache, use_cache=cache is not None,
+    return policy(**inputs(policy, ids, valid, at), **named_cache, use_cache=cache is not None,
                   logits_to_keep=keep).logits
 
 
-def pad_left(prompts, device):
-    """B lists of token ids -> ids (B, P), valid (B, P)."""
-    width = max(map(len, prompts))
+def pad_left(prompts, device, multiple=1):
+    """B lists of token ids -> ids (B, P), valid (B, P); P is a multiple of `multiple`."""
+    width = -(-max(map(len, prompts)) // multiple) * multiple
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
     valid = torch.tensor([[False] * (width - len(p)) + [True] * len(p) for p in prompts])
     return ids.to(device), valid.to(device)
@@ -297,6 +300,36 @@ def draw(logits, temperature, uniform):
     return tokens.squeeze(-1), (logits.gather(-1, tokens) - total.log()).float().squeeze(-1)
 
 
+class FixedLayer(StaticLayer):
+    """One layer's cache, of a fixed shape; keys are kept as exact as values, in bf16 on a GPU."""
+
+    def update(self, keys, values, *args, **kwargs):
+        return super().update(keys.to(self.keys.dtype), values)
+
+
+def fixed_cache(cache, owner, width):
+    """A copy of the prompts' cache for the completions, with room for `width` columns."""
+    layers = []
+    for layer in cache.layers:
+        values = layer.values.index_select(0, owner)
+        keys = layer.keys.index_select(0, owner).to(values.dtype)
+        layers.append(FixedLayer(width))
+        layers[-1].lazy_initialization(keys, values)
+        layers[-1].update(keys, values)
+    return Cache(layers=layers)
+
+
+def compile_decoding(policy):
+    """--compile: from now on sample() decodes with torch.compile, and keeps rows that have ended.
+
+    It compiles once for each shape, so prompts are padded to multiples of 64 columns. On a GPU,
+    reduce-overhead records a CUDA graph.
+    """
+    warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")
+    mode = "reduce-overhead" if policy.device.type == "cuda" else None
+    policy.compiled_forward = torch.compile(forward, mode=mode, dynamic=False)
+
+
 def sample(policy, tokenizer, prompts, group_size, max_new_tokens, temperature, generator):
     """K = group_size completions of each of B prompts (lists of token ids) -> Batch of N = B * K.
 
@@ -313,12 +346,17 @@ def sample(policy, tokenizer, prompts, group_size, max_new_tokens, temperature, 
     rows = torch.arange(len(owner), device=device)  # the completions that are still forwarded
     if temperature > 0:
         uniform = torch.rand(ids.shape, dtype=torch.float64, generator=generator).to(device)
-    with without_gradient(device), precision(device):
-        (prompt_ids, valid), cache = pad_left(prompts, device), DynamicCache()
+    compiled = getattr(policy, "compiled_forward", None)
+    with without_gradient(device), precision(device, keep_casts=not compiled):
+        prompt_ids, valid = pad_left(prompts, device, 64 if compiled else 1)
+        cache = DynamicCache()
         logits = forward(policy, prompt_ids, valid, cache, keep=1)[owner, -1]
-        cache.reorder_cache(owner)  # each completion gets a copy of its prompt's keys and values
         # All completion columns count as real: those after a row's EOS are never read.
         P, valid = valid.shape[1], F.pad(valid[owner], (0, max_new_tokens), value=True)
+        if compiled:
+            cache = fixed_cache(cache, owner, valid.shape[1])
+        else:
+            cache.reorder_cache(owner)  # a copy of its prompt's keys and values for each completion
         for t in range(max_new_tokens):
             # The mask is what the sampler knows. It can't be read off the ids: pad may equal EOS.
             mask[rows, t] = (~finished[rows]).float()
@@ -331,12 +369,18 @@ def sample(policy, tokenizer, prompts, group_size, max_new_tokens, temperature, 
             finished[rows] |= torch.isin(tokens, stop)
             if device.type == "cpu" or t % 16 == 15:  # asking a GPU makes it wait: ask seldom
                 alive = (~finished[rows]).nonzero().flatten()
-                if len(alive) <= 0.75 * len(rows):  # copying the cache must pay
+                if len(alive) == 0:
+                    break
+                if len(alive) <= 0.75 * len(rows) and not compiled:  # copying the cache must pay
                     cache.reorder_cache(alive)
                     rows = rows[alive]
-            if len(rows) == 0 or t + 1 == max_new_tokens:
+            if t + 1 == max_new_tokens:
                 break
-            logits = forward(policy, ids[rows, t, None], valid[rows, : P + t + 1], cache)[:, -1]
+            if compiled:
+                at = torch.tensor([P + t], device=device)
+                logits = compiled(policy, ids[:, t, None], valid, cache, at=at)[:, -1]
+            else:
+                logits = forward(policy, ids[rows, t, None], valid[rows, : P + t + 1], cache)[:, -1]
     logprobs, C = torch.where(mask.bool(), logprobs, 0), int(mask.sum(1).max())
     return Batch(prompts, owner, ids[:, :C], mask[:, :C], logprobs[:, :C], finished)
 

@@ -21,11 +21,12 @@ from tqdm import tqdm
 from common import check_ranges, fail, find_device, use_bf16
 from evaluation import evaluate, report
 from model import check_saving, checkpoint_activations, save_policy
+from rollout import compile_decoding
 
 # What --resume lets differ from the run's own: where, how long and in how much memory it runs, how
 # often it reports. The data's checksum is compared on its own, when the data has been read.
 MAY_CHANGE = {"steps", "device", "out_dir", "resume", "log_every", "eval_every", "save_every",
-              "micro_batch_size", "gradient_checkpointing", "data_checksum"}
+              "micro_batch_size", "gradient_checkpointing", "compile", "data_checksum"}
 
 LOGS = "metrics.jsonl", "samples.jsonl", "validation.jsonl"
 QUIET = "score_std", "approx_kl", "ratio_max", "frac_zero_std", "lr"  # logged, not shown
@@ -98,6 +99,8 @@ class Run:
         torch.utils.deterministic.fill_uninitialized_memory = False  # costs 3 %, decides nothing
         if self.cfg.gradient_checkpointing:
             checkpoint_activations(policy)
+        if self.cfg.compile:
+            compile_decoding(policy)
         text = json.dumps(dict(script=self.name, **asdict(self.cfg)), indent=1)
         write_atomically(self.folder / "config.json", lambda path: path.write_text(text))
         size, how = sum(p.numel() for p in policy.parameters()), "in fp32"

@@ -11,6 +11,7 @@ import gc
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -280,6 +281,46 @@ def test_a_training_step_waits_a_known_number_of_times(folders, here, name):
     data = "pairs.jsonl" if name in test_offline_scripts.SCRIPTS else "sums.jsonl"
     train(name, folders("llama", scale=0.1), data=data, log_every=9)
     assert marks[1] - marks[0] == WAITS[name]
+
+
+@pytest.mark.skipif(PAPER is not None, reason="nothing can be compiled for a device of paper")
+def test_compiled_decoding_gives_the_same_tokens_and_its_time_is_printed(tmp_path, monkeypatch):
+    """In fp32; the times are those of bf16, of the third of three samplings, once all is compiled.
+    Run with -s to see them."""
+    folder, _ = large_model(tmp_path / "large")
+    (policy, tokenizer), found = load_policy(folder, "cuda"), {}
+    prompts = [[5 + i % 9] * (20 + i) for i in range(16)]
+    for fp32 in (True, False):
+        with monkeypatch.context() as patch:
+            if fp32:
+                patch.setattr(rollout, "use_bf16", lambda device: False)
+            for compiled in (False, True):
+                policy.__dict__.pop("compiled_forward", None)
+                if compiled:
+                    rollout.compile_decoding(policy)
+                for _ in range(3):
+                    torch.cuda.synchronize()
+                    start = time.perf_counter()
+                    batch = sample(policy, tokenizer, prompts, 4, 128, 1.0, seeded())
+                    torch.cuda.synchronize()
+                found[fp32, compiled] = batch, time.perf_counter() - start
+    plain, ours = found[True, False][0], found[True, True][0]
+    assert torch.equal(plain.mask, ours.mask)
+    m = plain.mask.bool()
+    assert (plain.completions[m] == ours.completions[m]).float().mean() > 0.99  # a tie may turn
+    print(f"\n64 completions of 128 tokens: {found[False, False][1]:.3f} s, compiled "
+          f"{found[False, True][1]:.3f} s")
+
+
+@on_paper
+def test_the_cache_of_a_fixed_shape_knows_devices_and_dtypes(folders):
+    """What torch.compile is given, not compiled: under autocast keys come in fp32, values in bf16.
+    """
+    policy, tokenizer = load_policy(folders("llama"), "cuda")
+    policy.compiled_forward = rollout.forward
+    batch = sample(policy, tokenizer, [[5, 6, 7], [8]], 2, 6, 1.0, seeded())
+    again = token_logprobs(policy, batch, torch.arange(4), 1.0)
+    assert batch.mask.sum() > 8 and (again - batch.logprobs).abs().max() < 0.5
 
 
 def test_peak_memory_is_that_of_the_formula(tmp_path, here):

@@ -1,5 +1,7 @@
 """Is the distribution that is sampled the one that is differentiated? On every architecture."""
+import copy
 import random
+import shutil
 import tempfile
 
 import numpy
@@ -189,7 +191,8 @@ def test_logprobs_are_fp32_under_autocast(policy):
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
 def test_under_bf16_the_ratio_is_noisy_but_centred(name, tokenizer, monkeypatch):
     """What CUDA does, on a CPU: autocast around the passes, weights and log-probs in fp32."""
-    monkeypatch.setattr(rollout, "precision", lambda device: torch.autocast("cpu", torch.bfloat16))
+    monkeypatch.setattr(rollout, "precision", lambda device, **kwargs: torch.autocast(
+        "cpu", torch.bfloat16))
     seen, real = [], rollout.pick
     monkeypatch.setattr(rollout, "pick", lambda logits, *more: seen.append(logits.dtype) or real(
         logits, *more))
@@ -335,6 +338,23 @@ def test_an_eos_of_several_and_an_eos_at_once(tokenizer):
     model = scripted(tokenizer, [2, 5])
     batch = sample(model, tokenizer, [PROMPTS[0]], 1, 4, 1.0, seeded())
     assert batch.mask.tolist() == [[1]] and batch.finished.all()
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_compiled_decoding_draws_the_same_tokens(tokenizer):
+    """Ragged prompts, rows that end at different times; the same steps for other prompts."""
+    policy = make_model("llama").eval()
+    compiled = copy.deepcopy(policy)
+    rollout.compile_decoding(compiled)
+    for prompts in (PROMPTS, [prompt[:2] for prompt in PROMPTS]):
+        plain, ours = (sample(p, tokenizer, prompts, 2, 12, 0.7, seeded())
+                       for p in (policy, compiled))
+        assert torch.equal(plain.mask, ours.mask) and torch.equal(plain.finished, ours.finished)
+        m = plain.mask.bool()
+        assert torch.equal(plain.completions[m], ours.completions[m])
+        torch.testing.assert_close(plain.logprobs, ours.logprobs, rtol=0, atol=1e-4)
+        assert plain.finished.any() and not plain.finished.all()
 
 
 def test_truncated_is_not_finished(tokenizer):
