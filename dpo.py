@@ -89,7 +89,7 @@ def train(cfg):
     rated = draw_problems(problems, 0, min(cfg.steps * cfg.minibatch_size, len(problems)), cfg.seed)
     rated += [problem for problem in validation + test if "targets" in problem]
     for problem, ref_logps in zip(rated, data_logps(rated).tolist()):
-        problem["ref_logps"] = ref_logps  # (K,), of the initial policy: --resume loads below
+        problem["ref_logps"] = ref_logps  # (K,), of the initial policy: run.open() may load another
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.99),
                                   weight_decay=cfg.weight_decay, fused=True)
 

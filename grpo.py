@@ -91,7 +91,7 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, clip_eps, 
               aggregate=response_mean):
     """The clipped loss + kl_coef * k3, all (N, C), advantages also (N,) -> (loss, clip_frac).
 
-    aggregate: what makes the losses of the tokens one number; other papers have other means.
+    aggregate: how the losses of the tokens become one number; with masked_mean, as in DAPO.
     """
     A = advantages if advantages.dim() == 2 else advantages[:, None]
     logprobs, old_logprobs, ref_logprobs = (  # first: nan on padding would reach the gradient

@@ -86,8 +86,8 @@ class Run:
     def open(self, policy, tokenizer, validation, test, rewards=None, rate=None, **trained):
         """Make the folder; with --resume, load the checkpoint; look at the test problems.
 
-        trained: what has a state beside the policy, optimizer=..., critic=... rewards, rate: of
-        evaluate(). -> {}, or what end_step() was given for the checkpoint.
+        rewards, rate: see evaluate(). trained: what else a checkpoint holds the state of, such as
+        optimizer=optimizer, critic=critic. -> {}, or with --resume the whole checkpoint.
         """
         self.folder = find_folder(self.cfg, self.name)  # again: loading may have taken a while
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -97,8 +97,9 @@ class Run:
         check_saving(policy, tokenizer, self.folder)
         torch.use_deterministic_algorithms(policy.device.type == "cpu")  # to the last bit
         torch.utils.deterministic.fill_uninitialized_memory = False  # costs 3 %, decides nothing
-        if self.cfg.gradient_checkpointing:
-            checkpoint_activations(policy)
+        networks = [thing for thing in self.trained.values() if isinstance(thing, torch.nn.Module)]
+        for network in networks if self.cfg.gradient_checkpointing else ():
+            checkpoint_activations(network)
         if self.cfg.compile:
             compile_decoding(policy)
         text = json.dumps(dict(script=self.name, **asdict(self.cfg)), indent=1)

@@ -177,9 +177,9 @@ def train(cfg):
             tries.append(measure_step(policy, old_policy, batch, advantages, cfg))
             if tries[-1]["kl_step"] <= cfg.delta and tries[-1]["real_gain"] > 0:
                 break
-        stats = dict(tries[-1], kl_full_step=tries[0]["kl_step"], tries=len(tries),
-                     predicted_gain=scale * gradient.dot(full), grad_norm=gradient.norm(),
-                     loss=-tries[-1]["real_gain"])
+        stats = dict(tries[-1], tries=min(len(tries), cfg.max_tries),
+                     kl_full_step=tries[0]["kl_step"], predicted_gain=scale * gradient.dot(full),
+                     grad_norm=gradient.norm(), loss=-tries[-1]["real_gain"])
 
         # 5. Log. The loss is minus what L has gained, measured after the step.
         run.log(step, **batch_stats(scores, kl, batch, cfg.group_size), **each, **stats)

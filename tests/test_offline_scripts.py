@@ -153,8 +153,8 @@ def test_every_knob_does_something(folders, here, name):
         assert not same_weights("base", str(i)), knob
     known = {key for knob in knobs + KNOBS[name] for key in knob} | {
         "model", "data", "steps", "epochs", "prompts", "micro_batch_size", "log_every", "loss",
-        "gradient_checkpointing", "eval_every", "eval_prompts", "save_every", "device", "out_dir",
-        "resume"}
+        "gradient_checkpointing", "compile", "eval_every", "eval_prompts", "save_every", "device",
+        "out_dir", "resume"}
     assert known >= set(vars(quick(name, "x"))), "a flag without a test"
 
 

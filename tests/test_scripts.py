@@ -24,6 +24,7 @@ import reinforce_pp
 import remax
 import rewards
 import rloo
+import run
 import sft
 import toy
 import trpo
@@ -185,6 +186,15 @@ def test_memory_flags_do_not_matter(folders, here, plain_descent, name, variant)
                           limit=2e-2 if name == "trpo" else 1e-3)  # it solves a linear system
 
 
+@pytest.mark.parametrize("name, n", [("ppo", 2), ("prime", 2), ("rloo", 1), ("trpo", 1)])
+def test_gradient_checkpointing_reaches_every_network_that_learns(folders, here, name, n):
+    """A critic is a copy of the policy from before it was switched on."""
+    seen, real = [], run.checkpoint_activations
+    here.setattr(run, "checkpoint_activations", lambda model: seen.append(model) or real(model))
+    train(name, folders("llama"), steps=1, gradient_checkpointing=True)
+    assert len(seen) == n == len(set(map(id, seen)))
+
+
 @each_variant
 def test_it_learns_what_is_rewarded(folders, here, name, variant):
     """Shorter is better, which a random model can learn in seconds: the score must rise."""
@@ -281,8 +291,9 @@ def test_every_knob_does_something(folders, here, name):
         train(name, folders("llama", text=True), **{**base, **knob}, out_dir=str(i))
         assert not same_weights("base", str(i)), knob
     known = {key for knob in COMMON + KNOBS[name] for key in knob} | {
-        "model", "reward", "steps", "micro_batch_size", "gradient_checkpointing", "log_every",
-        "eval_every", "eval_prompts", "save_every", "device", "out_dir", "resume", "value_clip"}
+        "model", "reward", "steps", "micro_batch_size", "gradient_checkpointing", "compile",
+        "log_every", "eval_every", "eval_prompts", "save_every", "device", "out_dir", "resume",
+        "value_clip"}
     assert known >= set(vars(quick(name, "x"))), "a flag without a test"
 
 

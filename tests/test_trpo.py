@@ -204,8 +204,9 @@ def test_after_every_step_the_kl_is_at_most_delta(folders, here, name):  # noqa:
     rows = metrics("run")
     assert [row["kl_step"] for row in rows] == pytest.approx(kls, rel=1e-3, abs=1e-6)
     assert all(kl <= 0.02 for kl in kls) and max(kls) > 0.01
-    assert all((row["real_gain"] > 0) == (row["tries"] <= 10) for row in rows)
-    assert any(1 < row["tries"] <= 10 and row["kl_full_step"] > 0.02 for row in rows)
+    assert all(row["real_gain"] > 0 or row["tries"] == 10 for row in rows)
+    assert any(1 < row["tries"] and row["real_gain"] > 0 for row in rows)  # shortened
+    assert all(row["kl_full_step"] > 0.02 for row in rows if row["tries"] > 1)
     assert all(row["kl_full_step"] == row["kl_step"] for row in rows if row["tries"] == 1)
 
 
@@ -230,7 +231,7 @@ def test_a_step_that_is_refused_leaves_everything_as_it_was(folders, here, flags
     here.setitem(rewards.REWARDS, "last_number", shorter if "delta" in flags else blind)
     train("trpo", folders("gpt2"), max_tries=3, **flags)
     for row in metrics("run"):
-        assert row["tries"] == 4 and row["kl_step"] == row["real_gain"] == 0, row
+        assert row["tries"] == 3 and row["kl_step"] == row["real_gain"] == 0, row
         assert row["predicted_gain"] == 0 and all(value == value for value in row.values())
     old = load_policy(folders("gpt2"), "cpu")[0].state_dict()
     assert all(torch.equal(old[key], value) for key, value in weights("run").items())
