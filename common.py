@@ -102,10 +102,10 @@ def ppo_clip_loss(logprobs, old_logprobs, advantages, mask, clip_eps=0.2):
 
 @dataclass
 class RunConfig:
-    """The flags of every script, with the toy's defaults. A real model's are in REAL below."""
+    """The flags of every script, with the toy's defaults. A real model's: REAL in each script."""
 
     model: Optional[str] = HfArg(default=None, help="model folder, run folder or hub name; None: "
-                                                    "the toy's policy, toy_policy/")
+                                                    "the toy's")
     data: str = HfArg(default="toy", help="toy, words, a .jsonl file, a folder, or a hub "
                                           "name[:configuration]")
     steps: int = HfArg(default=60, help="training steps")
@@ -142,7 +142,7 @@ def fail(message, code=2):
 
 # A number must be above 0, except where 0 has a meaning; and some have an upper end.
 ZERO_IS_FINE = set("lr critic_lr prm_lr warmup_steps critic_warmup weight_decay eval_every seed "
-                   "kl_coef reward_clip gamma lam decay damping accuracy_filter".split())
+                   "kl_coef reward_clip gamma lam decay beta damping accuracy_filter".split())
 AT_MOST = dict(gamma=1, lam=1, decay=1, backtrack=1, fisher_fraction=1, accuracy_filter=0.5) | \
     dict.fromkeys(("max_grad_norm", "clip_eps", "value_clip", "reward_clip"), math.inf)
 

@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 
 from common import HfArg, Means, RunConfig, learning_rate
+from common import fail
 from data import draw_problems
 from evaluation import preference_stats
 from flags import main
@@ -51,8 +52,8 @@ class Config(RunConfig):  # the rest is in common.py: --max_new_tokens, --seed, 
 
 
 # The defaults above are the toy's; these are a real model's, made smaller on a CPU by flags.py.
-REAL = dict(lr=1e-6, minibatch_size=64, micro_batch_size=4, max_new_tokens=512, eval_prompts=256,
-            prompts=1024, beta=0.1)
+REAL = dict(lr=1e-6, micro_batch_size=4, max_new_tokens=512, eval_prompts=256, prompts=1024,
+            beta=0.1)
 
 
 def dpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps,
@@ -75,6 +76,8 @@ def plackett_luce_loss(policy_logps, ref_logps, beta):
 
 
 def train(cfg):
+    if cfg.beta == 0:
+        fail("--beta 0: then all completions have the implicit reward 0; take 0.1, say")
     run = Run(cfg, "dpo")
     problems, validation, test = load_preferences(
         cfg, "rankings" if cfg.loss == "plackett_luce" else "pairs")

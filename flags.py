@@ -89,7 +89,7 @@ def choose(config_class, typed, real):
         real, why = dict(data="words", **real), "defaults for a real model"
         if device == "cpu":
             real = for_a_cpu(config_class, real)
-            why += " on a CPU, small enough for minutes instead of days"
+            why += " on a CPU, small because it is slow"
         chosen = {key: value for key, value in real.items() if key not in typed}
         cfg = config_class(**chosen, **typed)
         print(f"{why}: " + " ".join(f"{key}={value}" for key, value in chosen.items()))

@@ -47,8 +47,7 @@ class Config(RunConfig):  # the rest is in common.py: --max_new_tokens, --seed, 
 
 
 # The defaults above are the toy's; these are a real model's, made smaller on a CPU by flags.py.
-REAL = dict(lr=5e-6, minibatch_size=64, micro_batch_size=4, max_new_tokens=512, eval_prompts=256,
-            prompts=1024)
+REAL = dict(lr=5e-6, micro_batch_size=4, max_new_tokens=512, eval_prompts=256, prompts=1024)
 
 
 def odds_ratio_loss(chosen_mean_logps, rejected_mean_logps):

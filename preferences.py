@@ -65,7 +65,7 @@ def load_preferences(cfg, kind="pairs"):
 
 def make_preferences(cfg, kind):
     """toy or words -> {split: rows}, from runs/preferences, made now if they are not there yet."""
-    recipe = (checksum_of_weights(cfg.model), cfg.data, cfg.prompts, cfg.eval_prompts,
+    recipe = (checksum_of_model(cfg.model), cfg.data, cfg.prompts, cfg.eval_prompts,
               cfg.max_new_tokens, cfg.seed, inspect.getsource(toy), Path(__file__).read_text())
     folder = Path("runs", "preferences", f"{cfg.data}-{zlib.crc32(repr(recipe).encode()):08x}")
     name = cfg.model or "the toy's policy"
@@ -89,11 +89,11 @@ def make_preferences(cfg, kind):
     return {split: rows for split, rows in splits.items() if rows}
 
 
-def checksum_of_weights(name):
-    """Of a model's files of weights; a name on the hub stands for itself."""
+def checksum_of_model(name):
+    """Of the files of a model's folder; a name on the hub stands for itself."""
     where = locate(name)
     checksum = zlib.crc32(b"" if Path(where).is_dir() else where.encode())
-    for path in sorted(Path(where).rglob("*.safetensors")):
+    for path in sorted(path for path in Path(where).rglob("*") if path.is_file()):
         with open(path, "rb") as file:
             while chunk := file.read(2**24):
                 checksum = zlib.crc32(chunk, checksum)

@@ -307,26 +307,32 @@ class FixedLayer(StaticLayer):
         return super().update(keys.to(self.keys.dtype), values)
 
 
-def fixed_cache(cache, owner, width):
-    """A copy of the prompts' cache for the completions, with room for `width` columns."""
-    layers = []
-    for layer in cache.layers:
+def fixed_cache(policy, cache, owner, width):
+    """The prompts' cache copied to the completions, in memory that is the same for each shape."""
+    fixed = policy.fixed_caches.setdefault(
+        (len(owner), width), Cache(layers=[FixedLayer(width) for _ in cache.layers]))
+    for layer, new in zip(cache.layers, fixed.layers):
         values = layer.values.index_select(0, owner)
         keys = layer.keys.index_select(0, owner).to(values.dtype)
-        layers.append(FixedLayer(width))
-        layers[-1].lazy_initialization(keys, values)
-        layers[-1].update(keys, values)
-    return Cache(layers=layers)
+        if not new.is_initialized:
+            new.lazy_initialization(keys, values)
+        new.cumulative_length.zero_()
+        new.update(keys, values)
+    return fixed
 
 
 def compile_decoding(policy):
     """--compile: from now on sample() decodes with torch.compile, and keeps rows that have ended.
 
     It compiles once for each shape, so prompts are padded to multiples of 64 columns. On a GPU,
-    reduce-overhead records a CUDA graph.
+    reduce-overhead records a CUDA graph, which wants its memory at the same place each time.
     """
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11):
+        fail("--compile: it needs torch 2.11 or newer; leave it out")
     warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")
+    torch._dynamo.config.recompile_limit = 64
     mode = "reduce-overhead" if policy.device.type == "cuda" else None
+    policy.fixed_caches = {}
     policy.compiled_forward = torch.compile(forward, mode=mode, dynamic=False)
 
 
@@ -354,7 +360,8 @@ def sample(policy, tokenizer, prompts, group_size, max_new_tokens, temperature, 
         # All completion columns count as real: those after a row's EOS are never read.
         P, valid = valid.shape[1], F.pad(valid[owner], (0, max_new_tokens), value=True)
         if compiled:
-            cache = fixed_cache(cache, owner, valid.shape[1])
+            cache = fixed_cache(policy, cache, owner, valid.shape[1])
+            columns = torch.arange(valid.shape[1], device=device)
         else:
             cache.reorder_cache(owner)  # a copy of its prompt's keys and values for each completion
         for t in range(max_new_tokens):
@@ -377,7 +384,7 @@ def sample(policy, tokenizer, prompts, group_size, max_new_tokens, temperature, 
             if t + 1 == max_new_tokens:
                 break
             if compiled:
-                at = torch.tensor([P + t], device=device)
+                at = columns[P + t, None]
                 logits = compiled(policy, ids[:, t, None], valid, cache, at=at)[:, -1]
             else:
                 logits = forward(policy, ids[rows, t, None], valid[rows, : P + t + 1], cache)[:, -1]

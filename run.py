@@ -1,6 +1,6 @@
 """
-A run: its folder (config.json, metrics.jsonl, samples.jsonl, checkpoint.pt, test.json, model/) and
-its screen.
+A run: its folder (config.json, metrics.jsonl, samples.jsonl, validation.jsonl, checkpoint.pt,
+test.json, model/) and its screen.
 
 Where a script says run.open(), run.steps(), run.lap(), run.log(), run.show(), run.end_step() and
 run.close(), files, times and evaluations are looked after. Nothing here learns.

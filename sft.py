@@ -1,6 +1,7 @@
 """
-SFT, supervised fine-tuning: make the demonstrated completions likely. Stage 1 of the notes. Run
-without arguments, it makes the policy in toy_policy/, from which all other scripts start.
+SFT, supervised fine-tuning: make the demonstrated completions likely. Stage 1 of the notes. Without
+a --model it trains the toy's from random weights; toy_policy/, from which all other scripts start,
+was made in this way.
 
     loss = -mean_t log pi(y_t | x, y_<t)        over completion tokens, the EOS included
 
@@ -35,7 +36,7 @@ class Config(RunConfig):  # the rest is in common.py: --max_new_tokens, --seed, 
 
 
 # The defaults above are the toy's; these are a real model's, made smaller on a CPU by flags.py.
-REAL = dict(steps=200, lr=1e-5, minibatch_size=64, micro_batch_size=8, max_new_tokens=256,
+REAL = dict(steps=200, lr=1e-5, warmup_steps=0, micro_batch_size=8, max_new_tokens=256,
             eval_prompts=256)
 
 

@@ -53,7 +53,7 @@ class Config(RunConfig):  # the rest is in common.py: --steps, --max_new_tokens,
     fisher_fraction: float = HfArg(default=0.0625, help="part of the batch that makes F")
     cg_iterations: int = HfArg(default=10, help="products with F to find the step, at most")
     backtrack: float = HfArg(default=0.8, help="factor that shortens a step not accepted")
-    max_tries: int = HfArg(default=10, help="tries to shorten it, after which no step is made")
+    max_tries: int = HfArg(default=10, help="steps tried, each shorter, before none is made")
 
 
 # The defaults above are the toy's; these are a real model's, made smaller on a CPU by flags.py.

@@ -202,7 +202,7 @@ def test_held_out_margins_are_those_of_the_implicit_rewards(folders, here):
     assert abs(found["after"]["margin"][0]) > 0.1 and found["after"]["n_rated"] == len(test) > 2
 
 
-@pytest.mark.parametrize("beta", [1e-30, 0.7])
+@pytest.mark.parametrize("beta", [0.0, 0.7])
 def test_orpo_is_sft_on_the_chosen_and_the_odds(folders, here, beta):
     """Three pairs per micro-batch; against each text alone, and without odds sft.py's line."""
     gradients, real = [], torch.nn.utils.clip_grad_norm_
@@ -219,7 +219,7 @@ def test_orpo_is_sft_on_the_chosen_and_the_odds(folders, here, beta):
     policy = load_policy(folders("llama"), "cpu")[0]
     rows = torch.arange(0, 16, 2)
     loss = -masked_mean(token_logprobs(policy, seen[0], rows, 1.0), seen[0].mask[rows])
-    for i in range(0, 16, 2):
+    for i in range(0, 16, 2) if beta else ():
         p = [torch.stack([token_logprobs(policy, seen[0], torch.tensor([j]), 1.0)[0, t]
                           for t in range(int(seen[0].mask[j].sum()))]).mean().exp()
              for j in (i, i + 1)]
@@ -326,7 +326,7 @@ BAD = [("--data nope.jsonl", ["--data", "nope.jsonl"]), ("--epochs 0", ["--epoch
        ("--data pairs.jsonl --resume", ["--resume", "no checkpoint"])]
 OWN = dict(reward_model=[("--beta 1", ["no flag --beta"])],
            dpo=[("--loss hinge", ["--loss", "hinge", "plackett_luce"]),
-                ("--beta 0", ["--beta 0", "above 0"]), ("--beta -1", ["--beta", "above 0"]),
+                ("--beta 0", ["--beta 0", "0.1"]), ("--beta -1", ["--beta", "at least 0"]),
                 ("--data rankings.jsonl", ["rankings.jsonl", "plackett_luce"])],
            orpo=[("--loss plackett_luce", ["no flag --loss"]),
                  ("--data rankings.jsonl", ["rankings.jsonl", "plackett_luce"])])

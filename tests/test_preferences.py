@@ -279,3 +279,9 @@ def test_the_grade_counts_the_answer_and_the_work_that_is_right():
                         ("13", 0), ("8+9=16,16-5=12", 1), ("8+9=17,17-5=12,13", 0.5)):
         assert preferences.grade(row, text, "toy") == value
     assert preferences.grade(row, "8+9=17,17-5=12", "words") == 1
+
+
+def test_what_the_toy_has_sampled_may_hold_an_unknown_token(made, folders, monkeypatch):
+    """Random weights write <unk> often, the toy's policy once in thousands of answers."""
+    train, *_ = load_preferences(config("toy", folders("llama"), prompts=40))
+    assert any("<unk>" in text for row in train for text in row["completions"])
