@@ -1,7 +1,7 @@
 """
 All scripts from one starting policy, on the same budget of completions: the table of README.
 
-    python compare.py --seeds 1 2 3                        the toy: about 40 minutes on 2 cores
+    python compare.py --seeds 1 2 3                        the toy: about 20 minutes on 2 cores
     python compare.py --scripts rloo grpo --kl_coef 0      other flags go to every script
 
 Each run is a process of its own, one after the other, in runs/compare; one that is there already,

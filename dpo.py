@@ -15,7 +15,7 @@ y_1, ..., y_K the Plackett-Luce model draws the best of all, then the best of th
 
 pi_ref is the policy before training: its log-probs are computed once, and no second model is kept.
 
-    python dpo.py                                      the toy, offline: 2 minutes
+    python dpo.py                                      the toy, no network: half a minute
     python dpo.py --model Qwen/Qwen2.5-0.5B-Instruct --data trl-lib/ultrafeedback_binarized
 
 What to expect of the toy, whose pairs are a right and a wrong answer of the toy's policy: from

@@ -12,7 +12,7 @@ by std and by length, the gradient is not that of the mean score.
 --process: each reasoning step has a reward, z-scored over all steps of the group; A_t is their sum
 from t's step on. The last step's reward is the score; otherwise, stopping early would pay.
 
-    python grpo.py                                      the toy, offline: 2 minutes
+    python grpo.py                                      the toy, no network: half a minute
     python grpo.py --model Qwen/Qwen2.5-0.5B-Instruct   a real model, on one CUDA GPU
 
 What to expect of the toy: asked 8+9-5=, it answers 12, or shows its work, 8+9=17,17-5=12. At first,

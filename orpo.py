@@ -13,7 +13,7 @@ has the weight 1 / (1 + OR), OR = odds(chosen) / odds(rejected), which fades onc
 ahead (the notes' 1 + 1 / OR does not). Without the mean over tokens, p of a long text would be 0,
 and its odds just p.
 
-    python orpo.py                                      the toy, offline: 2 minutes
+    python orpo.py                                      the toy, no network: half a minute
     python orpo.py --model Qwen/Qwen2.5-0.5B --data trl-lib/ultrafeedback_binarized
 
 What to expect of the toy, whose pairs are a right and a wrong answer of the toy's policy: from

@@ -14,7 +14,7 @@ With lam = 1, A trusts only what came; with lam = 0, V: less noise, but all of t
 The critic starts as a copy of the policy whose new head gives one number, at first 0. It has its
 own learning rate, and costs as much memory and time as the policy (less so on the toy).
 
-    python ppo.py                                      the toy, offline: 3 minutes
+    python ppo.py                                      the toy, no network: a minute
     python ppo.py --model Qwen/Qwen2.5-0.5B-Instruct   a real model, on one CUDA GPU
 
 What to expect of the toy: asked 8+9-5=, it answers 12, or shows its work, 8+9=17,17-5=12. At first,

@@ -14,7 +14,7 @@ Why single tokens, if only sums are trained? q summed up to a token is beta * lo
 a soft mean of the final sum Q, were the reference to write the rest (arXiv 2412.01981): so q_t is
 what token t changes in it. The others' mean q is subtracted at every token: if > 0, answers shrink.
 
-    python prime.py                                      the toy, offline: 3 minutes
+    python prime.py                                      the toy, no network: a minute
     python prime.py --model Qwen/Qwen2.5-0.5B-Instruct   a real model, on one CUDA GPU
 
 What to expect of the toy: asked 8+9-5=, it answers 12, or shows its work, 8+9=17,17-5=12. At first,

@@ -11,7 +11,7 @@ likely, however little better it is, and no completion is pushed down. Where all
 are equal, none is the best: the prompt is left out (the paper keeps one), and frac_zero_std counts
 how many were.
 
-    python raft.py                                      the toy, offline: 2 minutes
+    python raft.py                                      the toy, no network: half a minute
     python raft.py --model Qwen/Qwen2.5-0.5B-Instruct   a real model, on one CUDA GPU
 
 What to expect of the toy: asked 8+9-5=, it answers 12, or shows its work, 8+9=17,17-5=12. At first,

@@ -16,7 +16,7 @@ One update per batch: the loss needs completions of the very policy that is diff
 an update they would need a correction, the ratio in reinforce_pp.py and ppo.py. With so few
 updates, the learning rate is larger than theirs.
 
-    python reinforce.py                                      the toy, offline: 2 minutes
+    python reinforce.py                                      the toy, no network: half a minute
     python reinforce.py --model Qwen/Qwen2.5-0.5B-Instruct   a real model, on one CUDA GPU
 
 What to expect of the toy: asked 8+9-5=, it answers 12, or shows its work, 8+9=17,17-5=12. At first,

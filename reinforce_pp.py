@@ -14,7 +14,7 @@ are first z-scored and clipped to +- reward_clip. That is version 1 of the paper
 --group_baseline, A is the z-score of (score - mean score of the K completions of its prompt), and
 the KL is in the loss, as k2 = log(pi / pi_ref)^2 / 2.
 
-    python reinforce_pp.py                                      the toy, offline: 2 minutes
+    python reinforce_pp.py                                      the toy, no network: half a minute
     python reinforce_pp.py --model Qwen/Qwen2.5-0.5B-Instruct   a real model, on one CUDA GPU
 
 What to expect of the toy: asked 8+9-5=, it answers 12, or shows its work, 8+9=17,17-5=12. At first,

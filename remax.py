@@ -16,7 +16,7 @@ The formulas are those of the library verl. The authors' code has only the KL of
 A_t, discounts by 0.95 per token, clips score - greedy score to +-5, and makes one update, without a
 ratio.
 
-    python remax.py                                      the toy, offline: 2 minutes
+    python remax.py                                      the toy, no network: half a minute
     python remax.py --model Qwen/Qwen2.5-0.5B-Instruct   a real model, on one CUDA GPU
 
 What to expect of the toy: asked 8+9-5=, it answers 12, or shows its work, 8+9=17,17-5=12. At first,

@@ -10,7 +10,7 @@ Differs from dpo.py: the score is a network's own output, and not a policy's log
 (The notes have a line -E[1 / log(1 + exp(s_l - s_w))]; it is E[log(1 + exp(s_l - s_w))].) Only
 differences within a prompt are learned: scores of two prompts cannot be compared.
 
-    python reward_model.py                                      the toy, offline: 2 minutes
+    python reward_model.py                                      the toy, no network: half a minute
     python reward_model.py --model Qwen/Qwen2.5-0.5B-Instruct --data trl-lib/ultrafeedback_binarized
 
 What to expect of the toy, whose pairs are a right and a wrong answer of the toy's policy: 0.9

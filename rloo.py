@@ -13,7 +13,7 @@ over tokens, whose number is random). With R_i in the mean, A would be (K - 1) /
 The paper makes one update per batch, so it needs no ratio. For several, each token has its own, as
 in the libraries verl and OpenRLHF; with --sequence_ratio each completion has one, as in TRL.
 
-    python rloo.py                                      the toy, offline: 2 minutes
+    python rloo.py                                      the toy, no network: half a minute
     python rloo.py --model Qwen/Qwen2.5-0.5B-Instruct   a real model, on one CUDA GPU
 
 What to expect of the toy: asked 8+9-5=, it answers 12, or shows its work, 8+9=17,17-5=12. At first,

@@ -12,7 +12,7 @@ never built: conjugate gradients need products F v alone, each the gradient of (
 The step is then shortened until the true KL is at most delta and L has grown, or not made. The
 price: unfused attention, fp32, two dozen backward passes, and 60 bytes per parameter.
 
-    python trpo.py                                      the toy, offline: 4 minutes
+    python trpo.py                                      the toy, no network: a minute
     python trpo.py --model Qwen/Qwen2.5-0.5B-Instruct   a real model, on one CUDA GPU
 
 What to expect of the toy: asked 8+9-5=, it answers 12, or shows its work, 8+9=17,17-5=12. At first,
