@@ -20,6 +20,7 @@ import common
 import model as model_py
 import reinforce_pp
 import sft
+import toy
 from conftest import ROOT, save_folder, write_jsonl
 from test_scripts import each_is_one_sentence
 
@@ -52,7 +53,7 @@ KINDS = {  # name: (flags, words of the sentence, more environment); {} is the f
     "no network": ("--model someone/nothing", ["--model someone/nothing", "cannot be reached",
                                                "HF_ENDPOINT"],
                    dict(ONLINE, HF_ENDPOINT="http://127.0.0.1:9")),
-    "no folder of a model": ("--model {}/empty", ["--model", "no config.json"]),
+    "no folder of a model": ("--model {}/empty", ["--model", "config.json", "AutoModelForCausalLM"]),
     "encoder and decoder": ("--model {}/t5", ["--model", "t5 is no causal language model"]),
     "a classifier": ("--model {}/classifier", ["--model", "LlamaForSequenceClassification",
                                                "CausalLM"]),
@@ -86,6 +87,7 @@ KINDS = {  # name: (flags, words of the sentence, more environment); {} is the f
     "no column for the reward": ("--data {}/bare.jsonl", ["--reward last_number", "answer"]),
     "prompts all too long": ("--data {}/sums.jsonl --max_new_tokens 127", ["--data", "--max_new"]),
     "words for the toy": ("--data words", ["--data words", "--model"]),
+    "words for the toy, named": (f"--model {toy.POLICY} --data words", ["--data words", "digits"]),
     "no reward": ("--reward nope", ["--reward nope", "last_number", "file.py:function"]),
     "no reward file": ("--reward {}/nope.py:f", ["--reward", "nope.py", "file.py:function"]),
     "no reward function": ("--reward {}/rewards_.py:f", ["--reward", "no function f", "few"]),
