@@ -317,7 +317,7 @@ def test_the_cache_of_a_fixed_shape_knows_devices_and_dtypes(folders):
     """What torch.compile is given, not compiled: under autocast keys come in fp32, values in bf16.
     """
     policy, tokenizer = load_policy(folders("llama"), "cuda")
-    policy.compiled_forward = rollout.forward
+    policy.compiled_forward, policy.fixed_caches = rollout.forward, {}
     batch = sample(policy, tokenizer, [[5, 6, 7], [8]], 2, 6, 1.0, seeded())
     again = token_logprobs(policy, batch, torch.arange(4), 1.0)
     assert batch.mask.sum() > 8 and (again - batch.logprobs).abs().max() < 0.5
