@@ -341,6 +341,8 @@ def test_an_eos_of_several_and_an_eos_at_once(tokenizer):
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+@pytest.mark.skipif(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11),
+                    reason="--compile needs torch 2.11")
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_compiled_decoding_draws_the_same_tokens(tokenizer):
     """Ragged prompts, rows that end at different times; the same steps for other prompts."""
