@@ -9,10 +9,12 @@ A problem is a dict of ours, so that no column of the data can be in its way:
     ids, targets  tokens: the prompt as the model sees it, and each completion that is learned from
 """
 import json
+import os
 import random
 import re
 import zlib
 from itertools import combinations
+from pathlib import Path
 
 import toy
 from common import fail
@@ -33,7 +35,6 @@ def load_problems(cfg, wanted=None, splits=None):
         sizes = dict(train=16384, validation=cfg.eval_prompts, test=cfg.eval_prompts)
         splits = {split: toy.problems(cfg.data, split, n) for split, n in sizes.items()}
     elif splits is None:
-        from data_file import read  # here, because the toy does not need it
         splits = read(cfg.data)
     cfg.data_checksum = checksum([*splits.values()])  # a run is not resumed on other data
     splits = settle(splits, cfg.data, wanted)
@@ -56,6 +57,29 @@ def load_problems(cfg, wanted=None, splits=None):
             splits[split] = random.Random(0).sample(splits[split], cfg.eval_prompts)
     print(f"data {cfg.data}: " + ", ".join(f"{len(rows):,} {key}" for key, rows in splits.items()))
     return splits["train"], splits["validation"], splits["test"]
+
+
+def read(data):
+    """.jsonl file, folder that `datasets` can load, hub name[:configuration] -> {split: rows}."""
+    data = os.path.expanduser(data)
+    path = Path(data)
+    if path.is_file() or path.suffix in (".jsonl", ".json") and not path.is_dir():
+        return {"train": read_jsonl(path)}
+    from data_file import load  # here, because the toy and .jsonl files do not need it
+    return load(data)
+
+
+def read_jsonl(path):
+    """One JSON object per line -> rows; empty lines are skipped."""
+    if not path.is_file() or path.suffix not in (".jsonl", ".json"):
+        fail(f"--data {path}: there is no such .jsonl file (of csv or parquet, name the folder)")
+    rows = []
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        try:
+            rows += [{**json.loads(line)}] if line.strip() else []
+        except (ValueError, TypeError, RecursionError) as error:  # not JSON; not UTF-8; no {...}
+            fail(f"--data {path}: line {number} is not a JSON object ({error}); mend or delete it")
+    return rows
 
 
 NEEDED = dict(

@@ -1,9 +1,7 @@
 """
-Data of the user's own: a file, a folder or a data set of the hub -> rows; and pairs -> prompt and
+Data of the user's own: a folder or a data set of the hub -> rows; and pairs -> prompt and
 completions, in the forms in which people have them.
 """
-import json
-import os
 import re
 from itertools import takewhile
 from pathlib import Path
@@ -14,16 +12,13 @@ from common import fail
 from model import ask_hub
 
 
-def read(data):
-    """.jsonl file, folder that `datasets` can load, hub name[:configuration] -> {split: rows}."""
-    data = os.path.expanduser(data)
+def load(data):
+    """A folder that `datasets` can load, or a hub name[:configuration] -> {split: rows}."""
     path = Path(data)
-    if path.is_file() or path.suffix in (".jsonl", ".json") and not path.is_dir():
-        return {"train": read_jsonl(path)}
     name, _, configuration = (data, "", "") if path.is_dir() else data.partition(":")
     if not Path(name).is_dir():
         ask_hub("--data", name, "dataset")
-    import datasets  # here, because it takes a second, and .jsonl files do not need it
+    import datasets  # here, because it takes a second, and pairs do not need it
     try:
         if any(Path(name, saved).exists() for saved in ("dataset_dict.json", "state.json")):
             found = datasets.load_from_disk(name)
@@ -54,19 +49,6 @@ def to_rows(table):
         getattr(feature, "dtype", None)) for key, feature in table.features.items()}
     return [{key: written(value, kinds[key]) if kinds[key] and isinstance(value, float) else value
              for key, value in row.items()} for row in table.with_format(None)]
-
-
-def read_jsonl(path):
-    """One JSON object per line -> rows; empty lines are skipped."""
-    if not path.is_file() or path.suffix not in (".jsonl", ".json"):
-        fail(f"--data {path}: there is no such .jsonl file (of csv or parquet, name the folder)")
-    rows = []
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
-        try:
-            rows += [{**json.loads(line)}] if line.strip() else []
-        except (ValueError, TypeError, RecursionError) as error:  # not JSON; not UTF-8; no {...}
-            fail(f"--data {path}: line {number} is not a JSON object ({error}); mend or delete it")
-    return rows
 
 
 def to_pair(prompt, chosen, rejected, split_texts=False):

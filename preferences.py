@@ -25,8 +25,7 @@ from tqdm import tqdm
 
 import toy
 from common import fail, step_generator
-from data import encode, load_problems, settle
-from data_file import read_jsonl
+from data import encode, load_problems, read_jsonl, settle
 from model import load_tokenizer, locate
 from rewards import decode, last_number
 from rollout import load_policy, make_batch, sample
