@@ -9,9 +9,7 @@ may hold garbage, even nan: it influences nothing, and per-token results are 0 t
 import math
 import random
 import sys
-import traceback
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Optional
 
 import torch
@@ -176,17 +174,6 @@ def find_device(name):
         fail(f"--device {name}: torch sees {torch.cuda.device_count() or 'no'} GPU on this "
              "machine; use --device cpu")
     return name
-
-
-def describe(error):
-    """What happened in a reward's file, and where."""
-    ours = [str(Path(__file__).with_name(name)) for name in ("rewards.py", "reward_file.py")]
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__)
-              if frame.filename not in ours and not frame.filename.startswith("<frozen")]
-    text = f"{type(error).__name__}: {error}"
-    if isinstance(error, SyntaxError) or not frames:  # names its line itself; or did not get there
-        return text
-    return f"{text} (line {frames[-1].lineno} of {Path(frames[-1].filename).name})"
 
 
 def use_bf16(device):

@@ -31,11 +31,7 @@ def load_problems(cfg, wanted=None, splits=None):
     """
     tokenizer, context, vocab_size, stop = load_tokenizer(cfg.model)
     known_only = toy.is_toy(tokenizer) and splits is None  # what it has sampled may hold <unk>
-    if splits is None and cfg.data in toy.KINDS:
-        sizes = dict(train=16384, validation=cfg.eval_prompts, test=cfg.eval_prompts)
-        splits = {split: toy.problems(cfg.data, split, n) for split, n in sizes.items()}
-    elif splits is None:
-        splits = read(cfg.data)
+    splits = splits or read(cfg.data, cfg.eval_prompts)
     cfg.data_checksum = checksum([*splits.values()])  # a run is not resumed on other data
     splits = settle(splits, cfg.data, wanted)
     for rows in splits.values():
@@ -59,8 +55,11 @@ def load_problems(cfg, wanted=None, splits=None):
     return splits["train"], splits["validation"], splits["test"]
 
 
-def read(data):
-    """.jsonl file, folder that `datasets` can load, hub name[:configuration] -> {split: rows}."""
+def read(data, held_out):
+    """toy, words, .jsonl file, folder that `datasets` can load, hub name -> {split: rows}."""
+    if data in toy.KINDS:
+        sizes = dict(train=16384, validation=held_out, test=held_out)
+        return {split: toy.problems(data, split, n) for split, n in sizes.items()}
     data = os.path.expanduser(data)
     path = Path(data)
     if path.is_file() or path.suffix in (".jsonl", ".json") and not path.is_dir():

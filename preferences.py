@@ -74,9 +74,9 @@ def make_preferences(cfg, kind):
         policy, tokenizer = load_policy(cfg.model, cfg.device)
         found = list(sample_answers(policy, tokenizer, cfg))
         temporary.mkdir(parents=True)
-        for kind, rows in dict(pairs=to_pairs(found), rankings=to_rankings(found)).items():
+        for made, rows in dict(pairs=to_pairs(found), rankings=to_rankings(found)).items():
             text = "".join(json.dumps(row) + "\n" for row in rows)
-            Path(temporary, f"{kind}.jsonl").write_text(text)
+            Path(temporary, f"{made}.jsonl").write_text(text)
         print(f"kept in {folder}")
     make_once(folder, make)
     rows = read_jsonl(folder / f"{kind}.jsonl")

@@ -10,13 +10,14 @@ import os
 import shutil
 import sys
 import tempfile
+import traceback
 import zlib
 from pathlib import Path
 
 import torch
 import transformers
 
-from common import describe, fail
+from common import fail
 from data import encode, encode_completions
 from model import check_config, remove_dropout
 from rollout import all_scores, make_batch
@@ -104,6 +105,17 @@ def own_settings(theirs):
     finally:
         theirs.update((get, get()) for get in SETTINGS)
         change(ours)
+
+
+def describe(error):
+    """What happened in a reward's file, and where."""
+    ours = __file__, str(Path(__file__).with_name("rewards.py"))
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__)
+              if frame.filename not in ours and not frame.filename.startswith("<frozen")]
+    text = f"{type(error).__name__}: {error}"
+    if isinstance(error, SyntaxError) or not frames:  # names its line itself; or did not get there
+        return text
+    return f"{text} (line {frames[-1].lineno} of {Path(frames[-1].filename).name})"
 
 
 def load_scorer(folder, cfg):

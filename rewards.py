@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 import toy
-from common import Failure, describe, fail
+from common import Failure, fail
 
 NUMBER = (r"[-+]?\d+/0*[1-9]\d*|"  # 1/2, or 1,234.5 with a comma only as in 1,234,567, or 1.5e3
           r"[-+]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,2})?")
@@ -151,6 +151,7 @@ def judge(name, reward, problems, texts, finished, completion_ids, when=""):
     except Failure:  # of a learned reward: its sentence is out
         raise
     except (Exception, SystemExit) as error:
+        from reward_file import describe  # of which most runs need nothing
         fail(f"--reward {name}{when} raised {describe(error)}; it is called by keyword, with "
              f"prompts, completions, {', '.join(columns)}")
     try:

@@ -97,9 +97,10 @@ class Run:
         check_saving(policy, tokenizer, self.folder)
         torch.use_deterministic_algorithms(policy.device.type == "cpu")  # to the last bit
         torch.utils.deterministic.fill_uninitialized_memory = False  # costs 3 %, decides nothing
-        networks = [thing for thing in self.trained.values() if isinstance(thing, torch.nn.Module)]
-        for network in networks if self.cfg.gradient_checkpointing else ():
-            checkpoint_activations(network)
+        if self.cfg.gradient_checkpointing:
+            for thing in self.trained.values():
+                if isinstance(thing, torch.nn.Module):
+                    checkpoint_activations(thing)
         if self.cfg.compile:
             compile_decoding(policy)
         text = json.dumps(dict(script=self.name, **asdict(self.cfg)), indent=1)

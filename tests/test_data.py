@@ -162,7 +162,7 @@ def test_a_number_has_the_precision_of_its_column(tmp_path, dtype):
                                         for i, value in enumerate(numbers)])
     table = table.cast_column("answer", datasets.Value(dtype))
     table.to_parquet(tmp_path / "train.parquet")
-    rows = data.read(str(tmp_path))["train"]
+    rows = data.read(str(tmp_path), 1)["train"]
     assert [row["answer"] for row in rows] == numbers
     assert [row["count"] for row in rows] == [0, 1, 2, 3, 4]
 
