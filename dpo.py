@@ -28,14 +28,13 @@ from typing import Literal, Optional
 import torch
 import torch.nn.functional as F
 
-from common import HfArg, Means, RunConfig, learning_rate
-from common import fail
-from data import draw_problems
-from evaluation import preference_stats
-from flags import main
-from preferences import for_all_completions, load_preferences
-from rollout import all_logprobs, load_policy, make_batch, micro_batches, token_logprobs
-from run import Run
+from common import HfArg, Means, RunConfig, fail, learning_rate
+from plumbing.command_line import main
+from plumbing.data import draw_problems
+from plumbing.evaluation import preference_stats
+from plumbing.preferences import for_all_completions, load_preferences
+from plumbing.rollout import all_logprobs, load_policy, make_batch, micro_batches, token_logprobs
+from plumbing.run import Run
 
 
 @dataclass

@@ -27,12 +27,12 @@ import torch
 import torch.nn.functional as F
 
 from common import HfArg, Means, RunConfig, learning_rate
-from data import draw_problems
-from evaluation import preference_stats
-from flags import main
-from preferences import for_all_completions, load_preferences
-from rollout import all_logprobs, load_policy, make_batch, micro_batches, token_logprobs
-from run import Run
+from plumbing.command_line import main
+from plumbing.data import draw_problems
+from plumbing.evaluation import preference_stats
+from plumbing.preferences import for_all_completions, load_preferences
+from plumbing.rollout import all_logprobs, load_policy, make_batch, micro_batches, token_logprobs
+from plumbing.run import Run
 
 
 @dataclass

@@ -27,13 +27,13 @@ import torch
 
 from common import HfArg, Means, RunConfig, learning_rate, mini_batches, step_generator
 from common import fail, kl_estimate, ppo_clip_loss, returns_to_go
-from data import draw_problems, load_problems
-from evaluation import batch_stats, check_first_step, ratio_stats
-from flags import main
-from rewards import load_rewards, score, score_steps
+from plumbing.command_line import main
+from plumbing.data import draw_problems, load_problems
+from plumbing.evaluation import batch_stats, check_first_step, ratio_stats
+from plumbing.rewards import load_rewards, score, score_steps
+from plumbing.rollout import all_logprobs, load_policy, micro_batches, sample, token_logprobs
+from plumbing.run import Run
 from rloo import leave_one_out_advantages
-from rollout import all_logprobs, load_policy, micro_batches, sample, token_logprobs
-from run import Run
 
 
 @dataclass

@@ -25,15 +25,14 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForSequenceClassification
 
-from common import HfArg, Means, RunConfig, learning_rate
-from common import fail
-from data import draw_problems
-from evaluation import preference_stats
-from flags import main
-from model import remove_dropout
-from preferences import for_all_completions, load_preferences
-from rollout import all_scores, load_policy, make_batch, micro_batches, sequence_scores
-from run import Run
+from common import HfArg, Means, RunConfig, fail, learning_rate
+from plumbing.command_line import main
+from plumbing.data import draw_problems
+from plumbing.evaluation import preference_stats
+from plumbing.model import remove_dropout
+from plumbing.preferences import for_all_completions, load_preferences
+from plumbing.rollout import all_scores, load_policy, make_batch, micro_batches, sequence_scores
+from plumbing.run import Run
 
 
 @dataclass

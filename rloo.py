@@ -26,12 +26,12 @@ import torch
 
 from common import HfArg, Means, RunConfig, learning_rate, mini_batches, step_generator
 from common import kl_estimate, masked_mean, ppo_clip_loss
-from data import draw_problems, load_problems
-from evaluation import batch_stats, check_first_step, ratio_stats
-from flags import main
-from rewards import load_rewards, score
-from rollout import all_logprobs, load_policy, micro_batches, sample, token_logprobs
-from run import Run
+from plumbing.command_line import main
+from plumbing.data import draw_problems, load_problems
+from plumbing.evaluation import batch_stats, check_first_step, ratio_stats
+from plumbing.rewards import load_rewards, score
+from plumbing.rollout import all_logprobs, load_policy, micro_batches, sample, token_logprobs
+from plumbing.run import Run
 
 
 @dataclass

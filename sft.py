@@ -18,13 +18,12 @@ from dataclasses import dataclass
 
 import torch
 
-import toy
-from common import HfArg, Means, RunConfig, learning_rate
-from common import masked_mean
-from data import draw_problems, load_problems
-from flags import main
-from rollout import load_policy, make_batch, micro_batches, token_logprobs
-from run import Run
+from common import HfArg, Means, RunConfig, learning_rate, masked_mean
+from plumbing import toy
+from plumbing.command_line import main
+from plumbing.data import draw_problems, load_problems
+from plumbing.rollout import load_policy, make_batch, micro_batches, token_logprobs
+from plumbing.run import Run
 
 
 @dataclass

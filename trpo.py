@@ -25,13 +25,13 @@ import torch
 
 from common import HfArg, Means, RunConfig, step_generator
 from common import fail, kl_estimate, masked_mean, normalize_rewards
-from data import draw_problems, load_problems
-from evaluation import batch_stats, check_first_step, ratio_stats
-from flags import main
+from plumbing.command_line import main
+from plumbing.data import draw_problems, load_problems
+from plumbing.evaluation import batch_stats, check_first_step, ratio_stats
+from plumbing.rewards import load_rewards, score
+from plumbing.rollout import all_logprobs, load_policy, micro_batches, pick, sample, token_logits
+from plumbing.run import Run
 from reinforce_pp import reinforce_pp_advantages
-from rewards import load_rewards, score
-from rollout import all_logprobs, load_policy, micro_batches, pick, sample, token_logits
-from run import Run
 
 
 @dataclass

@@ -21,9 +21,9 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 
-import data  # noqa: E402
-import toy  # noqa: E402
-from model import load_model  # noqa: E402
+from plumbing import data  # noqa: E402
+from plumbing import toy  # noqa: E402
+from plumbing.model import load_model  # noqa: E402
 
 PLAIN = dict(vocab_size=18, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
 ROPE = dict(**PLAIN, intermediate_size=64, num_key_value_heads=2)

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 
-import bench
+from tools import bench
 
 SMALL = ["--prompts", "2", "--group_size", "2", "--prompt_tokens", "8", "--new_tokens", "6",
          "--rounds", "1", "--steps", "1"]

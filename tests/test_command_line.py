@@ -15,9 +15,7 @@ import torch
 
 import common
 import dpo
-import flags as flags_py
 import grpo
-import model as model_py
 import orpo
 import ppo
 import prime
@@ -26,16 +24,14 @@ import reinforce
 import reinforce_pp
 import remax
 import reward_model
-import rewards
 import rloo
-import run
 import sft
-import toy
 import trpo
 import warm
 from conftest import (CONFIGS, HOSTILE, ROOT, TEMPLATE, by_text, moved, save_folder, to_problems,
                       write_jsonl)
-from rollout import load_policy
+from plumbing import command_line as flags_py, model as model_py, rewards, run, toy
+from plumbing.rollout import load_policy
 
 pytestmark = pytest.mark.usefixtures("few_problems")
 SMALL = ["--device", "cpu", "--data", "toy", "--steps", "6", "--prompts_per_step", "8",
@@ -476,7 +472,7 @@ def test_sft_learns_the_demonstrations_and_where_they_end(folders, tmp_path, mon
     assert losses[0] > 2 and losses[-1] < 0.3
     policy, tokenizer = load_policy("run", "cpu")
     rows = to_problems(toy.problems("toy", "train", 12), tokenizer)
-    from rollout import sample
+    from plumbing.rollout import sample
     batch = sample(policy, tokenizer, [row["ids"] for row in rows], 1, 8, 0.0, None)
     assert batch.finished.all()
     _, scores, _ = rewards.score(dict(r=rewards.last_number), rows, batch, tokenizer)
@@ -489,9 +485,9 @@ def test_plot(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "metrics.jsonl").write_text(
             "".join(json.dumps(dict(step=i, score=i / 9, length=9, kl=0)) + "\n" for i in range(9)))
-    call("plot.py", "a", "b", "--out", "curves.svg", cwd=tmp_path)
+    call("-m", "tools.plot", "a", "b", "--out", "curves.svg", cwd=tmp_path)
     assert (tmp_path / "curves.svg").read_text().count("<svg") == 1
-    assert "--keys nope" in call("plot.py", "a", "--keys", "nope", cwd=tmp_path, code=1)
+    assert "--keys nope" in call("-m", "tools.plot", "a", "--keys", "nope", cwd=tmp_path, code=1)
 
 
 def test_a_disk_that_fills_up_ends_the_run_with_one_sentence(tmp_path, capsys):

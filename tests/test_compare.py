@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-import compare
+from tools import compare
 
 
 def leave(folder, after, kl):

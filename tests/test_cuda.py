@@ -19,18 +19,15 @@ import torch
 import transformers
 
 import common
-import memory
-import run
 import reward_model
-import rewards
-import rollout
 import sft
 import test_offline_scripts
 import test_scripts
-import toy
 from conftest import by_text, make_model, moved, seeded, write_jsonl
-from rollout import load_policy, make_batch, sample, token_logprobs
+from plumbing import rewards, rollout, run, toy
+from plumbing.rollout import load_policy, make_batch, sample, token_logprobs
 from test_command_line import metrics
+from tools import memory
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for deterministic algorithms
 PAPER = sys.modules.get("paper_cuda")

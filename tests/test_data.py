@@ -8,11 +8,10 @@ import datasets
 import pytest
 import torch
 
-import data
-import toy
 from conftest import TEMPLATE, write_jsonl
-from rewards import as_number
-from rollout import make_batch
+from plumbing import data, toy
+from plumbing.rewards import as_number
+from plumbing.rollout import make_batch
 
 
 # ------------------------------------------------------------------ the toy world

@@ -6,12 +6,9 @@ import sys
 import pytest
 import torch
 
-import data
-import evaluation
-import rewards
-import toy
 from conftest import ROOT, make_model, seeded, to_problems
-from rollout import sample
+from plumbing import data, evaluation, rewards, toy
+from plumbing.rollout import sample
 
 
 def test_wilson():
@@ -124,7 +121,7 @@ def test_windows_has_no_resource(tmp_path, monkeypatch, capsys):
     """Then the peak of memory is not known and not printed."""
     monkeypatch.setitem(sys.modules, "resource", None)  # importing it fails
     monkeypatch.setattr(sys, "platform", "win32")
-    spec = importlib.util.spec_from_file_location("anew", ROOT / "evaluation.py")
+    spec = importlib.util.spec_from_file_location("anew", ROOT / "plumbing" / "evaluation.py")
     anew = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(anew)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

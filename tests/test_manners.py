@@ -17,11 +17,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import common
-import model as model_py
 import reinforce_pp
 import sft
-import toy
 from conftest import ROOT, save_folder, write_jsonl
+from plumbing import model as model_py, toy
 from test_scripts import each_is_one_sentence
 
 ONLINE = dict(HF_HUB_OFFLINE="0")

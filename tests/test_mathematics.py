@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import common
-import evaluation
 import reinforce_pp
+from plumbing import evaluation
 
 T = lambda x: torch.as_tensor(x, dtype=torch.float64)  # noqa: E731
 
@@ -95,14 +95,14 @@ def test_reinforce_pp_baseline_advantages(x, y):
 
 @pytest.mark.parametrize("x, y", cases("token_logprobs"))
 def test_pick(x, y):
-    from rollout import pick
+    from plumbing.rollout import pick
     ours = pick(T(x["logits"]), torch.tensor(x["token_ids"]), x["temperature"])
     torch.testing.assert_close(ours, T(y["logprobs"]).float(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("x, y", cases("sft_loss"))
 def test_sft_loss(x, y):
-    from rollout import pick
+    from plumbing.rollout import pick
     labels = torch.tensor(x["labels"])[:, 1:]
     mask = (labels != -100).double()
     logprobs = pick(T(x["logits"])[:, :-1], labels.clamp(min=0), 1.0).double()

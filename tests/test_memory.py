@@ -8,15 +8,12 @@ import pytest
 import torch
 import transformers
 
-import memory
-import rewards
-import run
-import rollout
-import toy
 import trpo
 import warm
-from model import checkpoint_activations
-from rollout import make_batch, sample, token_logprobs
+from plumbing import rewards, rollout, run, toy
+from plumbing.model import checkpoint_activations
+from plumbing.rollout import make_batch, sample, token_logprobs
+from tools import memory
 
 ROWS, PROMPT, COMPLETION = 4, 64, 64
 

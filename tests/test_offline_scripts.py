@@ -9,17 +9,14 @@ import torch
 
 import dpo
 import orpo
-import preferences
 import reinforce_pp
 import reward_model
-import rewards
-import rollout
 from common import masked_mean
 from conftest import CONFIGS, TEMPLATE, save_folder, to_problems, write_jsonl
-from rollout import load_policy, make_batch, token_logprobs
+from plumbing import preferences, rewards, rollout
+from plumbing.rollout import load_policy, make_batch, token_logprobs
 from test_command_line import metrics, same_weights, weights
-from test_scripts import each_is_one_sentence, same_but_for_rounding
-from test_scripts import quick as quick_online
+from test_scripts import each_is_one_sentence, quick as quick_online, same_but_for_rounding
 
 SCRIPTS = dict(reward_model=reward_model, dpo=dpo, orpo=orpo)
 VARIANTS = [("reward_model", {}), ("dpo", {}), ("dpo", dict(loss="plackett_luce")), ("orpo", {})]

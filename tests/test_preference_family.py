@@ -7,11 +7,11 @@ import torch
 
 import common
 from dpo import dpo_loss, plackett_luce_loss
-from evaluation import preference_stats
 from orpo import odds_ratio_loss
+from plumbing.evaluation import preference_stats
+from plumbing.rollout import pick
 from raft import best_of_k
 from reward_model import bradley_terry_loss
-from rollout import pick
 from test_mathematics import T, cases, same
 
 # --------------------------------------------------------------- oracles: reference implementations

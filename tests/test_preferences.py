@@ -5,12 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 
-import data
-import data_file
-import preferences
-import toy
 from conftest import TEMPLATE, write_jsonl
-from preferences import load_preferences
+from plumbing import data, data_file, preferences, toy
+from plumbing.preferences import load_preferences
 
 
 def config(data, model=None, **flags):

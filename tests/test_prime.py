@@ -8,15 +8,15 @@ import xml.dom.minidom
 import pytest
 import torch
 
-import plot
 import prime
-import rewards
-from rollout import load_policy
+from plumbing import rewards
+from plumbing.rollout import load_policy
 from test_command_line import metrics, weights
 from test_exact_gradient import (MASK, REF_LOGPROBS, SCORES, SEQUENCES, THETA, clip_loss,
                                  logprobs_of)
 from test_mathematics import T, cases, check_padding, random_batch, same
 from test_scripts import blind, here, shorter, train  # noqa: F401
+from tools import plot
 
 
 @pytest.mark.parametrize("x, y", cases("prime_advantages"))

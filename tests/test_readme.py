@@ -8,8 +8,6 @@ import subprocess
 import sys
 
 import dpo
-import flags as flags_py
-import memory
 import ppo
 import prime
 import reinforce_pp
@@ -17,8 +15,10 @@ import sft
 import trpo
 import warm
 from conftest import ROOT, TEMPLATE, save_folder
+from plumbing import command_line as flags_py
 from test_offline_scripts import SCRIPTS as OFFLINE
 from test_scripts import CAPS, SCRIPTS
+from tools import memory
 
 README = (ROOT / "README.md").read_text()
 
@@ -38,13 +38,14 @@ def test_functions_have_the_arguments_that_readme_gives():
     table = re.findall(r"`(common|rollout|%s)\.(\w+)\(([^)]*)\)`" % "|".join(EVERY), README)
     assert len(table) >= 35
     for module, name, arguments in table:
+        module = f"plumbing.{module}" if module == "rollout" else module
         signature = inspect.signature(getattr(importlib.import_module(module), name))
         assert list(signature.parameters) == arguments.split(", "), name
 
 
 def test_flags_and_files_exist():
     flags = FIELDS | {"keys", "out", "help", "seeds", "tokens"}
-    flags |= set(re.findall(r'"--(\w+)"', (ROOT / "bench.py").read_text()))
+    flags |= set(re.findall(r'"--(\w+)"', (ROOT / "tools" / "bench.py").read_text()))
     flags |= {"prompts", "prompt_tokens", "new_tokens", "rounds"}  # of bench.py, too
     ours = README[: README.index("## When one GPU is not enough")].replace(" `--normalize", "")
     for flag in re.findall(r"--([a-z_]+)", ours):

@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import rewards
 from conftest import ROOT, make_model, seeded, to_problems
-from rollout import make_batch, sample
+from plumbing import rewards
+from plumbing.rollout import make_batch, sample
 
 
 def test_texts_are_to_the_letter_but_for_the_eos_that_ended_them(tokenizer):

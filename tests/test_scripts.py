@@ -14,7 +14,6 @@ import torch
 
 import common
 import dpo
-import flags as flags_py
 import grpo
 import ppo
 import prime
@@ -22,16 +21,14 @@ import raft
 import reinforce
 import reinforce_pp
 import remax
-import rewards
 import rloo
-import run
 import sft
-import toy
 import trpo
 from conftest import (CONFIGS, HOSTILE, ROOT, TEMPLATE, by_text, make_model, moved,
                       save_folder, write_jsonl)
-from evaluation import evaluate
-from rollout import load_policy
+from plumbing import command_line as flags_py, rewards, run, toy
+from plumbing.evaluation import evaluate
+from plumbing.rollout import load_policy
 from test_command_line import metrics, same_weights, weights
 
 SCRIPTS = dict(reinforce=reinforce, reinforce_pp=reinforce_pp, ppo=ppo, remax=remax, rloo=rloo,
@@ -563,7 +560,7 @@ def test_equal_scores_in_every_group_move_nothing_but_the_kl(folders, here, name
 def test_process_supervision_prefers_the_answer_with_right_steps(folders, here):
     """Two answers with the same outcome: where they differ in a step, its tokens differ in A."""
     tokenizer = toy.make_tokenizer()
-    from rollout import make_batch
+    from plumbing.rollout import make_batch
     prompt, texts = "1+2-3=", ["1+2=3,3-3=0", "1+2=4,4-3=0"]
     ids = [tokenizer(text).input_ids + [tokenizer.eos_token_id] for text in texts]
     batch = make_batch([tokenizer(prompt).input_ids] * 2, ids, "cpu")
@@ -644,7 +641,7 @@ def test_same_story_in_the_same_words(name):
 def test_the_starting_point_is_the_same_for_all(folders, here):
     """The table before training must not depend on the script's batch sizes."""
     policy, tokenizer = load_policy(folders("llama"), "cpu")
-    from data import load_problems
+    from plumbing.data import load_problems
     found = []
     for name in SCRIPTS:
         cfg = quick(name, folders("llama"), prompts=16 if name == "remax" else 32, eval_prompts=100)

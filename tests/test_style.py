@@ -1,19 +1,39 @@
-"""The shape of the house: widths, the length of train(), and which file may know which."""
+"""The shape of the house: widths, the length of train(), and who may import whom."""
 import ast
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-LAYERS = ["common", "toy", "model", "rollout", "data_file", "data", "reward_file", "rewards",
-          "evaluation", "run", "flags"]  # upwards
-FILES = sorted(path.name for path in ROOT.glob("*.py"))
+FILES = {str(path.relative_to(ROOT).with_suffix("")).replace("/", "."): path
+         for folder in (".", "plumbing", "tools") for path in sorted((ROOT / folder).glob("*.py"))}
+each_file = pytest.mark.parametrize("name", FILES)
 
 
-@pytest.mark.parametrize("name", FILES)
+def imported(name):
+    """-> the modules that a file imports, those of its functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(FILES[name].read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name} has a relative import"
+            members = {f"{node.module}.{alias.name}" for alias in node.names} & FILES.keys()
+            found |= members or {node.module}
+    return found
+
+
+def storey(name):
+    """common <- plumbing <- scripts <- tools"""
+    folder = name.rpartition(".")[0]
+    return 0 if name == "common" else {"plumbing": 1, "": 2, "tools": 3}[folder]
+
+
+@each_file
 def test_lines_are_narrow_and_the_story_is_short(name):
-    source = (ROOT / name).read_text()
+    source = FILES[name].read_text()
     wide = [i for i, line in enumerate(source.splitlines(), 1) if len(line) > 100]
     assert not wide, f"{name}: lines {wide} are wider than 100"
     for node in ast.walk(ast.parse(source)):
@@ -22,23 +42,32 @@ def test_lines_are_narrow_and_the_story_is_short(name):
             assert length <= 80, f"{name}: train() has {length} lines"
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_imports_run_one_way_and_start_nothing(name):
-    tree, layer = ast.parse((ROOT / name).read_text()), name.removesuffix(".py")
-    ours = {path.removesuffix(".py") for path in FILES}
-    allowed = set(LAYERS[: LAYERS.index(layer)]) if layer in LAYERS else ours
-    for node in ast.walk(tree):
-        names = [a.name for a in node.names] if isinstance(node, ast.Import) else \
-            [node.module] if isinstance(node, ast.ImportFrom) else []
-        assert not (set(names) & ours) - allowed, f"{name} imports {names}"
-    for node in tree.body:  # imports, definitions, constants, docstring, `if __name__ == ...`
-        harmless = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.Expr,
-                    ast.If)
+@each_file
+def test_imports_run_one_way(name):
+    for other in imported(name) & FILES.keys():
+        assert storey(other) <= storey(name), f"{name} imports {other}"
+
+
+def test_imports_run_in_no_circle():
+    """Not even by way of an import inside a function."""
+    below, left = set(), dict.fromkeys(FILES)
+    while left:
+        free = {name for name in left if imported(name) & FILES.keys() <= below}
+        assert free, f"these import each other: {', '.join(left)}"
+        below |= free
+        left = {name: None for name in left if name not in free}
+
+
+@each_file
+def test_an_import_starts_nothing(name):
+    harmless = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.Expr,
+                ast.If)  # imports, definitions, constants, docstring, `if __name__ == ...`
+    for node in ast.parse(FILES[name].read_text()).body:
         assert isinstance(node, harmless), f"{name}:{node.lineno} runs at import"
 
 
 def test_every_flag_is_read_and_has_help():
-    sources = "".join((ROOT / name).read_text() for name in FILES)
+    sources = "".join(path.read_text() for path in FILES.values())
     flags = re.findall(r"^    (\w+): [\w\[\]]+ = HfArg\(default=[^,]+, (help=)?", sources, re.M)
     assert len(flags) > 25
     for flag, text in flags:
@@ -46,14 +75,11 @@ def test_every_flag_is_read_and_has_help():
         assert f"cfg.{flag}" in sources, f"--{flag} is parsed and never read"
 
 
-def test_dependencies_are_the_agreed_ones():
-    known = {"torch", "transformers", "datasets", "tqdm", "tokenizers",
-             "huggingface_hub", *(f[:-3] for f in FILES)}
-    import sys
-    for name in set(FILES) - {"plot.py", "bench.py"}:  # matplotlib, TRL: requirements-dev.txt
-        for node in ast.walk(ast.parse((ROOT / name).read_text())):
-            modules = [a.name for a in node.names] if isinstance(node, ast.Import) else \
-                [node.module] if isinstance(node, ast.ImportFrom) else []
-            for module in modules:
-                top = module.split(".")[0]
-                assert top in known | set(sys.stdlib_module_names), f"{name} imports {module}"
+@each_file
+def test_dependencies_are_the_agreed_ones(name):
+    known = {"torch", "transformers", "datasets", "tqdm", "tokenizers", "huggingface_hub",
+             "plumbing", "tools", *sys.stdlib_module_names, *FILES}
+    if name in ("tools.plot", "tools.bench"):
+        known |= {"matplotlib", "trl"}  # requirements-dev.txt
+    for module in imported(name):
+        assert module.split(".")[0] in known, f"{name} imports {module}"

@@ -12,11 +12,11 @@ import torch
 import dpo
 import reinforce_pp
 import sft
-import toy
 from conftest import to_problems
-from data import encode_completions
-from evaluation import evaluate
-from rollout import load_policy
+from plumbing import toy
+from plumbing.data import encode_completions
+from plumbing.evaluation import evaluate
+from plumbing.rollout import load_policy
 
 FULL = bool(os.environ.get("FULL"))
 

@@ -11,10 +11,10 @@ import torch
 import common
 import grpo
 import rloo
-import toy
 from conftest import make_model, save_folder
 from dr_grpo import constant_mean, dr_grpo_advantages
-from rollout import all_logprobs, sample, token_logprobs
+from plumbing import toy
+from plumbing.rollout import all_logprobs, sample, token_logprobs
 
 trl = pytest.importorskip("trl", reason="an oracle for development: requirements-dev.txt")
 datasets = pytest.importorskip("datasets")

@@ -5,12 +5,12 @@ import copy
 import pytest
 import torch
 
-import toy
 from conftest import make_model
 from dpo import dpo_loss
 from orpo import odds_ratio_loss
+from plumbing import toy
+from plumbing.rollout import make_batch, sequence_scores, token_logprobs
 from reward_model import bradley_terry_loss, make_scorer
-from rollout import make_batch, sequence_scores, token_logprobs
 from test_trl import nudge, same_gradient
 
 trl = pytest.importorskip("trl", reason="an oracle for development: requirements-dev.txt")

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-import rewards
 import trpo
 from conftest import CONFIGS, make_model
-from rollout import load_policy, make_batch, plain_logprobs, token_logits
+from plumbing import rewards
+from plumbing.rollout import load_policy, make_batch, plain_logprobs, token_logits
 from test_command_line import metrics, weights
 from test_exact_gradient import MASK, PREFIXES, SEQUENCES, THETA
 from test_mathematics import T, cases, check_padding, same
@@ -261,7 +261,7 @@ def test_token_logits_are_those_of_the_plain_pass(folders, name):
 
 
 def test_token_logits_are_fp32_also_where_the_others_are_not(folders, monkeypatch):
-    import rollout
+    from plumbing import rollout
     policy, _ = load_policy(folders("llama"), "cpu")
     batch = make_batch([[5, 6, 7]], [[9, 4, 2]], "cpu")
     rows, exact = torch.arange(1), token_logits(policy, batch, torch.arange(1), 1.0)

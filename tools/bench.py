@@ -1,10 +1,10 @@
 """
 How fast is a step? The scripts beside TRL's trainers and model.generate, on the same work.
 
-    python bench.py                     1M parameters, one thread of a CPU: some 5 minutes
-    python bench.py --size 3M --rows rollout GRPO
-    python bench.py --size 0.5B --device cuda --prompts 64 --prompt_tokens 128 --new_tokens 256 \\
-                    --micro_batch_size 16
+    python -m tools.bench                     1M parameters, one thread of a CPU: some 5 minutes
+    python -m tools.bench --size 3M --rows rollout GRPO
+    python -m tools.bench --size 0.5B --device cuda --prompts 64 --prompt_tokens 128 \\
+                          --new_tokens 256 --micro_batch_size 16
 
 All contenders run in this process, in turns, from the same random weights, on the same prompts, and
 make the same number of completions and of new tokens. The first step of each turn is dropped;
@@ -35,8 +35,8 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tqdm import tqdm
 
-import rollout
 from common import fail, step_generator, use_bf16
+from plumbing import rollout
 
 LLAMA, QWEN = transformers.LlamaConfig, transformers.Qwen2Config
 SIZES = {

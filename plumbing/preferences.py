@@ -23,13 +23,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import toy
 from common import fail, step_generator
-from data import encode, load_problems, read_jsonl, settle
-from model import load_tokenizer, locate
-from rewards import decode, last_number
-from rollout import load_policy, make_batch, sample
-from run import check_writable
+from plumbing import toy
+from plumbing.data import encode, load_problems, read_jsonl, settle
+from plumbing.model import load_tokenizer, locate
+from plumbing.rewards import decode, last_number
+from plumbing.rollout import load_policy, make_batch, sample
+from plumbing.run import check_writable
 
 SAMPLES = 8  # completions of each prompt that preferences are made of
 RANKED = 4   # completions in a ranking

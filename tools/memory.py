@@ -1,8 +1,8 @@
 """
 What fits on one GPU? The memory of a training step, by formula: README's table.
 
-    python memory.py
-    python memory.py --completions 512 --new_tokens 1024
+    python -m tools.memory
+    python -m tools.memory --completions 512 --new_tokens 1024
 
 Always there, per parameter: 4 bytes for the weight, 4 for its gradient, 8 for AdamW's moments; 4
 for the reference, if there is one; 16 for PPO's critic or PRIME's reward model; 2 for the bf16 copy

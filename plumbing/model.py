@@ -18,8 +18,8 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-import toy
 from common import fail
+from plumbing import toy
 
 
 @functools.cache  # a name is looked up for its tokenizer and for its weights

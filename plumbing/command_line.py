@@ -13,10 +13,10 @@ import textwrap
 import torch
 from transformers.hf_argparser import HfArgumentParser
 
-import toy
 from common import fail, find_device
-from model import load_tokenizer
-from run import Run
+from plumbing import toy
+from plumbing.model import load_tokenizer
+from plumbing.run import Run
 
 
 class FlagHelp(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

@@ -3,8 +3,8 @@ Learning curves of one or several runs, from their metrics.jsonl. Needs matplotl
 requirements-dev.txt and nowhere else. Or, without it, the implicit reward of every token of a wrong
 answer in a run of prime.py: of those with most steps in samples.jsonl, the one with the lowest sum.
 
-    python plot.py runs/reinforce_pp runs/reinforce_pp-2 --keys score length kl --out curves.svg
-    python plot.py runs/prime --tokens --out tokens.svg
+    python -m tools.plot runs/ppo runs/grpo --keys score length kl --out curves.svg
+    python -m tools.plot runs/prime --tokens --out tokens.svg
 """
 import argparse
 import html

@@ -1,13 +1,13 @@
 """
 All scripts from one starting policy, on the same budget of completions: the table of README.
 
-    python compare.py --seeds 1 2 3                        the toy: about 20 minutes on 2 cores
-    python compare.py --scripts rloo grpo --kl_coef 0      other flags go to every script
+    python -m tools.compare --seeds 1 2 3                     the toy: about 20 minutes on 2 cores
+    python -m tools.compare --scripts rloo grpo --kl_coef 0   other flags go to every script
 
 Each run is a process of its own, one after the other, in runs/compare; one that is there already,
-with the same flags, is not repeated. All start from toy_policy/, or from --model; a seed is the
-order of the prompts and all sampling. ReMax spends half of its completions on greedy decoding. DPO
-and ORPO sample nothing while they learn: theirs are those that their data was made of.
+with the same flags, is not repeated. All start from the toy's policy, or from --model; a seed is
+the order of the prompts and all sampling. ReMax spends half of its completions on greedy decoding.
+DPO and ORPO sample nothing while they learn: theirs are those that their data was made of.
 """
 import argparse
 import importlib
@@ -20,7 +20,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from common import fail
-from preferences import SAMPLES
+from plumbing.preferences import SAMPLES
 
 SCRIPTS = ("reinforce", "reinforce_pp", "trpo", "ppo", "remax", "rloo", "grpo", "prime", "raft",
            "dpo", "orpo")
@@ -32,7 +32,7 @@ def run(script, seed, flags):
     folder = Path("runs", "compare", same, f"{script}-seed{seed}")
     if not (folder / "test.json").exists():
         print(f"{script}, seed {seed}: {folder}", file=sys.stderr)
-        command = [sys.executable, Path(__file__).with_name(f"{script}.py"), *flags]
+        command = [sys.executable, Path(__file__).parents[1] / f"{script}.py", *flags]
         command += ["--seed", str(seed), "--out_dir", folder]
         if (folder / "checkpoint.pt").exists():
             command.append("--resume")

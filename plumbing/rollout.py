@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache, DynamicCache, StaticLayer
 
 from common import fail, use_bf16
-from model import eos_ids, load_model, load_tokenizer
+from plumbing.model import eos_ids, load_model, load_tokenizer
 
 
 @dataclass

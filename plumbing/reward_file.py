@@ -18,9 +18,9 @@ import torch
 import transformers
 
 from common import fail
-from data import encode, encode_completions
-from model import check_config, remove_dropout
-from rollout import all_scores, make_batch
+from plumbing.data import encode, encode_completions
+from plumbing.model import check_config, remove_dropout
+from plumbing.rollout import all_scores, make_batch
 
 
 def load_function(file, name):

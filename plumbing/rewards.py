@@ -22,8 +22,8 @@ from pathlib import Path
 
 import torch
 
-import toy
 from common import Failure, fail
+from plumbing import toy
 
 NUMBER = (r"[-+]?\d+/0*[1-9]\d*|"  # 1/2, or 1,234.5 with a comma only as in 1,234,567, or 1.5e3
           r"[-+]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,2})?")
@@ -123,7 +123,7 @@ def load_rewards(cfg, problems):
         if name in REWARDS and not colon:
             function = REWARDS[name]
         else:
-            import reward_file  # here, because most runs do not need it
+            from plumbing import reward_file  # here, because most runs do not need it
             function = reward_file.load_function(file, name) if colon else \
                 reward_file.load_scorer(folder, cfg)
         rewards[name] = function
@@ -151,7 +151,7 @@ def judge(name, reward, problems, texts, finished, completion_ids, when=""):
     except Failure:  # of a learned reward: its sentence is out
         raise
     except (Exception, SystemExit) as error:
-        from reward_file import describe  # of which most runs need nothing
+        from plumbing.reward_file import describe  # of which most runs need nothing
         fail(f"--reward {name}{when} raised {describe(error)}; it is called by keyword, with "
              f"prompts, completions, {', '.join(columns)}")
     try:

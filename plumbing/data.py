@@ -16,9 +16,9 @@ import zlib
 from itertools import combinations
 from pathlib import Path
 
-import toy
 from common import fail
-from model import load_tokenizer
+from plumbing import toy
+from plumbing.model import load_tokenizer
 
 # --------------------------------------------------------------------------------------------------
 # From --data to problems
@@ -64,7 +64,7 @@ def read(data, held_out):
     path = Path(data)
     if path.is_file() or path.suffix in (".jsonl", ".json") and not path.is_dir():
         return {"train": read_jsonl(path)}
-    from data_file import load  # here, because the toy and .jsonl files do not need it
+    from plumbing.data_file import load  # here, because the toy and .jsonl files do not need it
     return load(data)
 
 
@@ -128,7 +128,7 @@ def to_problem(row, columns):
     if row.get("chosen") is not None and row.get("rejected") is not None:
         others = (key for key in columns if key not in ("chosen", "rejected"))
         asked = any(key in ("prompt", "question") or is_text(row.get(key)) for key in others)
-        from data_file import to_pair  # here, because most data has no pairs
+        from plumbing.data_file import to_pair  # here, because most data has no pairs
         prompt, completions = to_pair(prompt, row["chosen"], row["rejected"], not asked)
     return dict(row=row, columns={key: row.get(key) for key in columns}, prompt=prompt,
                 completion=completion, completions=completions)

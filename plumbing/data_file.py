@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from common import fail
-from model import ask_hub
+from plumbing.model import ask_hub
 
 
 def load(data):

@@ -19,9 +19,9 @@ import torch
 from tqdm import tqdm
 
 from common import check_ranges, fail, find_device, use_bf16
-from evaluation import evaluate, report
-from model import check_saving, checkpoint_activations, save_policy
-from rollout import compile_decoding
+from plumbing.evaluation import evaluate, report
+from plumbing.model import check_saving, checkpoint_activations, save_policy
+from plumbing.rollout import compile_decoding
 
 # What --resume lets differ from the run's own: where, how long and in how much memory it runs, how
 # often it reports. The data's checksum is compared on its own, when the data has been read.

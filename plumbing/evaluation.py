@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
-import toy
 from common import kl_estimate, masked_mean, step_generator, use_bf16
-from rewards import as_number, decode, last_number, score
-from rollout import all_logprobs, make_batch, sample, token_logprobs
+from plumbing import toy
+from plumbing.rewards import as_number, decode, last_number, score
+from plumbing.rollout import all_logprobs, make_batch, sample, token_logprobs
 
 
 def batch_stats(scores, kl, batch, group_size):

@@ -1,0 +1,1 @@
+"""What the scripts stand on: flags, models, sampling, data, rewards, runs. No algorithm is here."""
