@@ -28,13 +28,15 @@ from typing import Literal, Optional
 import torch
 import torch.nn.functional as F
 
-from common import HfArg, Means, RunConfig, fail, learning_rate
+from common import learning_rate
 from plumbing.command_line import main
 from plumbing.data import draw_problems
 from plumbing.evaluation import preference_stats
+from plumbing.flags import HfArg, RunConfig, fail
+from plumbing.model import load_policy
 from plumbing.preferences import for_all_completions, load_preferences
-from plumbing.rollout import all_logprobs, load_policy, make_batch, micro_batches, token_logprobs
-from plumbing.run import Run
+from plumbing.rollout import all_logprobs, make_batch, micro_batches, token_logprobs
+from plumbing.run import Means, Run
 
 
 @dataclass
@@ -110,7 +112,7 @@ def train(cfg):
 
         # 2. Update. by_row: the weight of a micro-batch, its part of the completions.
         stats = Means()
-        optimizer.param_groups[0]["lr"] = learning_rate(step, cfg, cfg.lr)
+        optimizer.param_groups[0]["lr"] = learning_rate(step, cfg.steps, cfg.warmup_steps, cfg.lr)
         optimizer.zero_grad()
         for rows, _, by_row in micro_batches(batch, torch.arange(len(mask)),
                                              K * cfg.micro_batch_size):

@@ -25,16 +25,17 @@ from dataclasses import dataclass
 
 import torch
 
-from common import HfArg, Means, RunConfig, learning_rate, mini_batches, step_generator
-from common import (fail, kl_estimate, masked_mean, ppo_clip_loss, returns_to_go,
-                    token_rewards, whiten)
+from common import (kl_estimate, learning_rate, masked_mean, mini_batches, ppo_clip_loss,
+                    returns_to_go, token_rewards, whiten)
 from plumbing.command_line import main
 from plumbing.data import draw_problems, load_problems
 from plumbing.evaluation import batch_stats, check_first_step, ratio_stats
+from plumbing.flags import HfArg, RunConfig, fail
+from plumbing.model import load_policy
 from plumbing.rewards import load_rewards, score
-from plumbing.rollout import (all_logprobs, all_values, load_policy, micro_batches, sample,
+from plumbing.rollout import (all_logprobs, all_values, micro_batches, sample, step_generator,
                               token_logprobs, token_values)
-from plumbing.run import Run
+from plumbing.run import Means, Run
 
 
 @dataclass
@@ -153,10 +154,11 @@ def train(cfg):
         # 4. Update, once per mini-batch. by_token, by_row weight its micro-batches, for a mean over
         # tokens or over completions; both sum to 1.
         stats = Means()
-        optimizer.param_groups[0]["lr"] = learning_rate(step, cfg, cfg.lr)
+        optimizer.param_groups[0]["lr"] = learning_rate(step, cfg.steps, cfg.warmup_steps, cfg.lr)
         if step < cfg.critic_warmup:  # at first only V learns
             optimizer.param_groups[0]["lr"] = 0.0
-        optimizer.param_groups[1]["lr"] = learning_rate(step, cfg, cfg.critic_lr)
+        optimizer.param_groups[1]["lr"] = learning_rate(step, cfg.steps, cfg.warmup_steps,
+                                                        cfg.critic_lr)
         for minibatch in mini_batches(len(scores), cfg.minibatch_size, cfg.group_size, cfg.epochs,
                                       generator):
             optimizer.zero_grad()

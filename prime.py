@@ -25,14 +25,16 @@ from dataclasses import dataclass
 
 import torch
 
-from common import HfArg, Means, RunConfig, learning_rate, mini_batches, step_generator
-from common import fail, kl_estimate, ppo_clip_loss, returns_to_go
+from common import kl_estimate, learning_rate, mini_batches, ppo_clip_loss, returns_to_go
 from plumbing.command_line import main
 from plumbing.data import draw_problems, load_problems
 from plumbing.evaluation import batch_stats, check_first_step, ratio_stats
-from plumbing.rewards import load_rewards, score, score_steps
-from plumbing.rollout import all_logprobs, load_policy, micro_batches, sample, token_logprobs
-from plumbing.run import Run
+from plumbing.flags import HfArg, RunConfig, fail
+from plumbing.model import load_policy
+from plumbing.rewards import load_rewards, score
+from plumbing.rollout import all_logprobs, micro_batches, sample, step_generator, token_logprobs
+from plumbing.run import Means, Run
+from plumbing.toy import score_steps
 from rloo import leave_one_out_advantages
 
 
@@ -154,8 +156,9 @@ def train(cfg):
         # 4. Update, once per mini-batch. by_token, by_row weight its micro-batches, for a mean over
         # tokens or over completions; both sum to 1.
         stats = Means()
-        optimizer.param_groups[0]["lr"] = learning_rate(step, cfg, cfg.lr)
-        optimizer.param_groups[1]["lr"] = learning_rate(step, cfg, cfg.prm_lr)
+        optimizer.param_groups[0]["lr"] = learning_rate(step, cfg.steps, cfg.warmup_steps, cfg.lr)
+        optimizer.param_groups[1]["lr"] = learning_rate(step, cfg.steps, cfg.warmup_steps,
+                                                        cfg.prm_lr)
         for minibatch in mini_batches(len(kept), cfg.minibatch_size, cfg.group_size, cfg.epochs,
                                       generator):
             optimizer.zero_grad()

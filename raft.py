@@ -21,13 +21,15 @@ from dataclasses import dataclass
 
 import torch
 
-from common import HfArg, Means, RunConfig, learning_rate, masked_mean, mini_batches, step_generator
+from common import learning_rate, masked_mean, mini_batches
 from plumbing.command_line import main
 from plumbing.data import draw_problems, load_problems
 from plumbing.evaluation import batch_stats, check_first_step, ratio_stats
+from plumbing.flags import HfArg, RunConfig
+from plumbing.model import load_policy
 from plumbing.rewards import load_rewards, score
-from plumbing.rollout import load_policy, micro_batches, sample, token_logprobs
-from plumbing.run import Run
+from plumbing.rollout import micro_batches, sample, step_generator, token_logprobs
+from plumbing.run import Means, Run
 
 
 @dataclass
@@ -85,7 +87,7 @@ def train(cfg):
         # 4. Update, once per mini-batch. by_token, by_row weight its micro-batches, for a mean over
         # tokens or over completions; both sum to 1.
         stats = Means()
-        optimizer.param_groups[0]["lr"] = learning_rate(step, cfg, cfg.lr)
+        optimizer.param_groups[0]["lr"] = learning_rate(step, cfg.steps, cfg.warmup_steps, cfg.lr)
         size = cfg.minibatch_size // cfg.group_size  # the best of as many as a sibling's mini-batch
         for minibatch in mini_batches(len(best), size, group_size=1, epochs=cfg.epochs,
                                       generator=generator):

@@ -18,12 +18,14 @@ from dataclasses import dataclass
 
 import torch
 
-from common import HfArg, Means, RunConfig, learning_rate, masked_mean
+from common import learning_rate, masked_mean
 from plumbing import toy
 from plumbing.command_line import main
 from plumbing.data import draw_problems, load_problems
-from plumbing.rollout import load_policy, make_batch, micro_batches, token_logprobs
-from plumbing.run import Run
+from plumbing.flags import HfArg, RunConfig
+from plumbing.model import load_policy
+from plumbing.rollout import make_batch, micro_batches, token_logprobs
+from plumbing.run import Means, Run
 
 
 @dataclass
@@ -59,7 +61,7 @@ def train(cfg):
 
         # 2. Update.
         stats = Means()
-        optimizer.param_groups[0]["lr"] = learning_rate(step, cfg, cfg.lr)
+        optimizer.param_groups[0]["lr"] = learning_rate(step, cfg.steps, cfg.warmup_steps, cfg.lr)
         optimizer.zero_grad()
         for rows, by_token, _ in micro_batches(batch, torch.arange(len(mask)),
                                                cfg.micro_batch_size):

@@ -23,14 +23,15 @@ from dataclasses import dataclass, field
 
 import torch
 
-from common import HfArg, Means, RunConfig, step_generator
-from common import fail, kl_estimate, masked_mean, normalize_rewards
+from common import kl_estimate, masked_mean, normalize_rewards
 from plumbing.command_line import main
 from plumbing.data import draw_problems, load_problems
 from plumbing.evaluation import batch_stats, check_first_step, ratio_stats
+from plumbing.flags import HfArg, RunConfig, fail
+from plumbing.model import load_policy
 from plumbing.rewards import load_rewards, score
-from plumbing.rollout import all_logprobs, load_policy, micro_batches, pick, sample, token_logits
-from plumbing.run import Run
+from plumbing.rollout import all_logprobs, micro_batches, pick, sample, step_generator, token_logits
+from plumbing.run import Means, Run
 from reinforce_pp import reinforce_pp_advantages
 
 

@@ -13,8 +13,8 @@ import textwrap
 import torch
 from transformers.hf_argparser import HfArgumentParser
 
-from common import fail, find_device
 from plumbing import toy
+from plumbing.flags import fail, find_device
 from plumbing.model import load_tokenizer
 from plumbing.run import Run
 

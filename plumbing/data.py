@@ -16,8 +16,8 @@ import zlib
 from itertools import combinations
 from pathlib import Path
 
-from common import fail
 from plumbing import toy
+from plumbing.flags import fail
 from plumbing.model import load_tokenizer
 
 # --------------------------------------------------------------------------------------------------
@@ -149,8 +149,9 @@ def check_parts(problem, wanted, where):
 def is_comparison(problem):
     """Whether the completions differ, and each is what follows a prompt in one turn."""
     texts = problem["completions"]
-    return not any(isinstance(text, list) and len(text) > 1 for text in texts) and \
-        not any(one == other for one, other in combinations(texts, 2))
+    if any(isinstance(text, list) and len(text) > 1 for text in texts):
+        return False
+    return all(one != other for one, other in combinations(texts, 2))
 
 
 def check_texts(problem, wanted, where):
@@ -168,9 +169,14 @@ def is_text(value, answer=False):
     """Text, or a list of messages {role, content}? In an `answer`, one message of the assistant."""
     if isinstance(value, str):
         return value == value.encode("utf-8", "ignore").decode()  # JSON may hold half a letter
-    return isinstance(value, list) and value != [] and all(
-        isinstance(m, dict) and is_text(m.get("role")) and is_text(m.get("content")) for m in value
-    ) and (not answer or [message["role"] for message in value] == ["assistant"])
+    if not isinstance(value, list) or not value:
+        return False
+    for message in value:
+        if not isinstance(message, dict):
+            return False
+        if not is_text(message.get("role")) or not is_text(message.get("content")):
+            return False
+    return not answer or [message["role"] for message in value] == ["assistant"]
 
 
 def drop_long(splits, cfg, context):
@@ -197,18 +203,21 @@ def hold_out(splits, data):
     test, 1 validation. Of a handful of prompts, one is test and none validation.
     """
     if len(splits) == 1:  # whatever it is called
-        splits = dict(train=sum(splits.values(), []))
+        (rows,) = splits.values()
+        splits = dict(train=rows)
     if "train" not in splits:
         fail(f"--data {data}: of its splits, {', '.join(splits)}, none is called train; rename one")
-    rows, given = splits["train"], {key: splits[key] for key in splits if key != "train"}
-    homes = {home: key for home, key in enumerate(("test", "validation")) if key not in given}
-    made = {key: [] for key in ("train", *homes.values())}
+    given = dict(splits)
+    rows = given.pop("train")
+    made = {name: [] for name in ("train", "test", "validation") if name not in given}
     for row in rows:
-        made[homes.get(checksum(row["prompt"]) % 8, "train")].append(row)
-    if not made["train"] or not made.get("test", True):
+        home = {0: "test", 1: "validation"}.get(checksum(row["prompt"]) % 8, "train")
+        made[home if home in made else "train"].append(row)
+    if not made["train"] or made.get("test") == []:
         first = min(checksum(row["prompt"]) for row in rows)
-        made = dict(train=[row for row in rows if checksum(row["prompt"]) != first], validation=[],
-                    test=[row for row in rows if checksum(row["prompt"]) == first])
+        made["train"] = [row for row in rows if checksum(row["prompt"]) != first]
+        made["test"] = [row for row in rows if checksum(row["prompt"]) == first]
+        made["validation"] = []
     if not made["train"]:
         fail(f"--data {data}: it has only one prompt; give at least two, one of them is the test")
     return {**made, **given}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from common import fail
+from plumbing.flags import fail
 from plumbing.model import ask_hub
 
 

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import torch
 
-from common import kl_estimate, masked_mean, step_generator, use_bf16
+from common import kl_estimate, masked_mean
 from plumbing import toy
-from plumbing.rewards import as_number, decode, last_number, score
-from plumbing.rollout import all_logprobs, make_batch, sample, token_logprobs
+from plumbing.rewards import as_number, last_number, score
+from plumbing.rollout import (all_logprobs, make_batch, sample, step_generator, to_texts,
+                              token_logprobs, use_bf16)
 
 
 def batch_stats(scores, kl, batch, group_size):
@@ -79,22 +80,29 @@ def evaluate(policy, tokenizer, problems, cfg, rewards=None, rate=None):
     should be rated highest. The random numbers are the same in every evaluation, and those of the
     run do not depend on them.
     """
-    exact, judges = {"last_number": last_number}, {}
-    if all(as_number(problem["columns"].get("answer")) is not None for problem in problems):
-        judges[""] = exact
-    if rewards and rewards != exact:
-        judges["score_"] = rewards
-    generator, results = step_generator(0, "evaluation"), {"n": len(problems)}
-    for name, temperature in (("sampled", 1.0), ("greedy", 0.0)) if policy.can_generate() else ():
-        found = look(policy, tokenizer, problems, cfg, judges, temperature, generator)
-        for prefix in judges:
-            results[prefix + name] = (interval if prefix else wilson)(found[prefix])
-        if name == "sampled" and cfg.data in toy.KINDS:
-            results["shows_work"] = wilson(["=" in text for text in found["texts"]])
-        if name == "sampled":
-            results["length"] = interval(found["lengths"])
+    results = {"n": len(problems)}
+    if policy.can_generate():  # a reward model cannot
+        exact_match, judges = {"last_number": last_number}, {}
+        if all(as_number(problem["columns"].get("answer")) is not None for problem in problems):
+            judges["exact"] = exact_match
+        if rewards and rewards != exact_match:
+            judges["score"] = rewards
+        generator = step_generator(0, "evaluation")
+        sampled = look(policy, tokenizer, problems, cfg, judges, 1.0, generator)
+        greedy = look(policy, tokenizer, problems, cfg, judges, 0.0, generator)
+        if "exact" in judges:
+            results["sampled"] = wilson(sampled["exact"])
+            results["greedy"] = wilson(greedy["exact"])
+        if "score" in judges:
+            results["score_sampled"] = interval(sampled["score"])
+            results["score_greedy"] = interval(greedy["score"])
+        if cfg.data in toy.KINDS:
+            results["shows_work"] = wilson(["=" in text for text in sampled["texts"]])
+        results["length"] = interval(sampled["lengths"])
     rows = [problem for problem in problems if "targets" in problem]
-    return results | (offline(policy, rows, cfg, rate) if rows and rewards is None else {})
+    if rows and rewards is None:
+        results.update(offline(policy, rows, cfg, rate))
+    return results
 
 
 def offline(policy, rows, cfg, rate):
@@ -116,7 +124,7 @@ def look(policy, tokenizer, problems, cfg, judges, temperature, generator):
         part = problems[i : i + 64]
         batch = sample(policy, tokenizer, [problem["ids"] for problem in part], 1,
                        cfg.max_new_tokens, temperature, generator)
-        found["texts"] += decode(tokenizer, batch)
+        found["texts"] += to_texts(tokenizer, batch)
         found["lengths"] += batch.mask.sum(1).tolist()
         for name, rewards in judges.items():
             found[name] += score(rewards, part, batch, tokenizer)[1].tolist()

@@ -1,5 +1,5 @@
 """
-Checkpoints: a folder or a name on the hub -> tokenizer and policy; and back into a folder.
+Checkpoints: a folder or a name on the hub -> policy and tokenizer; and back into a folder.
 
 Wherever a model folder is expected, a run folder stands for the model/ in it. Nothing here runs a
 checkpoint's own code: trust_remote_code stays off.
@@ -18,8 +18,9 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from common import fail
 from plumbing import toy
+from plumbing.flags import fail
+from plumbing.rollout import eos_ids, pick, sample, token_logprobs
 
 
 @functools.cache  # a name is looked up for its tokenizer and for its weights
@@ -123,6 +124,51 @@ def load_model(name):
     return remove_dropout(model)
 
 
+def load_policy(name, device):
+    """Hub name, model folder, run folder, or None for the toy's policy -> (policy, tokenizer).
+
+    fp32, without dropout, and tried out.
+    """
+    tokenizer, _, _, stop = load_tokenizer(name)
+    policy = load_model(name)
+    policy.generation_config.eos_token_id = stop  # also for whoever loads the trained model
+    probe(policy, tokenizer, name)
+    return policy.to(device), tokenizer
+
+
+@torch.no_grad()
+def probe(policy, tokenizer, name):
+    """Refuse a model that rollout.py would serve wrongly: Bloom, state-space, not causal, ...
+
+    Three ways to the same log-probs must agree on ragged prompts (fp32, on the CPU): the sampler,
+    the shared-prompt pass, and a plain forward of each row, without padding or cache.
+    """
+    try:
+        batch = sample(policy, tokenizer, [[5, 7, 6, 9, 8], [5, 7]], 2, 3, 0.7,
+                       torch.Generator().manual_seed(0))
+        shared = token_logprobs(policy, batch, torch.arange(4), 0.7)
+        plain = torch.zeros_like(shared)
+        for i, row in enumerate(plain_logprobs(policy, batch, 0.7)):
+            plain[i, : len(row)] = row
+        gap = max((plain - other).abs().max().item() for other in (batch.logprobs, shared))
+        reason = f"cached and plain log-probs differ by {gap:.1g}" if not gap < 1e-3 else None
+    except Exception as error:  # whatever a foreign architecture says to our cache and masks
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    if reason:
+        fail(f"--model {name}: the architecture {policy.config.model_type} does not work with our "
+             f"sampler ({reason}); use a causal decoder that keeps a key/value cache")
+
+
+def plain_logprobs(policy, batch, temperature):
+    """The definition, for checks: each row alone, no padding, no cache -> N tensors (L_i,)."""
+    rows = []
+    for owner, ids, mask in zip(batch.owner.tolist(), batch.completions, batch.mask.bool()):
+        prompt = torch.tensor(batch.prompts[owner], device=ids.device)
+        logits = policy(input_ids=torch.cat([prompt, ids[mask]])[None]).logits[0]
+        rows.append(pick(logits[len(prompt) - 1 : -1], ids[mask], temperature))
+    return rows
+
+
 def remove_dropout(model):
     """Else log-probs would be random in train mode, and the ratio of a policy to itself not 1."""
     for module in model.modules():
@@ -131,20 +177,6 @@ def remove_dropout(model):
         for key in [k for k, v in vars(module).items() if "drop" in k and isinstance(v, float)]:
             setattr(module, key, 0.0)
     return model.eval()
-
-
-def eos_ids(generation_config, config, tokenizer):
-    """The token ids that end a completion, all of them, sorted.
-
-    Those of generation_config.json, or of config.json only where that names none, because often it
-    is older; and the tokenizer's EOS. load_policy() writes them into the policy's
-    generation_config, so that whoever loads the trained model stops where the training did.
-    """
-    ids = getattr(generation_config, "eos_token_id", None)
-    if ids is None:
-        ids = getattr(config.get_text_config(), "eos_token_id", None)
-    ids = ids if isinstance(ids, (list, tuple)) else [] if ids is None else [ids]
-    return sorted({*ids, tokenizer.eos_token_id})
 
 
 def checkpoint_activations(model):

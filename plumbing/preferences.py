@@ -23,12 +23,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from common import fail, step_generator
 from plumbing import toy
 from plumbing.data import encode, load_problems, read_jsonl, settle
-from plumbing.model import load_tokenizer, locate
-from plumbing.rewards import decode, last_number
-from plumbing.rollout import load_policy, make_batch, sample
+from plumbing.flags import fail
+from plumbing.model import load_policy, load_tokenizer, locate
+from plumbing.rewards import last_number
+from plumbing.rollout import make_batch, sample, step_generator, to_texts
 from plumbing.run import check_writable
 
 SAMPLES = 8  # completions of each prompt that preferences are made of
@@ -38,24 +38,32 @@ RANKED = 4   # completions in a ranking
 def load_preferences(cfg, kind="pairs"):
     """--data -> training, validation and test problems; kind: pairs or rankings.
 
-    For toy and words, all held-out problems are among the latter two, also without `targets`.
+    For toy and words, validation and test contain every held-out prompt, even those without a pair.
     """
-    made = make_preferences(cfg, kind) if cfg.data in toy.KINDS else None
-    train, *held_out = load_problems(cfg, kind, made)
-    if made:
-        tokenizer = load_tokenizer(cfg.model)[0]
-        for i, split in enumerate(("validation", "test")):
-            known = {problem["prompt"]: problem for problem in held_out[i]}  # a pair of each prompt
-            rows = toy.problems(cfg.data, split, cfg.eval_prompts)
-            held_out[i] = encode(settle({split: rows}, cfg.data)[split], tokenizer)
-            for problem in held_out[i]:
-                if pair := known.get(problem["prompt"]):
-                    problem.update(completions=pair["completions"], targets=pair["targets"])
-    sizes = {len(row["targets"]) for row in train + held_out[0] + held_out[1] if "targets" in row}
+    if cfg.data in toy.KINDS:
+        train, validation, test = load_problems(cfg, kind, make_preferences(cfg, kind))
+        validation = with_every_prompt("validation", validation, cfg)
+        test = with_every_prompt("test", test, cfg)
+    else:
+        train, validation, test = load_problems(cfg, kind)
+    problems = train + validation + test
+    sizes = {len(problem["targets"]) for problem in problems if "targets" in problem}
     if len(sizes) > 1:
         fail(f"--data {cfg.data}: rankings of {min(sizes)} and of {max(sizes)} completions; give "
              "all the same number")
-    return train, *held_out
+    return train, validation, test
+
+
+def with_every_prompt(split, compared, cfg):
+    """All problems of a split of toy or words; where one is in `compared`, with its completions."""
+    pairs = {problem["prompt"]: problem for problem in compared}
+    rows = toy.problems(cfg.data, split, cfg.eval_prompts)
+    problems = encode(settle({split: rows}, cfg.data)[split], load_tokenizer(cfg.model)[0])
+    for problem in problems:
+        if problem["prompt"] in pairs:
+            pair = pairs[problem["prompt"]]
+            problem.update(completions=pair["completions"], targets=pair["targets"])
+    return problems
 
 
 # --------------------------------------------------------------------------------------------------
@@ -128,7 +136,7 @@ def sample_answers(policy, tokenizer, cfg):
         part = encode(problems[i : i + 64], tokenizer)
         batch = sample(policy, tokenizer, [row["ids"] for row in part], SAMPLES,
                        cfg.max_new_tokens, 1.0, generator)
-        texts, finished = decode(tokenizer, batch), batch.finished.tolist()
+        texts, finished = to_texts(tokenizer, batch), batch.finished.tolist()
         for j, row in enumerate(part):
             ours = range(j * SAMPLES, (j + 1) * SAMPLES)
             yield ({key: row[key] for key in ("split", "prompt", "answer")},

@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 import transformers
 
-from common import fail
 from plumbing.data import encode, encode_completions
+from plumbing.flags import fail
 from plumbing.model import check_config, remove_dropout
 from plumbing.rollout import all_scores, make_batch
 

@@ -11,10 +11,7 @@ the data, None where a row has none, and two more:
     finished         True where the completion ended by itself, False where it was cut off
     completion_ids   its tokens, EOS included
 """
-import bisect
 import copy
-import functools
-import itertools
 import os
 import re
 from fractions import Fraction
@@ -22,8 +19,8 @@ from pathlib import Path
 
 import torch
 
-from common import Failure, fail
-from plumbing import toy
+from plumbing.flags import Failure, fail
+from plumbing.rollout import to_texts
 
 NUMBER = (r"[-+]?\d+/0*[1-9]\d*|"  # 1/2, or 1,234.5 with a comma only as in 1,234,567, or 1.5e3
           r"[-+]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,2})?")
@@ -113,30 +110,40 @@ def load_rewards(cfg, problems):
     """--reward, its parts with commas between -> {name: function}, each tried once."""
     rewards = {}
     for spec in cfg.reward.split(","):
-        file, colon, name = spec.strip().rpartition(":")
-        folder = Path(os.path.expanduser(name))
-        if not colon and name not in REWARDS and not (name and folder.is_dir()):
-            fail(f"--reward {name}: there is no such reward; choose {', '.join(REWARDS)}, the "
-                 "folder of a reward model, or one of your own, file.py:function")
+        name, function = load_reward(spec.strip(), cfg)
         if name in rewards:
             fail(f"--reward {cfg.reward}: two are called {name}; rename one")
-        if name in REWARDS and not colon:
-            function = REWARDS[name]
-        else:
-            from plumbing import reward_file  # here, because most runs do not need it
-            function = reward_file.load_function(file, name) if colon else \
-                reward_file.load_scorer(folder, cfg)
         rewards[name] = function
         if function is last_number:
-            answers = [problem["columns"].get("answer") for problem in problems]
-            wrong = [answer for answer in answers if as_number(answer) is None]
-            if wrong:
-                fail(f"--reward last_number: {len(wrong)} of {len(problems)} answers are no "
-                     f"number, {str(wrong[0])[:100]!r} for one; mend the column answer of --data, "
-                     "or write a reward of your own, file.py:function")
+            check_answers(problems)
         # Most mistakes in a reward show here already, before the model is loaded.
         judge(name, function, problems[:2], ["1", ""], [True, False], [[1], [1]])
     return rewards
+
+
+def load_reward(spec, cfg):
+    """One of ours, file.py:function, or the folder of a reward model -> its name, its function."""
+    file, colon, name = spec.rpartition(":")
+    if not colon and name in REWARDS:
+        return name, REWARDS[name]
+    from plumbing.reward_file import load_function, load_scorer  # here: most runs do not need it
+    if colon:
+        return name, load_function(file, name)
+    folder = Path(os.path.expanduser(name))
+    if not name or not folder.is_dir():
+        fail(f"--reward {name}: there is no such reward; choose {', '.join(REWARDS)}, the "
+             "folder of a reward model, or one of your own, file.py:function")
+    return name, load_scorer(folder, cfg)
+
+
+def check_answers(problems):
+    """Refuse data in which last_number would find nothing to compare with."""
+    answers = [problem["columns"].get("answer") for problem in problems]
+    wrong = [answer for answer in answers if as_number(answer) is None]
+    if wrong:
+        fail(f"--reward last_number: {len(wrong)} of {len(problems)} answers are no number, "
+             f"{str(wrong[0])[:100]!r} for one; mend the column answer of --data, or write a "
+             "reward of your own, file.py:function")
 
 
 def judge(name, reward, problems, texts, finished, completion_ids, when=""):
@@ -169,24 +176,12 @@ def judge(name, reward, problems, texts, finished, completion_ids, when=""):
     return [float(value) for value in values]
 
 
-def to_text(tokenizer, ids):
-    """Tokens -> their text, to the letter: special tokens are written out, nothing is tidied."""
-    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-
-
-def decode(tokenizer, batch):
-    """The N completions as text, without padding and without the EOS that ended them."""
-    lengths = (batch.mask.sum(1).long() - batch.finished.long()).tolist()
-    return [to_text(tokenizer, ids[:length])
-            for ids, length in zip(batch.completions.tolist(), lengths)]
-
-
 def score(rewards, problems, batch, tokenizer, step=None):
     """Judge a batch of completions, completion i as an answer to problems[i // K].
 
     -> texts (N strings), scores (N,) summed over the rewards, and of several each one's mean.
     """
-    texts, asked = decode(tokenizer, batch), [problems[i] for i in batch.owner.tolist()]
+    texts, asked = to_texts(tokenizer, batch), [problems[i] for i in batch.owner.tolist()]
     ids = [row[mask.bool()].tolist() for row, mask in zip(batch.completions, batch.mask)]
     when = " in an evaluation" if step is None else f" in step {step + 1}"
     finished = batch.finished.tolist()
@@ -194,27 +189,3 @@ def score(rewards, problems, batch, tokenizer, step=None):
             for name, reward in rewards.items()}
     means = {f"reward_{name}": scores.mean() for name, scores in each.items()}
     return texts, sum(each.values()).to(batch.mask.device), means if len(each) > 1 else {}
-
-
-def score_steps(problems, batch, texts, scores, tokenizer):
-    """Process supervision of the toy -> rewards of each completion's steps, and where they end.
-
-    Two lists of N lists; an end is the 0-based index of the step's last token. The last step's
-    reward is the outcome, scores (N,), and it ends with the completion, EOS included: to stop is an
-    action too. A step before it can be right only if it is not the last line of the work, or it
-    would pay to say the result once more.
-    """
-    length = functools.cache(lambda i: len(to_text(tokenizer, [i])))
-    step_rewards, step_ends = [], []
-    for i, text in enumerate(texts):
-        size = int(batch.mask[i].sum())
-        ids = batch.completions[i, : size - int(batch.finished[i])].tolist()
-        reach = list(itertools.accumulate(map(length, ids)))  # characters up to and with token t
-        if reach and reach[-1] != len(text):  # tokens that decode otherwise alone: bytes, spaces
-            reach = [len(to_text(tokenizer, ids[: t + 1])) for t in range(len(ids))]
-        prompt = problems[batch.owner[i]]["prompt"]
-        steps, lines = toy.check_steps(prompt, text)[:-1], len(re.findall("[+-]", prompt))
-        step_rewards.append([right * (j < lines - 1) for j, (_, right) in enumerate(steps)])
-        step_ends.append([bisect.bisect_right(reach, end) for end, _ in steps] + [size - 1])
-        step_rewards[i].append(scores[i].item())
-    return step_rewards, step_ends

@@ -1,5 +1,5 @@
 """
-Tokens <-> model: load_policy(), sample(), token_logprobs(), token_logits().
+From prompts to completions and their log-probs: sample(), token_logprobs(), micro_batches().
 
 The only file that knows padding, positions and key/value caches. Three facts shape it:
 - The distribution that is sampled must be the one that is differentiated: softmax(logits / T), and
@@ -12,17 +12,16 @@ The only file that knows padding, positions and key/value caches. Three facts sh
 import contextlib
 import functools
 import inspect
+import random
 import warnings
 from dataclasses import dataclass
 from typing import Optional
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache, DynamicCache, StaticLayer
-
-from common import fail, use_bf16
-from plumbing.model import eos_ids, load_model, load_tokenizer
 
 
 @dataclass
@@ -47,56 +46,12 @@ def make_batch(prompts, completions, device):
 
 
 # --------------------------------------------------------------------------------------------------
-# Loading
-
-
-def load_policy(name, device):
-    """Hub name, model folder, run folder, or None for the toy's policy -> (policy, tokenizer).
-
-    fp32, without dropout, and tried out.
-    """
-    tokenizer, _, _, stop = load_tokenizer(name)
-    policy = load_model(name)
-    policy.generation_config.eos_token_id = stop  # also for whoever loads the trained model
-    probe(policy, tokenizer, name)
-    return policy.to(device), tokenizer
-
-
-@torch.no_grad()
-def probe(policy, tokenizer, name):
-    """Refuse a model that this file would serve wrongly: Bloom, state-space, not causal, ...
-
-    Three ways to the same log-probs must agree on ragged prompts (fp32, on the CPU): the sampler,
-    the shared-prompt pass, and a plain forward of each row, without padding or cache.
-    """
-    try:
-        batch = sample(policy, tokenizer, [[5, 7, 6, 9, 8], [5, 7]], 2, 3, 0.7,
-                       torch.Generator().manual_seed(0))
-        shared = token_logprobs(policy, batch, torch.arange(4), 0.7)
-        plain = torch.zeros_like(shared)
-        for i, row in enumerate(plain_logprobs(policy, batch, 0.7)):
-            plain[i, : len(row)] = row
-        gap = max((plain - other).abs().max().item() for other in (batch.logprobs, shared))
-        reason = f"cached and plain log-probs differ by {gap:.1g}" if not gap < 1e-3 else None
-    except Exception as error:  # whatever a foreign architecture says to our cache and masks
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-    if reason:
-        fail(f"--model {name}: the architecture {policy.config.model_type} does not work with our "
-             f"sampler ({reason}); use a causal decoder that keeps a key/value cache")
-
-
-def plain_logprobs(policy, batch, temperature):
-    """The definition, for checks: each row alone, no padding, no cache -> N tensors (L_i,)."""
-    rows = []
-    for owner, ids, mask in zip(batch.owner.tolist(), batch.completions, batch.mask.bool()):
-        prompt = torch.tensor(batch.prompts[owner], device=ids.device)
-        logits = policy(input_ids=torch.cat([prompt, ids[mask]])[None]).logits[0]
-        rows.append(pick(logits[len(prompt) - 1 : -1], ids[mask], temperature))
-    return rows
-
-
-# --------------------------------------------------------------------------------------------------
 # One forward pass over prompts, one over completions that share them
+
+
+def use_bf16(device):
+    """Passes run in bf16 on a GPU that has it in hardware; weights and log-probs stay fp32."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def precision(device, keep_casts=True):
@@ -327,13 +282,38 @@ def compile_decoding(policy):
     It compiles once for each shape, so prompts are padded to multiples of 64 columns. On a GPU,
     reduce-overhead records a CUDA graph, which wants its memory at the same place each time.
     """
-    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11):
-        fail("--compile: it needs torch 2.11 or newer; leave it out")
     warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")
     torch._dynamo.config.recompile_limit = 64
     mode = "reduce-overhead" if policy.device.type == "cuda" else None
     policy.fixed_caches = {}
     policy.compiled_forward = torch.compile(forward, mode=mode, dynamic=False)
+
+
+def step_generator(seed, step):
+    """For the random numbers of a step, a function of seed and step alone -> torch.Generator.
+
+    step: its number, or a name where the numbers are for something else. The generator is on the
+    CPU, so that a GPU uses the same random numbers. It uses 32 bits of its seed. They are a hash of
+    seed and step, because with their sum, seed 2 would repeat seed 1, one step earlier. The global
+    generators (random, numpy, torch, CUDA) are seeded too, for rewards that draw from them.
+    """
+    number = random.Random(f"{seed} {step}").getrandbits(32)
+    transformers.set_seed(number)
+    return torch.Generator().manual_seed(number)
+
+
+def eos_ids(generation_config, config, tokenizer):
+    """The token ids that end a completion, all of them, sorted.
+
+    Those of generation_config.json, or of config.json only where that names none, because often it
+    is older; and the tokenizer's EOS. load_policy() writes them into the policy's
+    generation_config, so that whoever loads the trained model stops where the training did.
+    """
+    ids = getattr(generation_config, "eos_token_id", None)
+    if ids is None:
+        ids = getattr(config.get_text_config(), "eos_token_id", None)
+    ids = ids if isinstance(ids, (list, tuple)) else [] if ids is None else [ids]
+    return sorted({*ids, tokenizer.eos_token_id})
 
 
 def sample(policy, tokenizer, prompts, group_size, max_new_tokens, temperature, generator):
@@ -390,6 +370,18 @@ def sample(policy, tokenizer, prompts, group_size, max_new_tokens, temperature, 
                 logits = forward(policy, ids[rows, t, None], valid[rows, : P + t + 1], cache)[:, -1]
     logprobs, C = torch.where(mask.bool(), logprobs, 0), int(mask.sum(1).max())
     return Batch(prompts, owner, ids[:, :C], mask[:, :C], logprobs[:, :C], finished)
+
+
+def to_text(tokenizer, ids):
+    """Tokens -> their text, to the letter: special tokens are written out, nothing is tidied."""
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def to_texts(tokenizer, batch):
+    """The N completions as text, without padding and without the EOS that ended them."""
+    lengths = (batch.mask.sum(1).long() - batch.finished.long()).tolist()
+    return [to_text(tokenizer, ids[:length])
+            for ids, length in zip(batch.completions.tolist(), lengths)]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from common import check_ranges, fail, find_device, use_bf16
 from plumbing.evaluation import evaluate, report
+from plumbing.flags import check_ranges, fail, find_device
 from plumbing.model import check_saving, checkpoint_activations, save_policy
-from plumbing.rollout import compile_decoding
+from plumbing.rollout import compile_decoding, use_bf16
 
 # What --resume lets differ from the run's own: where, how long and in how much memory it runs, how
 # often it reports. The data's checksum is compared on its own, when the data has been read.
@@ -70,6 +70,36 @@ def check_writable(folder, what, remedy):
         fail(f"{what} {folder}: cannot write into {parent} ({error.strerror}); {remedy}")
 
 
+class Means:
+    """What the log says of a step: numbers of its micro-batches and mini-batches, put together."""
+
+    def __init__(self):
+        self.sums, self.weights, self.parts, self.minibatches = {}, {}, {}, 0
+
+    def add(self, weight, **scalars):
+        """Of a micro-batch: means over what was forwarded; maxima for names that end in _max."""
+        for name, value in scalars.items():
+            value = torch.as_tensor(value).detach()
+            old, self.weights[name] = self.sums.get(name, 0), self.weights.get(name, 0) + weight
+            self.sums[name] = max(old, value) if name.endswith("_max") else old + weight * value
+
+    def add_parts(self, weight, **scalars):
+        """Of a micro-batch: its part of a mini-batch's mean, to which what is not forwarded adds 0.
+        """
+        for name, value in scalars.items():
+            self.parts[name] = self.parts.get(name, 0) + weight * torch.as_tensor(value).detach()
+
+    def end_minibatch(self, **scalars):
+        """Of a mini-batch."""
+        self.minibatches += 1
+        self.add(1, **scalars)
+
+    def __call__(self):
+        means = {name: total if name.endswith("_max") else total / self.weights[name]
+                 for name, total in self.sums.items()}
+        return means | {name: total / self.minibatches for name, total in self.parts.items()}
+
+
 class Run:
     step = None  # the number of the one that is being made, for main()
 
@@ -77,6 +107,8 @@ class Run:
         """Refuse what cannot work before anything is trained; nothing is written yet."""
         cfg.device = find_device(cfg.device)
         check_ranges(cfg)
+        if cfg.compile and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11):
+            fail("--compile: it needs torch 2.11 or newer; leave it out")
         self.cfg, self.name, self.folder = cfg, name, find_folder(cfg, name)
         self.first, self.saved, self.stopping, self.times = 0, 0, False, {}
         self.command = ["python", *sys.argv]
@@ -239,10 +271,18 @@ class Run:
 
 def find_folder(cfg, name):
     """--out_dir, or the first free of runs/NAME, runs/NAME-2, ...; with --resume the last saved."""
-    number, newest = 1, None
-    while (folder := Path("runs", name if number == 1 else f"{name}-{number}")).exists():
-        number, newest = number + 1, folder if (folder / "checkpoint.pt").exists() else newest
-    folder = Path(os.path.expanduser(cfg.out_dir or (cfg.resume and newest) or folder))
+    number, free, last_saved = 1, Path("runs", name), None
+    while free.exists():
+        if (free / "checkpoint.pt").exists():
+            last_saved = free
+        number += 1
+        free = Path("runs", f"{name}-{number}")
+    if cfg.out_dir:
+        folder = Path(os.path.expanduser(cfg.out_dir))
+    elif cfg.resume and last_saved:
+        folder = last_saved
+    else:
+        folder = free
     check_writable(folder, "--out_dir", "name another")
     if cfg.resume:
         check_same(cfg, folder, name)
@@ -258,12 +298,13 @@ def check_same(cfg, folder, name):
         fail(f"--resume: there is no checkpoint in {folder}; name a run's folder with --out_dir")
     try:
         before = json.loads((folder / "config.json").read_text())
-        script, changed = before.pop("script", name), sorted(before.keys() - MAY_CHANGE)
+        script = before.pop("script", name)
     except (OSError, ValueError, TypeError, AttributeError):
         fail(f"--resume: {folder / 'config.json'} is torn; start anew in another --out_dir")
-    if script != name or not all(hasattr(cfg, key) for key in changed):
+    fixed = sorted(before.keys() - MAY_CHANGE)
+    if script != name or not all(hasattr(cfg, key) for key in fixed):
         fail(f"--resume: another script made {folder}, as its config.json says; use that one")
-    for key in changed:
+    for key in fixed:
         if before[key] != getattr(cfg, key):
             fail(f"--{key} is {getattr(cfg, key)}, but {before[key]} in {folder}, which "
                  "you --resume: repeat its whole command, or start anew in another --out_dir")

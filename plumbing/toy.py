@@ -10,6 +10,9 @@ coin between the two, so that toy_policy/ shows its work half of the time, and i
 often when it does. What reinforcement learning discovers then is: show your work. Answers get
 longer because that is useful. `words` is the same arithmetic as a question to a pretrained model.
 """
+import bisect
+import functools
+import itertools
 import random
 import re
 import zlib
@@ -18,6 +21,8 @@ from pathlib import Path
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from plumbing.rollout import to_text
 
 KINDS = "toy", "words"
 HIGHEST = 50   # all running totals lie in 0..50
@@ -103,3 +108,27 @@ def check_steps(prompt, completion):
     steps = list(re.finditer(r"([^,]+),?", completion))
     return [(step.end() - 1, float(i < len(expected) and step[1] == expected[i]))
             for i, step in enumerate(steps)]
+
+
+def score_steps(problems, batch, texts, scores, tokenizer):
+    """Process supervision of the toy -> rewards of each completion's steps, and where they end.
+
+    Two lists of N lists; an end is the 0-based index of the step's last token. The last step's
+    reward is the outcome, scores (N,), and it ends with the completion, EOS included: to stop is an
+    action too. A step before it can be right only if it is not the last line of the work, or it
+    would pay to say the result once more.
+    """
+    length = functools.cache(lambda i: len(to_text(tokenizer, [i])))
+    step_rewards, step_ends = [], []
+    for i, text in enumerate(texts):
+        size = int(batch.mask[i].sum())
+        ids = batch.completions[i, : size - int(batch.finished[i])].tolist()
+        reach = list(itertools.accumulate(map(length, ids)))  # characters up to and with token t
+        if reach and reach[-1] != len(text):  # tokens that decode otherwise alone: bytes, spaces
+            reach = [len(to_text(tokenizer, ids[: t + 1])) for t in range(len(ids))]
+        prompt = problems[batch.owner[i]]["prompt"]
+        steps, lines = check_steps(prompt, text)[:-1], len(re.findall("[+-]", prompt))
+        step_rewards.append([right * (j < lines - 1) for j, (_, right) in enumerate(steps)])
+        step_ends.append([bisect.bisect_right(reach, end) for end, _ in steps] + [size - 1])
+        step_rewards[i].append(scores[i].item())
+    return step_rewards, step_ends

@@ -30,8 +30,9 @@ import trpo
 import warm
 from conftest import (CONFIGS, HOSTILE, ROOT, TEMPLATE, by_text, moved, save_folder, to_problems,
                       write_jsonl)
-from plumbing import command_line as flags_py, model as model_py, rewards, run, toy
-from plumbing.rollout import load_policy
+from plumbing import command_line, model as model_py, rewards, run, toy
+from plumbing.flags import check_ranges
+from plumbing.model import load_policy
 
 pytestmark = pytest.mark.usefixtures("few_problems")
 SMALL = ["--device", "cpu", "--data", "toy", "--steps", "6", "--prompts_per_step", "8",
@@ -197,7 +198,7 @@ def test_a_character_that_the_terminal_cannot_show_is_replaced(folders, tmp_path
                                       "--data", file])
     screen = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", screen)
-    flags_py.main(reinforce_pp.Config, reinforce_pp.REAL, reinforce_pp.train)
+    command_line.main(reinforce_pp.Config, reinforce_pp.REAL, reinforce_pp.train)
     screen.flush()
     assert b"\\u7b54" in screen.buffer.getvalue()
     assert Path("runs/reinforce_pp/model").is_dir()
@@ -259,7 +260,7 @@ def test_a_run_that_blows_up_names_the_step(folders, tmp_path, monkeypatch, caps
     monkeypatch.setattr(sys, "argv", ["reinforce_pp.py", "--model", folders("llama"), *SMALL,
                                       "--lr", "1e18", "--max_grad_norm", "1e9"])
     with pytest.raises(SystemExit) as stop:
-        flags_py.main(reinforce_pp.Config, reinforce_pp.REAL, reinforce_pp.train)
+        command_line.main(reinforce_pp.Config, reinforce_pp.REAL, reinforce_pp.train)
     error = capsys.readouterr().err.splitlines()[-1]
     assert stop.value.code == 1 and "in step 1, a gradient is nan" in error and "--lr" in error
 
@@ -314,10 +315,10 @@ def test_infinite_gradients_and_full_memory_are_sentences(tmp_path, monkeypatch,
         def train(cfg):
             raise error
         with pytest.raises(SystemExit) as stop:
-            flags_py.main(reinforce_pp.Config, {}, train)
+            command_line.main(reinforce_pp.Config, {}, train)
         assert stop.value.code == 1 and word in capsys.readouterr().err
     with pytest.raises(RuntimeError):  # anything else is our error, and shows itself
-        flags_py.main(reinforce_pp.Config, {},
+        command_line.main(reinforce_pp.Config, {},
                       lambda cfg: (_ for _ in ()).throw(RuntimeError("a bug")))
 
 
@@ -374,7 +375,7 @@ def choose(script, *arguments):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, arguments)])
         patch.setattr(sys.modules["__main__"], "__doc__", "")
-        flags_py.main(script.Config, script.REAL, seen.append)
+        command_line.main(script.Config, script.REAL, seen.append)
     return seen[0]
 
 
@@ -417,7 +418,7 @@ def test_a_default_never_makes_a_typed_size_wrong():
             (reinforce, ["--prompts_per_step", 4], (4, 1, None))):
         cfg = choose(script, *flags)
         assert (cfg.prompts_per_step, cfg.group_size, cfg.minibatch_size) == expected, flags
-        common.check_ranges(cfg)
+        check_ranges(cfg)
 
 
 @pytest.mark.parametrize("script", [dpo, grpo, orpo, ppo, prime, raft, reinforce, reinforce_pp,
@@ -425,20 +426,20 @@ def test_a_default_never_makes_a_typed_size_wrong():
 def test_help_shows_the_defaults_of_all_three(script, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", "--help"])
     with pytest.raises(SystemExit):
-        flags_py.main(script.Config, script.REAL, None)
+        command_line.main(script.Config, script.REAL, None)
     text = " ".join(capsys.readouterr().out.split())
     assert f"(default: {script.Config().max_new_tokens})" in text
     on_gpu, on_cpu = text.partition("a real model on a GPU, and on a CPU:")[2].split("--data")[1:]
     for key, value in script.REAL.items():
         assert f"--{key} {value}" in on_gpu and f"--{key} " in on_cpu
     config = script.Config(**script.REAL)  # each is a flag, and none is out of range
-    common.check_ranges(config)
-    common.check_ranges(script.Config(**flags_py.for_a_cpu(script.Config, script.REAL)))
+    check_ranges(config)
+    check_ranges(script.Config(**command_line.for_a_cpu(script.Config, script.REAL)))
 
 
 def test_learning_rate():
     cfg = reinforce_pp.Config(lr=1.0, steps=11, warmup_steps=4)
-    rates = [common.learning_rate(step, cfg, cfg.lr) for step in range(11)]
+    rates = [common.learning_rate(step, cfg.steps, cfg.warmup_steps, cfg.lr) for step in range(11)]
     assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert rates[7] == pytest.approx(0.55) and rates[10] == pytest.approx(0.1)
 

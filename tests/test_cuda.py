@@ -18,14 +18,14 @@ import pytest
 import torch
 import transformers
 
-import common
 import reward_model
 import sft
 import test_offline_scripts
 import test_scripts
 from conftest import by_text, make_model, moved, seeded, write_jsonl
 from plumbing import rewards, rollout, run, toy
-from plumbing.rollout import load_policy, make_batch, sample, token_logprobs
+from plumbing.model import load_policy
+from plumbing.rollout import make_batch, sample, token_logprobs
 from test_command_line import metrics
 from tools import memory
 
@@ -118,7 +118,7 @@ def test_a_larger_model_trains_in_bf16(tmp_path, here, capsys, name):
         pytest.skip("of paper, all models are small")
     model, _ = large_model(tmp_path / "large")
     train(name, model, steps=3)
-    how = "in bf16 over fp32 weights" if common.use_bf16(torch.device("cuda")) else "in fp32"
+    how = "in bf16 over fp32 weights" if rollout.use_bf16(torch.device("cuda")) else "in fp32"
     assert f"computing {how}" in capsys.readouterr().out
     finite("run", 3)
 
@@ -164,7 +164,7 @@ def test_kill_and_resume(folders, here, name):
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "large"])
 def test_log_probs_are_those_of_the_cpu(tmp_path, monkeypatch, kind, bf16):
-    if bf16 and not common.use_bf16(torch.device("cuda")):
+    if bf16 and not rollout.use_bf16(torch.device("cuda")):
         pytest.skip("this GPU has no bf16")
     if kind == "large":
         model = load_policy(large_model(tmp_path)[0], "cpu")[0]

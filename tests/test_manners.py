@@ -16,11 +16,11 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-import common
 import reinforce_pp
 import sft
 from conftest import ROOT, save_folder, write_jsonl
 from plumbing import model as model_py, toy
+from plumbing.flags import find_device
 from test_scripts import each_is_one_sentence
 
 ONLINE = dict(HF_HUB_OFFLINE="0")
@@ -240,8 +240,8 @@ def test_sft_has_the_same_manners(
 def test_a_second_gpu_that_is_not_there(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     for device in ("cuda", "cuda:0", "cpu"):
-        assert common.find_device(device) == device
+        assert find_device(device) == device
     for device in ("cuda:1", "cuda:x", "cpu:1"):
         with pytest.raises(SystemExit) as stop:
-            common.find_device(device)
+            find_device(device)
         assert stop.value.code == 2 and device in capsys.readouterr().err

@@ -9,6 +9,7 @@ import torch
 import common
 import reinforce_pp
 from plumbing import evaluation
+from plumbing.run import Means
 
 T = lambda x: torch.as_tensor(x, dtype=torch.float64)  # noqa: E731
 
@@ -242,7 +243,7 @@ def test_ratio_stats_and_means():
     assert stats["ratio_max"].item() == pytest.approx(math.exp(max(gaps)))
     expected = sum(math.exp(g) - 1 - g for g in gaps) / len(gaps)
     assert stats["approx_kl"].item() == pytest.approx(expected)
-    means = common.Means()  # two mini-batches, of one of which a quarter is not forwarded
+    means = Means()  # two mini-batches, of one of which a quarter is not forwarded
     means.add(0.25, approx_kl=torch.tensor(4.0), ratio_max=torch.tensor(3.0))
     means.add_parts(0.25, loss=torch.tensor(4.0))
     means.add(0.5, approx_kl=torch.tensor(8.0), ratio_max=torch.tensor(2.0))

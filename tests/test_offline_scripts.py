@@ -14,7 +14,8 @@ import reward_model
 from common import masked_mean
 from conftest import CONFIGS, TEMPLATE, save_folder, to_problems, write_jsonl
 from plumbing import preferences, rewards, rollout
-from plumbing.rollout import load_policy, make_batch, token_logprobs
+from plumbing.model import load_policy
+from plumbing.rollout import make_batch, token_logprobs
 from test_command_line import metrics, same_weights, weights
 from test_scripts import each_is_one_sentence, quick as quick_online, same_but_for_rounding
 

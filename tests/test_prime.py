@@ -10,7 +10,7 @@ import torch
 
 import prime
 from plumbing import rewards
-from plumbing.rollout import load_policy
+from plumbing.model import load_policy
 from test_command_line import metrics, weights
 from test_exact_gradient import (MASK, REF_LOGPROBS, SCORES, SEQUENCES, THETA, clip_loss,
                                  logprobs_of)

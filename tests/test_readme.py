@@ -15,7 +15,7 @@ import sft
 import trpo
 import warm
 from conftest import ROOT, TEMPLATE, save_folder
-from plumbing import command_line as flags_py
+from plumbing import command_line
 from test_offline_scripts import SCRIPTS as OFFLINE
 from test_scripts import CAPS, SCRIPTS
 from tools import memory
@@ -62,7 +62,7 @@ def test_every_flag_is_in_the_table():
                       damping=trpo, fisher_fraction=trpo).get(name, reinforce_pp)
         world = [row.get(name) for row in (
             vars(script.Config()), {**vars(script.Config()), **script.REAL},
-            flags_py.for_a_cpu(script.Config, script.REAL))]
+            command_line.for_a_cpu(script.Config, script.REAL))]
         if None not in world:
             assert [float(value) for value in default.split(";")[0].split("/")] == world, name
 

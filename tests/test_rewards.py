@@ -10,20 +10,20 @@ import pytest
 import torch
 
 from conftest import ROOT, make_model, seeded, to_problems
-from plumbing import rewards
-from plumbing.rollout import make_batch, sample
+from plumbing import rewards, toy
+from plumbing.rollout import make_batch, sample, to_texts
 
 
 def test_texts_are_to_the_letter_but_for_the_eos_that_ended_them(tokenizer):
     """Also where that EOS is an ordinary token, here "3" (id 7), and last_number would count it."""
     batch = make_batch([[5]] * 3, [[5, 6, 2], [5, 6, 7], [5, 7, 6]], "cpu")
     batch.finished = torch.tensor([True, True, False])
-    assert rewards.decode(tokenizer, batch) == ["12", "12", "132"]
+    assert to_texts(tokenizer, batch) == ["12", "12", "132"]
     tokenizer.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})
     ids = tokenizer("<think>7</think>8<bos>,<pad>").input_ids
     batch = make_batch([[5]] * 2, [ids + [2], ids + [0, 2, 2]], "cpu")
     batch.finished = torch.tensor([True, False])
-    assert rewards.decode(tokenizer, batch) == [
+    assert to_texts(tokenizer, batch) == [
         "<think>7</think>8<bos>,<pad>", "<think>7</think>8<bos>,<pad><pad><eos><eos>"]
 
 
@@ -49,7 +49,7 @@ def test_score_hands_each_completion_its_own_problem(tokenizer):
     texts, scores, each = rewards.score(dict(mine=reward), problems, batch, tokenizer)
     assert scores.tolist() == [0] * 4 + [1] * 4 + [2] * 4 and each == {}
     assert seen["prompts"] == ["0"] * 4 + ["1"] * 4 + ["2"] * 4
-    assert seen["completions"] == texts == rewards.decode(tokenizer, batch)
+    assert seen["completions"] == texts == to_texts(tokenizer, batch)
     assert seen["finished"] == batch.finished.tolist() and "ids" not in seen
 
 
@@ -59,7 +59,7 @@ def test_a_score_that_is_not_a_number_stops_the_run(tokenizer, capsys, value):
     mine = dict(mine=lambda *a, **k: [0.0, value, 1.0])
     with pytest.raises(SystemExit) as stop:
         rewards.score(mine, to_problems([dict(prompt="")]), batch, tokenizer, 4)
-    error, text = capsys.readouterr().err, rewards.decode(tokenizer, batch)[1]
+    error, text = capsys.readouterr().err, to_texts(tokenizer, batch)[1]
     assert stop.value.code == 2 and repr(text) in error
     assert f"--reward mine in step 5 gave {value}" in error
 
@@ -430,8 +430,8 @@ def test_steps_of_the_toy_and_where_they_end(tokenizer):
     batch = make_batch([[5]] * len(ids), ids, "cpu")
     batch.finished = torch.tensor([done for _, done, *_ in STEPS])
     problems, outcomes = [dict(prompt="8+9-5=")] * len(ids), torch.full((len(ids),), 9.0)
-    decoded = rewards.decode(tokenizer, batch)
-    step_rewards, step_ends = rewards.score_steps(problems, batch, decoded, outcomes, tokenizer)
+    decoded = to_texts(tokenizer, batch)
+    step_rewards, step_ends = toy.score_steps(problems, batch, decoded, outcomes, tokenizer)
     assert step_rewards == [row for _, _, row, _ in STEPS]
     assert step_ends == [row for *_, row in STEPS]
 
@@ -446,7 +446,7 @@ def test_steps_in_tokens_of_several_characters(tokenizer):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>")
     batch = make_batch([[5]], [[1, 2, 3, 4, 5, 6, 0]], "cpu")
     batch.finished = torch.ones(1, dtype=torch.bool)
-    found = rewards.score_steps([dict(prompt="8+9-5=")], batch, rewards.decode(tokenizer, batch),
+    found = toy.score_steps([dict(prompt="8+9-5=")], batch, to_texts(tokenizer, batch),
                                 torch.ones(1), tokenizer)
     assert found == ([[1.0, 1.0]], [[2, 6]])
 
@@ -461,7 +461,7 @@ def test_steps_in_tokens_that_decode_otherwise_alone():
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>")
     batch = make_batch([[5]], [[1, 2, 3, 4, 5, 0]], "cpu")
     batch.finished = torch.ones(1, dtype=torch.bool)
-    assert rewards.decode(tokenizer, batch) == ["8 + 9=17,12"]
-    found = rewards.score_steps([dict(prompt="8+9-5=")], batch, rewards.decode(tokenizer, batch),
+    assert to_texts(tokenizer, batch) == ["8 + 9=17,12"]
+    found = toy.score_steps([dict(prompt="8+9-5=")], batch, to_texts(tokenizer, batch),
                                 torch.ones(1), tokenizer)
     assert found == ([[0.0, 1.0]], [[3, 5]])

@@ -9,12 +9,13 @@ import pytest
 import torch
 import transformers
 
-from common import mini_batches, step_generator
+from common import mini_batches
 from conftest import CONFIGS, HOSTILE, make_model, save_folder, seeded
 from plumbing import rollout
-from plumbing.model import checkpoint_activations, load_model, load_tokenizer, save_policy
-from plumbing.rollout import (Batch, all_logprobs, all_values, draw, load_policy, make_batch,
-                              micro_batches, plain_logprobs, sample, token_logprobs, token_values)
+from plumbing.model import (checkpoint_activations, load_model, load_policy, load_tokenizer,
+                            plain_logprobs, save_policy)
+from plumbing.rollout import (Batch, all_logprobs, all_values, draw, make_batch, micro_batches,
+                              sample, step_generator, token_logprobs, token_values)
 from ppo import make_critic
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12], [5, 6], [13, 4, 4, 5, 0]]  # ragged; one contains the pad id

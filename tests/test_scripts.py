@@ -26,9 +26,9 @@ import sft
 import trpo
 from conftest import (CONFIGS, HOSTILE, ROOT, TEMPLATE, by_text, make_model, moved,
                       save_folder, write_jsonl)
-from plumbing import command_line as flags_py, rewards, run, toy
+from plumbing import command_line, rewards, run, toy
 from plumbing.evaluation import evaluate
-from plumbing.rollout import load_policy
+from plumbing.model import load_policy
 from test_command_line import metrics, same_weights, weights
 
 SCRIPTS = dict(reinforce=reinforce, reinforce_pp=reinforce_pp, ppo=ppo, remax=remax, rloo=rloo,
@@ -342,7 +342,7 @@ def each_is_one_sentence(cases, script, monkeypatch, capsys):
     for flags, words in cases:
         monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *flags.split()])
         with pytest.raises(SystemExit) as stop:
-            flags_py.main(script.Config, script.REAL, script.train)
+            command_line.main(script.Config, script.REAL, script.train)
         error = capsys.readouterr().err
         assert stop.value.code == 2, flags
         assert error.startswith("error: ") and error.count("\n") == 1, error
@@ -566,7 +566,7 @@ def test_process_supervision_prefers_the_answer_with_right_steps(folders, here):
     batch = make_batch([tokenizer(prompt).input_ids] * 2, ids, "cpu")
     batch.finished = torch.ones(2, dtype=torch.bool)
     scores = torch.ones(2)
-    steps = rewards.score_steps([dict(prompt=prompt)] * 2, batch, texts, scores, tokenizer)
+    steps = toy.score_steps([dict(prompt=prompt)] * 2, batch, texts, scores, tokenizer)
     assert steps == ([[1.0, 1.0], [0.0, 1.0]], [[5, 11], [5, 11]])
     A = grpo.process_advantages(*steps, batch.mask, 2)
     assert (A[0, :6] > A[1, :6]).all() and torch.equal(A[0, 6:], A[1, 6:])

@@ -4,7 +4,8 @@ import torch
 
 from conftest import seeded
 from plumbing import rollout, run
-from plumbing.rollout import Batch, load_policy, make_batch, micro_batches, sample, token_logprobs
+from plumbing.model import load_policy
+from plumbing.rollout import Batch, make_batch, micro_batches, sample, token_logprobs
 from test_scripts import SCRIPTS, quick
 
 PROMPTS = [[5, 6, 7, 8, 9, 10], [4, 5], [11, 9, 6, 7]]

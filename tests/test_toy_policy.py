@@ -16,7 +16,7 @@ from conftest import to_problems
 from plumbing import toy
 from plumbing.data import encode_completions
 from plumbing.evaluation import evaluate
-from plumbing.rollout import load_policy
+from plumbing.model import load_policy
 
 FULL = bool(os.environ.get("FULL"))
 

@@ -8,7 +8,8 @@ import torch
 import trpo
 from conftest import CONFIGS, make_model
 from plumbing import rewards
-from plumbing.rollout import load_policy, make_batch, plain_logprobs, token_logits
+from plumbing.model import load_policy, plain_logprobs
+from plumbing.rollout import make_batch, token_logits
 from test_command_line import metrics, weights
 from test_exact_gradient import MASK, PREFIXES, SEQUENCES, THETA
 from test_mathematics import T, cases, check_padding, same

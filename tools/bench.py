@@ -35,8 +35,10 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tqdm import tqdm
 
-from common import fail, step_generator, use_bf16
 from plumbing import rollout
+from plumbing.flags import fail
+from plumbing.model import plain_logprobs
+from plumbing.rollout import step_generator, use_bf16
 
 LLAMA, QWEN = transformers.LlamaConfig, transformers.Qwen2Config
 SIZES = {
@@ -346,7 +348,7 @@ def correctness(args):
     batch = rollout.sample(policy, work.tokenizer, prompts, args.group_size, work.longest, 1.0,
                            generator)
     valid = batch.mask.bool()
-    plain = torch.cat(rollout.plain_logprobs(policy, batch, 1.0))
+    plain = torch.cat(plain_logprobs(policy, batch, 1.0))
     shared = rollout.token_logprobs(policy, batch, torch.arange(len(valid)), 1.0)[valid]
     weights, gradients = torch.randn(len(plain), device=plain.device), []
     for logprobs in (plain, shared):

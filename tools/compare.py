@@ -19,7 +19,7 @@ import zlib
 from dataclasses import fields
 from pathlib import Path
 
-from common import fail
+from plumbing.flags import fail
 from plumbing.preferences import SAMPLES
 
 SCRIPTS = ("reinforce", "reinforce_pp", "trpo", "ppo", "remax", "rloo", "grpo", "prime", "raft",

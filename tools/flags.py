@@ -1,0 +1,102 @@
+"""
+Write docs/flags.md, the page of flags, from the Config and the REAL of every script.
+
+    python -m tools.flags
+"""
+import importlib
+from dataclasses import fields
+from pathlib import Path
+
+from plumbing.command_line import for_a_cpu
+
+SCRIPTS = ("sft", "reward_model", "reinforce", "reinforce_pp", "ppo", "trpo", "rloo", "grpo",
+           "remax", "prime", "raft", "dpo", "orpo")
+PAGE = Path(__file__).parents[1] / "docs" / "flags.md"
+
+TEXT = """# What flags are there, and what are their defaults?
+
+This page is written by `python -m tools.flags`. The same is said by `--help` of each script. `-` and `_` are the same
+in flags.
+
+A default with two slashes depends on the model: the first number is for the toy's model, the second for a real one on a
+GPU, the third for a real one on a CPU. A real model is one whose vocabulary is not the toy's, whatever `--data` is. Its
+defaults stand in REAL in each script. On a CPU, one rule makes them smaller (`for_a_cpu` in
+[command_line.py](../plumbing/command_line.py)). A run prints what was chosen. A `Config` that is made in Python stands as
+it is.
+
+With another `--group_size`, a step has as many completions as by default, and so fewer or more `--prompts_per_step`.
+With `--group_baseline`, `--group_size` is 4. `--minibatch_size` is rounded down to whole groups. The learning rate falls
+linearly from its peak to a tenth. trpo.py has no AdamW, and so none of its flags. dpo.py, orpo.py and reward_model.py take
+as many `--steps` as `--epochs` passes over the data need, and their batches are of pairs.
+
+| flag | meaning | scripts | default |
+|---|---|---|---|
+{rows}
+
+`--compile` needs torch 2.11. Each shape of a batch is compiled once, in half a minute. It gains nothing on a CPU.
+
+Wrong input gets one sentence and exit code 2, before anything is trained or any weights are loaded. What a reward does
+wrong only later stops the run where it is. `trust_remote_code` is off: architectures that need code of their own are
+refused.
+"""
+
+
+def defaults(script):
+    """{flag: its default for the toy, for a real model on a GPU, and on a CPU}."""
+    toy = vars(script.Config())
+    gpu = {**toy, "data": "words", **script.REAL}
+    cpu = {**gpu, **for_a_cpu(script.Config, script.REAL)}
+    return {flag: (toy[flag], gpu[flag], cpu[flag]) for flag in toy}
+
+
+def written(values):
+    """The three defaults as text; as one if they are the same."""
+    texts = []
+    for value in values:
+        if value is None:
+            texts.append("none")
+        elif isinstance(value, bool):
+            texts.append("on" if value else "off")
+        else:
+            texts.append(f"{value:g}" if isinstance(value, float) else str(value))
+    return " / ".join(texts) if len(set(texts)) > 1 else texts[0]
+
+
+def named(scripts):
+    """Which scripts have a flag, or a default."""
+    missing = [name for name in SCRIPTS if name not in scripts]
+    if not missing:
+        return "all"
+    if len(missing) < len(scripts):
+        return "all but " + ", ".join(missing)
+    return ", ".join(scripts)
+
+
+def rows():
+    """The lines of the table: a flag that means two things has two."""
+    found = {}  # (flag, meaning) -> {script: default}
+    for name in SCRIPTS:
+        script = importlib.import_module(name)
+        values = defaults(script)
+        for field in fields(script.Config):
+            if field.init:
+                key = field.name, field.metadata["help"]
+                found.setdefault(key, {})[name] = written(values[field.name])
+    first = list(dict.fromkeys(flag for flag, _ in found))
+    for flag, meaning in sorted(found, key=lambda key: first.index(key[0])):
+        scripts = {}  # default -> the scripts that have it
+        for name, default in found[flag, meaning].items():
+            scripts.setdefault(default, []).append(name)
+        usual = max(scripts, key=lambda default: len(scripts[default]))
+        cells = [usual] + [f"{', '.join(names)}: {default}"
+                           for default, names in scripts.items() if default != usual]
+        yield (f"| `--{flag}` | {meaning} | {named(list(found[flag, meaning]))} "
+               f"| {'; '.join(cells)} |")
+
+
+def page():
+    return TEXT.format(rows="\n".join(rows()))
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
