@@ -23,7 +23,8 @@ from dataclasses import dataclass
 
 import torch
 
-from common import kl_estimate, learning_rate, masked_mean, mini_batches
+from common import learning_rate, mini_batches
+from common import kl_estimate, masked_mean
 from plumbing.command_line import main
 from plumbing.data import draw_problems, load_problems
 from plumbing.evaluation import batch_stats, check_first_step, ratio_stats

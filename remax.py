@@ -27,8 +27,8 @@ from dataclasses import dataclass
 
 import torch
 
-from common import (kl_estimate, learning_rate, mini_batches, ppo_clip_loss, returns_to_go,
-                    token_rewards)
+from common import learning_rate, mini_batches
+from common import kl_estimate, ppo_clip_loss, returns_to_go, token_rewards
 from plumbing.command_line import main
 from plumbing.data import draw_problems, load_problems
 from plumbing.evaluation import batch_stats, check_first_step, ratio_stats

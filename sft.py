@@ -18,7 +18,8 @@ from dataclasses import dataclass
 
 import torch
 
-from common import learning_rate, masked_mean
+from common import learning_rate
+from common import masked_mean
 from plumbing import toy
 from plumbing.command_line import main
 from plumbing.data import draw_problems, load_problems

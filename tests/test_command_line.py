@@ -486,9 +486,10 @@ def test_plot(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "metrics.jsonl").write_text(
             "".join(json.dumps(dict(step=i, score=i / 9, length=9, kl=0)) + "\n" for i in range(9)))
-    call("-m", "tools.plot", "a", "b", "--out", "curves.svg", cwd=tmp_path)
+    warm.call("-m", "tools.plot", "a", "b", "--out", "curves.svg", cwd=tmp_path)
     assert (tmp_path / "curves.svg").read_text().count("<svg") == 1
-    assert "--keys nope" in call("-m", "tools.plot", "a", "--keys", "nope", cwd=tmp_path, code=1)
+    assert "--keys nope" in warm.call("-m", "tools.plot", "a", "--keys", "nope", cwd=tmp_path,
+                                      code=1)
 
 
 def test_a_disk_that_fills_up_ends_the_run_with_one_sentence(tmp_path, capsys):

@@ -119,7 +119,7 @@ def take_one_step_of_trpo(folder):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks /proc for the memory of a process")
 def test_bytes_per_parameter_of_trpo(tmp_path):
-    """What README says."""
+    """What docs/memory.md says."""
     policy = transformers.LlamaForCausalLM(transformers.LlamaConfig(
         vocab_size=18, hidden_size=768, intermediate_size=2048, num_hidden_layers=2,
         num_attention_heads=8, bos_token_id=1, eos_token_id=2, pad_token_id=0))

@@ -1,4 +1,4 @@
-"""README says what is: its functions, flags, files and snippets are looked up and run."""
+"""README and docs/ say what is: functions, flags, files and links are looked up, snippets run."""
 import dataclasses
 import importlib
 import inspect
@@ -7,26 +7,23 @@ import re
 import subprocess
 import sys
 
-import dpo
-import ppo
-import prime
+import pytest
+import torch
+
 import reinforce_pp
 import sft
-import trpo
 import warm
 from conftest import ROOT, TEMPLATE, save_folder
 from plumbing import command_line
 from test_offline_scripts import SCRIPTS as OFFLINE
 from test_scripts import CAPS, SCRIPTS
-from tools import memory
+from tools import flags, memory
 
-README = (ROOT / "README.md").read_text()
-
-
-FIELDS = {field.name for script in (sft, *SCRIPTS.values(), *OFFLINE.values())
-          for field in dataclasses.fields(script.Config) if field.init}
+PAGES = {path.stem: path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+TEXT = {name: path.read_text() for name, path in PAGES.items()}
 EVERY = SCRIPTS | OFFLINE | dict(sft=sft)
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
+BLOCKS = re.findall(r"```python\n(.*?)```", "".join(TEXT.values()), re.S)
+each_page = pytest.mark.parametrize("name", PAGES)
 
 
 def block(start):
@@ -34,8 +31,52 @@ def block(start):
     return found
 
 
-def test_functions_have_the_arguments_that_readme_gives():
-    table = re.findall(r"`(common|rollout|%s)\.(\w+)\(([^)]*)\)`" % "|".join(EVERY), README)
+# ----------------------------------------------------------------------------------------- the door
+
+def test_readme_is_read_in_five_minutes():
+    assert len(TEXT["README"].splitlines()) <= 160 and len(TEXT["README"].split()) <= 2600
+
+
+def test_readme_leads_to_every_page():
+    for name in set(PAGES) - {"README"}:
+        assert f"](docs/{name}.md" in TEXT["README"], name
+        assert len(TEXT[name].splitlines()) < 200, name
+
+
+@each_page
+def test_links_lead_somewhere(name):
+    for target, anchor in re.findall(r"\]\((?!https?://)([\w/.]*)#?([\w-]*)\)", TEXT[name]):
+        path = (PAGES[name].parent / target).resolve() if target else PAGES[name]
+        assert path.exists(), f"{name}: {target}"
+        if anchor:
+            titles = re.findall(r"^#+ (.*)$", path.read_text(), re.M)
+            assert anchor in {re.sub("[^a-z0-9 -]", "", title.lower()).replace(" ", "-")
+                              for title in titles}, f"{name}: {target}#{anchor}"
+
+
+def test_every_script_is_in_the_tables_of_algorithms():
+    for name in EVERY:
+        assert re.search(rf"^\| \[{name}.py\]\({name}.py\) ", TEXT["README"], re.M), name
+
+
+def test_the_reading_order_is_that_of_the_tested_diffs():
+    order = re.findall(r"^diff (\w+).py (\w+).py", TEXT["README"], re.M)
+    assert len(order) == len(set(order)) == 11 and set(order) <= set(CAPS)
+    assert {two for _, two in order} | {"reinforce", "sft"} == set(EVERY)
+
+
+def test_the_example_of_readme_prints_what_it_says(tmp_path):
+    code = block("import torch\nfrom grpo")
+    assert len(code.splitlines()) == 8
+    printed = warm.call("-c", code, cwd=tmp_path).strip()
+    assert printed in code and printed.startswith("tensor([")
+
+
+# ---------------------------------------------------------------------------------- what exists
+
+def test_functions_have_the_arguments_that_the_page_gives():
+    names = "|".join(["common", "rollout", *EVERY])
+    table = re.findall(rf"`({names})\.(\w+)\(([^)]*)\)`", TEXT["formulas"])
     assert len(table) >= 35
     for module, name, arguments in table:
         module = f"plumbing.{module}" if module == "rollout" else module
@@ -43,60 +84,16 @@ def test_functions_have_the_arguments_that_readme_gives():
         assert list(signature.parameters) == arguments.split(", "), name
 
 
-def test_flags_and_files_exist():
-    flags = FIELDS | {"keys", "out", "help", "seeds", "tokens"}
-    flags |= set(re.findall(r'"--(\w+)"', (ROOT / "tools" / "bench.py").read_text()))
-    flags |= {"prompts", "prompt_tokens", "new_tokens", "rounds"}  # of bench.py, too
-    ours = README[: README.index("## When one GPU is not enough")].replace(" `--normalize", "")
-    for flag in re.findall(r"--([a-z_]+)", ours):
-        assert flag in flags, f"README speaks of --{flag}"
-    for path in re.findall(r"\]\(([\w/.]+)\)", README):
-        assert (ROOT / path).exists(), path
-
-
-def test_every_flag_is_in_the_table():
-    table = README[README.index("## Every flag") : README.index("## How much memory")]
-    for name in FIELDS:
-        (default,) = re.findall(rf"^\| `--{name}` \|[^|]*\| ([^|]*)\|", table, re.M)
-        script = dict(critic_lr=ppo, prompts=dpo, beta=dpo, prm_lr=prime, delta=trpo,
-                      damping=trpo, fisher_fraction=trpo).get(name, reinforce_pp)
-        world = [row.get(name) for row in (
-            vars(script.Config()), {**vars(script.Config()), **script.REAL},
-            command_line.for_a_cpu(script.Config, script.REAL))]
-        if None not in world:
-            assert [float(value) for value in default.split(";")[0].split("/")] == world, name
-
-
-def test_the_table_of_memory_is_what_the_command_prints(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["memory.py"])
-    memory.main()
-    table = capsys.readouterr().out.split("\n\n")[0]
-    assert len(table.splitlines()) == 7 and table in README
-
-
-def test_the_snippet_that_loads_a_model_runs(tmp_path):
-    save_folder(tmp_path / "runs" / "reinforce_pp" / "model")
-    assert "8+9-5=" in warm.call("-c", block("from transformers import AutoModel"), cwd=tmp_path)
-    save_folder(tmp_path / "runs" / "reinforce_pp" / "model", template=TEMPLATE)
-    assert "'role': 'assistant'" in warm.call(
-        "-c", block("from transformers import pipeline"), cwd=tmp_path)
-
-
-def test_own_data_and_own_reward_as_readme_shows_them(tmp_path, monkeypatch):
-    """The two files written out, and its command, with a tiny model for the real one."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "my_rewards.py").write_text(block("# my_rewards.py"))
-    subprocess.run([sys.executable, "-c", block("# times.py")], check=True)
-    (line,) = re.findall(r"^python reinforce_pp.py (.*my_rewards.*)$", README, re.M)
-    flags = dict(zip(*[iter(line.replace("--", "").split())] * 2))
-    flags["model"] = save_folder(tmp_path / "model", text=True)
-    reinforce_pp.train(reinforce_pp.Config(
-        **flags, steps=1, prompts_per_step=4, minibatch_size=4, max_new_tokens=8, eval_prompts=4,
-        device="cpu", out_dir="run"))
-    row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
-    assert row["score"] == row["reward_last_number"] + row["reward_brief"]
-    prompts = {json.loads(text)["prompt"] for text in open("times.jsonl")}
-    assert len(prompts) == 121 and "What is 12 times 12?" in prompts
+@each_page
+def test_flags_exist(name):
+    known = {field.name for script in EVERY.values() for field in dataclasses.fields(script.Config)}
+    known |= {"help", "normalize"}  # (RLOO's in TRL begins so)
+    for tool in (ROOT / "tools").glob("*.py"):
+        known |= set(re.findall(r'"--(\w+)"', tool.read_text()))
+    known |= {"prompts", "prompt_tokens", "new_tokens", "rounds"}  # of bench.py, too
+    if name != "trl_openrlhf_verl":  # which speaks of others' flags
+        for flag in re.findall(r"--([a-z_]+)", TEXT[name]):
+            assert flag in known, f"{name} speaks of --{flag}"
 
 
 def test_every_log_key_is_explained():
@@ -105,15 +102,110 @@ def test_every_log_key_is_explained():
                 "margin accuracy kl_full_step kl_step tries value_clip_frac greedy_score "
                 "predicted_gain real_gain prm_loss prm_accuracy step_found step_chance "
                 "wrong_answers").split():
-        assert f"`{key}`" in README, key
+        assert f"`{key}`" in TEXT["log"], key
 
 
-def test_the_reading_order_is_that_of_the_tested_diffs():
-    order = re.findall(r"^diff (\w+).py (\w+).py", README, re.M)
-    assert len(order) == len(set(order)) == 11 and set(order) <= set(CAPS)
-    assert {two for _, two in order} | {"reinforce", "sft"} == set(EVERY)
+def test_the_table_of_memory_is_what_the_command_prints(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["memory.py"])
+    memory.main()
+    table = capsys.readouterr().out.split("\n\n")[0]
+    assert len(table.splitlines()) == 7 and table in TEXT["memory"]
 
 
-def test_every_script_is_in_the_table_of_algorithms():
-    for name in EVERY:
-        assert re.search(rf"^\| \[{name}.py\]\({name}.py\) ", README, re.M), name
+# ----------------------------------------------------------------------------------------- flags
+
+def test_the_page_of_flags_is_the_one_that_the_tool_writes():
+    assert flags.page() == TEXT["flags"], "run python -m tools.flags"
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_the_page_of_flags_has_the_defaults_that_a_run_gets(name, folders, monkeypatch):
+    """Read back from the page, and compared with what the command line chooses."""
+    script, real = EVERY[name], folders("llama", text=True)
+    configs = [command_line.choose(script.Config, {}, script.REAL)]
+    for gpus in (1, 0):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        configs.append(command_line.choose(script.Config, dict(model=real), script.REAL))
+    help_of = {field.name: field.metadata["help"] for field in dataclasses.fields(script.Config)
+               if field.init}
+    found = {}
+    for flag, meaning, scripts, default in re.findall(
+            r"^\| `--(\w+)` \| (.*) \| (.*) \| (.*) \|$", TEXT["flags"], re.M):
+        but = scripts.removeprefix("all but ").split(", ")
+        has_it = scripts == "all" or (name in but) != scripts.startswith("all but ")
+        assert has_it == (help_of.get(flag) == meaning), (flag, scripts)
+        if has_it:
+            usual, *others = default.split("; ")
+            named = [other.split(": ")[1] for other in others
+                     if name in other.split(": ")[0].split(", ")]
+            found[flag] = ([*named, usual][0].split(" / ") * 3)[:3]
+    assert found.keys() == help_of.keys()
+    for flag, texts in found.items():
+        values = [getattr(config, flag) for config in configs]
+        if flag == "model":
+            values = [None] * 3
+        for value, text in zip(values, texts):
+            if isinstance(value, bool) or value is None or isinstance(value, str):
+                assert text == {True: "on", False: "off", None: "none"}.get(value, value), flag
+            else:
+                assert float(text) == value, flag
+
+
+# -------------------------------------------------------------------------------------- snippets
+
+def test_the_snippets_that_load_a_model_run(tmp_path):
+    save_folder(tmp_path / "runs" / "reinforce_pp" / "model")
+    assert "8+9-5=" in warm.call("-c", block("from transformers import AutoModel"), cwd=tmp_path)
+    save_folder(tmp_path / "runs" / "reinforce_pp" / "model", template=TEMPLATE)
+    assert "'role': 'assistant'" in warm.call(
+        "-c", block("from transformers import pipeline"), cwd=tmp_path)
+
+
+def test_own_data_and_own_reward_as_the_page_shows_them(tmp_path, monkeypatch):
+    """The two files written out, and its command, with a tiny model for the real one."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_rewards.py").write_text(block("# my_rewards.py"))
+    subprocess.run([sys.executable, "-c", block("# times.py")], check=True)
+    (line,) = re.findall(r"^python reinforce_pp.py (.*my_rewards.*)$", TEXT["data_and_rewards"],
+                         re.M)
+    arguments = dict(zip(*[iter(line.replace("--", "").split())] * 2))
+    arguments["model"] = save_folder(tmp_path / "model", text=True)
+    reinforce_pp.train(reinforce_pp.Config(
+        **arguments, steps=1, prompts_per_step=4, minibatch_size=4, max_new_tokens=8,
+        eval_prompts=4, device="cpu", out_dir="run"))
+    row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
+    assert row["score"] == row["reward_last_number"] + row["reward_brief"]
+    prompts = {json.loads(text)["prompt"] for text in open("times.jsonl")}
+    assert len(prompts) == 121 and "What is 12 times 12?" in prompts
+
+
+def test_the_snippet_on_token_rewards_takes_means_over_answers(tmp_path):
+    (tmp_path / "runs" / "prime").mkdir(parents=True)
+    rows = [dict(step_found=1.0, step_chance=0.5, wrong_answers=3), dict(score=1),
+            dict(step_found=0.0, step_chance=0.1, wrong_answers=1)]
+    (tmp_path / "runs" / "prime" / "metrics.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows))
+    assert warm.call("-c", block("# found.py"), cwd=tmp_path).splitlines() == [
+        "step_found: 0.75 of 4", "step_chance: 0.40 of 4"]
+
+
+def test_the_new_algorithm_of_the_page_is_gspo():
+    """Its line in the place of GRPO's, and GSPO's loss by a loop."""
+    import grpo
+    old, new = (line.partition("#")[0].strip() for line in block("ratio = (logprobs").splitlines())
+    source = inspect.getsource(grpo.grpo_loss)
+    assert source.count(old) == 1
+    space = dict(vars(grpo))
+    exec(source.replace(old, new), space)
+    generator = torch.Generator().manual_seed(0)
+    logprobs, before = (-torch.rand(4, 6, generator=generator) for _ in range(2))
+    mask = (torch.arange(6) < torch.tensor([[6], [2], [4], [1]])).float()
+    A = torch.tensor([1.0, -1.0, 2.0, -0.5])
+    loss, _ = space["grpo_loss"](logprobs, before, before, A, mask, 0.2, 0.0)
+    expected = 0
+    for i in range(4):
+        n = int(mask[i].sum())
+        ratio = ((logprobs - before)[i, :n].mean()).exp()
+        expected -= min(ratio * A[i], ratio.clamp(0.8, 1.2) * A[i]) / 4
+    torch.testing.assert_close(loss, expected)

@@ -366,7 +366,8 @@ POOLS = """
 import sys
 if __name__ == "__main__":
     from types import SimpleNamespace
-    import data, json, rewards
+    import json
+    from plumbing import data, rewards
     problems = data.settle({"test": [dict(prompt="?")]}, "data")["test"]
     for file in sys.argv[1:]:
         (reward,) = rewards.load_rewards(SimpleNamespace(reward=file + ":own"), problems).values()

@@ -1,5 +1,5 @@
 """
-All scripts from one starting policy, on the same budget of completions: the table of README.
+All scripts from one starting policy, on the same budget: the table of docs/results.md.
 
     python -m tools.compare --seeds 1 2 3                     the toy: about 20 minutes on 2 cores
     python -m tools.compare --scripts rloo grpo --kl_coef 0   other flags go to every script

@@ -15,29 +15,31 @@ PAGE = Path(__file__).parents[1] / "docs" / "flags.md"
 
 TEXT = """# What flags are there, and what are their defaults?
 
-This page is written by `python -m tools.flags`. The same is said by `--help` of each script. `-` and `_` are the same
-in flags.
+This page is written by `python -m tools.flags`. The same is said by `--help` of each script. `-`
+and `_` are the same in flags.
 
-A default with two slashes depends on the model: the first number is for the toy's model, the second for a real one on a
-GPU, the third for a real one on a CPU. A real model is one whose vocabulary is not the toy's, whatever `--data` is. Its
-defaults stand in REAL in each script. On a CPU, one rule makes them smaller (`for_a_cpu` in
-[command_line.py](../plumbing/command_line.py)). A run prints what was chosen. A `Config` that is made in Python stands as
-it is.
+A default with two slashes depends on the model: the first number is for the toy's model, the second
+for a real one on a GPU, the third for a real one on a CPU. A real model is one whose vocabulary is
+not the toy's, whatever `--data` is. Its defaults stand in REAL in each script. On a CPU, one rule
+makes them smaller (`for_a_cpu` in [command_line.py](../plumbing/command_line.py)). A run prints
+what was chosen. A `Config` that is made in Python stands as it is.
 
-With another `--group_size`, a step has as many completions as by default, and so fewer or more `--prompts_per_step`.
-With `--group_baseline`, `--group_size` is 4. `--minibatch_size` is rounded down to whole groups. The learning rate falls
-linearly from its peak to a tenth. trpo.py has no AdamW, and so none of its flags. dpo.py, orpo.py and reward_model.py take
-as many `--steps` as `--epochs` passes over the data need, and their batches are of pairs.
+With another `--group_size`, a step has as many completions as by default, and so fewer or more
+`--prompts_per_step`. With `--group_baseline`, `--group_size` is 4. `--minibatch_size` is rounded
+down to whole groups. The learning rate falls linearly from its peak to a tenth. trpo.py has no
+AdamW, and so none of its flags. dpo.py, orpo.py and reward_model.py take as many `--steps` as
+`--epochs` passes over the data need, and their batches are of pairs.
 
 | flag | meaning | scripts | default |
 |---|---|---|---|
 {rows}
 
-`--compile` needs torch 2.11. Each shape of a batch is compiled once, in half a minute. It gains nothing on a CPU.
+`--compile` needs torch 2.11. Each shape of a batch is compiled once, in half a minute. It gains
+nothing on a CPU.
 
-Wrong input gets one sentence and exit code 2, before anything is trained or any weights are loaded. What a reward does
-wrong only later stops the run where it is. `trust_remote_code` is off: architectures that need code of their own are
-refused.
+Wrong input gets one sentence and exit code 2, before anything is trained or any weights are loaded.
+What a reward does wrong only later stops the run where it is. `trust_remote_code` is off:
+architectures that need code of their own are refused.
 """
 
 

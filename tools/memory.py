@@ -1,5 +1,5 @@
 """
-What fits on one GPU? The memory of a training step, by formula: README's table.
+What fits on one GPU? The memory of a training step, by formula.
 
     python -m tools.memory
     python -m tools.memory --completions 512 --new_tokens 1024
