@@ -13,7 +13,7 @@ import os
 import random
 import re
 import zlib
-from itertools import combinations
+from itertools import combinations, takewhile
 from pathlib import Path
 
 from plumbing import toy
@@ -64,7 +64,7 @@ def read(data, held_out):
     path = Path(data)
     if path.is_file() or path.suffix in (".jsonl", ".json") and not path.is_dir():
         return {"train": read_jsonl(path)}
-    from plumbing.data_file import load  # here, because the toy and .jsonl files do not need it
+    from plumbing.hub_data import load  # here, because few runs need it
     return load(data)
 
 
@@ -128,10 +128,43 @@ def to_problem(row, columns):
     if row.get("chosen") is not None and row.get("rejected") is not None:
         others = (key for key in columns if key not in ("chosen", "rejected"))
         asked = any(key in ("prompt", "question") or is_text(row.get(key)) for key in others)
-        from plumbing.data_file import to_pair  # here, because most data has no pairs
         prompt, completions = to_pair(prompt, row["chosen"], row["rejected"], not asked)
     return dict(row=row, columns={key: row.get(key) for key in columns}, prompt=prompt,
                 completion=completion, completions=completions)
+
+
+def to_pair(prompt, chosen, rejected, split_texts=False):
+    """-> prompt, [chosen, rejected]; without a prompt, they begin with it (texts if split_texts).
+
+    Conversations that both repeat the prompt are cut after it.
+    """
+    pair, kinds = [chosen, rejected], {type(chosen), type(rejected)}
+    if prompt is None and (kinds == {list} or kinds == {str} and split_texts):
+        prompt, pair = split_prompt(*pair)
+        return prompt or None, pair
+    if kinds != {list}:
+        return prompt, pair
+    if isinstance(prompt, list):
+        n = len(prompt) if chosen[: len(prompt)] == prompt else 0
+    else:  # text: the conversation may begin with a system message
+        contents = [message.get("content") for message in chosen if isinstance(message, dict)]
+        n = contents.index(prompt) + 1 if prompt in contents else 0
+    if chosen[:n] != rejected[:n]:
+        return prompt, pair
+    return chosen[:n] or prompt, [chosen[n:], rejected[n:]]
+
+
+def split_prompt(chosen, rejected):
+    """Two texts, or lists of messages, that begin alike -> the beginning, and the two rests.
+
+    Texts are not cut inside a word, which may be one token, nor after a space, which tokenizers
+    take for the beginning of the next.
+    """
+    n = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected)))
+    if isinstance(chosen, str):
+        inside = any(re.match(r"\w\w", text[max(n - 1, 0):]) for text in (chosen, rejected))
+        n = re.search(r"\s?\w*\Z" if inside else r"\s?\Z", chosen[:n]).start()
+    return chosen[:n], [chosen[n:], rejected[n:]]
 
 
 def check_parts(problem, wanted, where):

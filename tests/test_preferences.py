@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from conftest import TEMPLATE, write_jsonl
-from plumbing import data, data_file, preferences, toy
+from plumbing import data, preferences, toy
 from plumbing.preferences import load_preferences
 
 
@@ -41,7 +41,7 @@ def asks(text):
     ([asks("hm?"), says("yes")], [asks("hm?"), says("no")], [asks("hm?")],
      [[says("yes")], [says("no")]])])
 def test_the_prompt_is_what_both_begin_with(chosen, rejected, prompt, rests):
-    assert data_file.split_prompt(chosen, rejected) == (prompt, rests)
+    assert data.split_prompt(chosen, rejected) == (prompt, rests)
 
 
 def test_where_trl_cuts_between_words_so_do_we():
@@ -49,7 +49,7 @@ def test_where_trl_cuts_between_words_so_do_we():
     for chosen, rejected in [("The sky is blue.", "The sky is green."), ("a b c", "a b d"),
                              ("Human: hi\n\nAssistant: Hello", "Human: hi\n\nAssistant: No way")]:
         theirs = data_utils.extract_prompt(dict(chosen=chosen, rejected=rejected))
-        assert data_file.split_prompt(chosen, rejected) == (
+        assert data.split_prompt(chosen, rejected) == (
             theirs["prompt"], [theirs["chosen"], theirs["rejected"]])
 
 
@@ -134,7 +134,7 @@ def test_a_conversation_that_repeats_its_prompt_is_cut_after_it(folders, tmp_pat
     (None, "so 3", "so 4", (None, ["so 3", "so 4"]))])
 def test_a_prompt_that_is_given_stays_the_prompt(prompt, chosen, rejected, found):
     """A conversation may hold more before it, a system message; nothing that comes after it."""
-    assert data_file.to_pair(prompt, chosen, rejected) == found
+    assert data.to_pair(prompt, chosen, rejected) == found
 
 
 def test_if_all_rows_are_left_out_the_error_says_why(folders, tmp_path, capsys):
