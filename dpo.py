@@ -40,7 +40,7 @@ from plumbing.run import Means, Run
 
 
 @dataclass
-class Config(RunConfig):  # the rest is in common.py: --max_new_tokens, --seed, ...
+class Config(RunConfig):  # the rest is in plumbing/flags.py: --max_new_tokens, --seed, ...
     steps: Optional[int] = HfArg(default=None, help="training steps; None: what --epochs take")
     lr: float = HfArg(default=4e-4, help="AdamW learning rate at its peak")
     minibatch_size: int = HfArg(default=64, help="rows of data per optimizer step")
@@ -52,7 +52,7 @@ class Config(RunConfig):  # the rest is in common.py: --max_new_tokens, --seed, 
         default="bradley_terry", help="of pairs, or of rankings (column completions, best first)")
 
 
-# The defaults above are the toy's; these are a real model's, made smaller on a CPU by flags.py.
+# The defaults above are the toy's. These are a real model's on a GPU; on a CPU they are smaller.
 REAL = dict(lr=1e-6, micro_batch_size=4, max_new_tokens=512, eval_prompts=256, prompts=1024,
             beta=0.1)
 

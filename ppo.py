@@ -39,7 +39,7 @@ from plumbing.run import Means, Run
 
 
 @dataclass
-class Config(RunConfig):  # the rest is in common.py: --steps, --lr, --minibatch_size, ...
+class Config(RunConfig):  # the rest is in plumbing/flags.py: --steps, --lr, --minibatch_size, ...
     reward: str = HfArg(default="last_number", help="name, file.py:function or folder; a,b: sum")
     prompts_per_step: int = HfArg(default=256, help="prompts per rollout batch")
     group_size: int = HfArg(default=1, help="completions per prompt, K")
@@ -54,7 +54,7 @@ class Config(RunConfig):  # the rest is in common.py: --steps, --lr, --minibatch
     critic_warmup: int = HfArg(default=0, help="first steps, in which only the critic learns")
 
 
-# The defaults above are the toy's; these are a real model's, made smaller on a CPU by flags.py.
+# The defaults above are the toy's. These are a real model's on a GPU; on a CPU they are smaller.
 REAL = dict(steps=200, lr=1e-6, minibatch_size=128, micro_batch_size=8, max_new_tokens=256,
             kl_coef=0.001, eval_prompts=256, critic_lr=1e-5)
 

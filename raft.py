@@ -34,7 +34,7 @@ from plumbing.run import Means, Run
 
 
 @dataclass
-class Config(RunConfig):  # the rest is in common.py: --steps, --lr, --minibatch_size, ...
+class Config(RunConfig):  # the rest is in plumbing/flags.py: --steps, --lr, --minibatch_size, ...
     reward: str = HfArg(default="last_number", help="name, file.py:function or folder; a,b: sum")
     prompts_per_step: int = HfArg(default=64, help="prompts per rollout batch")
     group_size: int = HfArg(default=4, help="completions per prompt, K")
@@ -42,7 +42,7 @@ class Config(RunConfig):  # the rest is in common.py: --steps, --lr, --minibatch
     epochs: int = HfArg(default=1, help="passes over the best of each batch")
 
 
-# The defaults above are the toy's; these are a real model's, made smaller on a CPU by flags.py.
+# The defaults above are the toy's. These are a real model's on a GPU; on a CPU they are smaller.
 REAL = dict(steps=200, lr=1e-6, minibatch_size=128, micro_batch_size=8, max_new_tokens=256,
             eval_prompts=256)
 

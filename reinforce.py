@@ -41,7 +41,7 @@ from plumbing.run import Means, Run
 
 
 @dataclass
-class Config(RunConfig):  # the rest is in common.py: --steps, --max_new_tokens, ...
+class Config(RunConfig):  # the rest is in plumbing/flags.py: --steps, --max_new_tokens, ...
     lr: float = HfArg(default=5e-4, help="AdamW learning rate at its peak")
     minibatch_size: None = field(default=None, init=False)  # no flag: one update per batch
     reward: str = HfArg(default="last_number", help="name, file.py:function or folder; a,b: sum")
@@ -53,7 +53,7 @@ class Config(RunConfig):  # the rest is in common.py: --steps, --max_new_tokens,
     decay: float = HfArg(default=0.9, help="of the exponential moving average, ema")
 
 
-# The defaults above are the toy's; these are a real model's, made smaller on a CPU by flags.py.
+# The defaults above are the toy's. These are a real model's on a GPU; on a CPU they are smaller.
 REAL = dict(steps=200, lr=2e-6, micro_batch_size=8, max_new_tokens=256, kl_coef=0.001,
             eval_prompts=256)
 

@@ -40,7 +40,7 @@ from plumbing.run import Means, Run
 
 
 @dataclass
-class Config(RunConfig):  # the rest is in common.py: --steps, --lr, --minibatch_size, ...
+class Config(RunConfig):  # the rest is in plumbing/flags.py: --steps, --lr, --minibatch_size, ...
     minibatch_size: int = HfArg(default=32, help="completions per optimizer step")
     reward: str = HfArg(default="last_number", help="name, file.py:function or folder; a,b: sum")
     prompts_per_step: int = HfArg(default=128, help="prompts per rollout batch")
@@ -51,7 +51,7 @@ class Config(RunConfig):  # the rest is in common.py: --steps, --lr, --minibatch
     clip_eps: float = HfArg(default=0.2, help="clip range of the ratio")
 
 
-# The defaults above are the toy's; these are a real model's, made smaller on a CPU by flags.py.
+# The defaults above are the toy's. These are a real model's on a GPU; on a CPU they are smaller.
 REAL = dict(steps=200, lr=1e-6, minibatch_size=64, micro_batch_size=8, max_new_tokens=256,
             kl_coef=0.001, eval_prompts=256)
 

@@ -37,7 +37,7 @@ from plumbing.run import Means, Run
 
 
 @dataclass
-class Config(RunConfig):  # the rest is in common.py: --max_new_tokens, --seed, ...
+class Config(RunConfig):  # the rest is in plumbing/flags.py: --max_new_tokens, --seed, ...
     steps: Optional[int] = HfArg(default=None, help="training steps; None: what --epochs take")
     lr: float = HfArg(default=1e-3, help="AdamW learning rate at its peak")
     minibatch_size: int = HfArg(default=64, help="rows of data per optimizer step")
@@ -46,7 +46,7 @@ class Config(RunConfig):  # the rest is in common.py: --max_new_tokens, --seed, 
     prompts: int = HfArg(default=1920, help="toy, words: prompts to make preferences of")
 
 
-# The defaults above are the toy's; these are a real model's, made smaller on a CPU by flags.py.
+# The defaults above are the toy's. These are a real model's on a GPU; on a CPU they are smaller.
 REAL = dict(lr=1e-5, micro_batch_size=4, max_new_tokens=512, eval_prompts=256, prompts=1024)
 
 

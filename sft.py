@@ -1,7 +1,7 @@
 """
 SFT, supervised fine-tuning: make the demonstrated completions likely. Stage 1 of the notes. Without
-a --model it trains the toy's from random weights; toy_policy/, from which all other scripts start,
-was made in this way.
+a --model it trains the toy's from random weights. The policy in plumbing/toy_policy/, from which all
+other scripts start, was made in this way.
 
     loss = -mean_t log pi(y_t | x, y_<t)        over completion tokens, the EOS included
 
@@ -30,14 +30,14 @@ from plumbing.run import Means, Run
 
 
 @dataclass
-class Config(RunConfig):  # the rest is in common.py: --max_new_tokens, --seed, ...
+class Config(RunConfig):  # the rest is in plumbing/flags.py: --max_new_tokens, --seed, ...
     steps: int = HfArg(default=1200, help="training steps")
     lr: float = HfArg(default=4e-3, help="AdamW learning rate at its peak")
     warmup_steps: int = HfArg(default=20, help="steps in which the learning rate rises to its peak")
     micro_batch_size: int = HfArg(default=32, help="completions per pass: memory, not results")
 
 
-# The defaults above are the toy's; these are a real model's, made smaller on a CPU by flags.py.
+# The defaults above are the toy's. These are a real model's on a GPU; on a CPU they are smaller.
 REAL = dict(steps=200, lr=1e-5, warmup_steps=0, micro_batch_size=8, max_new_tokens=256,
             eval_prompts=256)
 

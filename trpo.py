@@ -36,7 +36,7 @@ from reinforce_pp import reinforce_pp_advantages
 
 
 @dataclass
-class Config(RunConfig):  # the rest is in common.py: --steps, --max_new_tokens, ...
+class Config(RunConfig):  # the rest is in plumbing/flags.py: --steps, --max_new_tokens, ...
     steps: int = HfArg(default=30, help="training steps")
     lr: None = field(default=None, init=False)  # with init=False it is no flag: there is no AdamW
     warmup_steps: None = field(default=None, init=False)
@@ -57,7 +57,7 @@ class Config(RunConfig):  # the rest is in common.py: --steps, --max_new_tokens,
     max_tries: int = HfArg(default=10, help="steps tried, each shorter, before none is made")
 
 
-# The defaults above are the toy's; these are a real model's, made smaller on a CPU by flags.py.
+# The defaults above are the toy's. These are a real model's on a GPU; on a CPU they are smaller.
 REAL = dict(steps=200, prompts_per_step=256, micro_batch_size=4, max_new_tokens=256, kl_coef=0.001,
             eval_prompts=256, delta=0.001, damping=0.1, fisher_fraction=0.125)
 

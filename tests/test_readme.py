@@ -180,6 +180,13 @@ def test_own_data_and_own_reward_as_the_page_shows_them(tmp_path, monkeypatch):
     assert len(prompts) == 121 and "What is 12 times 12?" in prompts
 
 
+def test_the_snippet_on_the_start_says_when_its_answers_are_right(tmp_path):
+    printed = warm.call("-c", block("# right.py"), cwd=tmp_path)
+    rights = re.findall(r"(shows its work|names the result): ([\d.]+) of", printed)
+    found = {kind: float(right) for kind, right in rights}
+    assert 0.95 < found["shows its work"] < 0.99 and 0.22 < found["names the result"] < 0.30
+
+
 def test_the_snippet_on_token_rewards_takes_means_over_answers(tmp_path):
     (tmp_path / "runs" / "prime").mkdir(parents=True)
     rows = [dict(step_found=1.0, step_chance=0.5, wrong_answers=3), dict(score=1),

@@ -1,1 +1,1 @@
-"""What looks at the scripts: python -m tools.compare, tools.plot, tools.bench, tools.memory."""
+"""What looks at the scripts. `python -m tools.compare`, and likewise plot, bench, memory, flags."""
