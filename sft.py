@@ -1,7 +1,7 @@
 """
 SFT, supervised fine-tuning: make the demonstrated completions likely. Stage 1 of the notes. Without
-a --model it trains the toy's from random weights. The policy in plumbing/toy_policy/, from which all
-other scripts start, was made in this way.
+a --model it trains the toy's from random weights. The policy in plumbing/toy_policy/, from which
+all other scripts start, was made in this way.
 
     loss = -mean_t log pi(y_t | x, y_<t)        over completion tokens, the EOS included
 

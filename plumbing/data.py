@@ -62,7 +62,8 @@ def read(data, held_out):
         return {split: toy.problems(data, split, n) for split, n in sizes.items()}
     data = os.path.expanduser(data)
     path = Path(data)
-    if path.is_file() or path.suffix in (".jsonl", ".json") and not path.is_dir():
+    named_as_file = path.suffix in (".jsonl", ".json") and not path.is_dir()
+    if path.is_file() or named_as_file:
         return {"train": read_jsonl(path)}
     from plumbing.hub_data import load  # here, because few runs need it
     return load(data)
@@ -104,7 +105,8 @@ def settle(splits, data, wanted=None):
             if wanted not in ("pairs", "rankings") or is_comparison(problem):
                 check_texts(problem, wanted, where)
                 settled[split].append(problem)
-        if left_out := len(rows) - len(settled[split]):
+        left_out = len(rows) - len(settled[split])
+        if left_out:
             why = (f"dropped {left_out} of {len(rows)} rows of {split}: two completions are the "
                    "same, or one is of several messages")
             if not settled[split]:
@@ -138,19 +140,20 @@ def to_pair(prompt, chosen, rejected, split_texts=False):
 
     Conversations that both repeat the prompt are cut after it.
     """
-    pair, kinds = [chosen, rejected], {type(chosen), type(rejected)}
-    if prompt is None and (kinds == {list} or kinds == {str} and split_texts):
-        prompt, pair = split_prompt(*pair)
+    kinds = {type(chosen), type(rejected)}
+    splittable = kinds == {list} or (kinds == {str} and split_texts)
+    if prompt is None and splittable:
+        prompt, pair = split_prompt(chosen, rejected)
         return prompt or None, pair
     if kinds != {list}:
-        return prompt, pair
+        return prompt, [chosen, rejected]
     if isinstance(prompt, list):
         n = len(prompt) if chosen[: len(prompt)] == prompt else 0
     else:  # text: the conversation may begin with a system message
         contents = [message.get("content") for message in chosen if isinstance(message, dict)]
         n = contents.index(prompt) + 1 if prompt in contents else 0
     if chosen[:n] != rejected[:n]:
-        return prompt, pair
+        return prompt, [chosen, rejected]
     return chosen[:n] or prompt, [chosen[n:], rejected[n:]]
 
 

@@ -2,6 +2,7 @@
 The flags that all scripts share, what their numbers may be, and how a run is refused.
 """
 import math
+import re
 import sys
 from dataclasses import dataclass, field
 from typing import Optional
@@ -87,10 +88,10 @@ def check_groups(cfg):
 def find_device(name):
     """--device, checked; None: a GPU if there is one."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    kind, _, number = name.partition(":")
-    if kind not in ("cpu", "cuda") or number and not (kind == "cuda" and number.isdigit()):
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         fail(f"--device {name}: choose cpu or cuda")
-    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
+    number = int(name.partition(":")[2] or 0)
+    if name != "cpu" and number >= torch.cuda.device_count():
         fail(f"--device {name}: torch sees {torch.cuda.device_count() or 'no'} GPU on this "
              "machine; use --device cpu")
     return name

@@ -97,9 +97,10 @@ def load_tokenizer(name):
 def check_config(flag, name, config):
     """Refuse models that would load without an error, and compute wrong results."""
     kinds = set(getattr(config.get_text_config(), "layer_types", None) or [])
-    if kinds := kinds - {"full_attention", "sliding_attention"}:
+    unknown = kinds - {"full_attention", "sliding_attention"}
+    if unknown:
         fail(f"{flag} {name}: it has layers of a kind that is not known here, "
-             f"{', '.join(sorted(kinds))}; choose a model with full or sliding attention")
+             f"{', '.join(sorted(unknown))}; choose a model with full or sliding attention")
     if getattr(config, "quantization_config", None):
         fail(f"{flag} {name}: its weights are quantised, and all weights are trained in fp32 here; "
              "choose the model that it was made from")

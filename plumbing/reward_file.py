@@ -143,7 +143,8 @@ def load_scorer(folder, cfg):
                    for row, done in zip(rows, finished)]
         batch = make_batch([row["ids"] for row in rows], targets, cfg.device)
         longest = max(len(row["ids"]) + len(target) for row, target in zip(rows, targets))
-        if longest > (context := getattr(scorer.config, "max_position_embeddings", longest)):
+        context = getattr(scorer.config, "max_position_embeddings", longest)
+        if longest > context:
             raise ValueError(f"{longest} tokens, but it can read {context}: lower --max_new_tokens")
         return all_scores(scorer, batch, cfg.micro_batch_size).tolist()
     return learned

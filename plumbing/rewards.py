@@ -72,7 +72,8 @@ def find_number(text):
         text = re.sub(pattern, plain, text)
     for found in reversed(list(re.finditer(WORD, text))):
         word = found[0].lstrip("*_{}'").rstrip("*_{}'%°^\\")
-        if not any(char.isnumeric() for char in word) or word[0].isalpha() and "(" not in word:
+        has_digit = any(char.isnumeric() for char in word)
+        if not has_digit or (word[0].isalpha() and "(" not in word):
             continue
         number = re.fullmatch(f"({NUMBER})((?:{UNIT})?)", word)
         if number and not re.match(SCALE, number[2] + text[found.end():]):

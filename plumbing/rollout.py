@@ -312,7 +312,10 @@ def eos_ids(generation_config, config, tokenizer):
     ids = getattr(generation_config, "eos_token_id", None)
     if ids is None:
         ids = getattr(config.get_text_config(), "eos_token_id", None)
-    ids = ids if isinstance(ids, (list, tuple)) else [] if ids is None else [ids]
+    if ids is None:
+        ids = []
+    elif not isinstance(ids, (list, tuple)):
+        ids = [ids]
     return sorted({*ids, tokenizer.eos_token_id})
 
 

@@ -79,9 +79,12 @@ class Means:
     def add(self, weight, **scalars):
         """Of a micro-batch: means over what was forwarded; maxima for names that end in _max."""
         for name, value in scalars.items():
-            value = torch.as_tensor(value).detach()
-            old, self.weights[name] = self.sums.get(name, 0), self.weights.get(name, 0) + weight
-            self.sums[name] = max(old, value) if name.endswith("_max") else old + weight * value
+            value, before = torch.as_tensor(value).detach(), self.sums.get(name, 0)
+            if name.endswith("_max"):
+                self.sums[name] = max(before, value)
+            else:
+                self.sums[name] = before + weight * value
+            self.weights[name] = self.weights.get(name, 0) + weight
 
     def add_parts(self, weight, **scalars):
         """Of a micro-batch: its part of a mini-batch's mean, to which what is not forwarded adds 0.
@@ -95,9 +98,12 @@ class Means:
         self.add(1, **scalars)
 
     def __call__(self):
-        means = {name: total if name.endswith("_max") else total / self.weights[name]
-                 for name, total in self.sums.items()}
-        return means | {name: total / self.minibatches for name, total in self.parts.items()}
+        found = {}
+        for name, total in self.sums.items():
+            found[name] = total if name.endswith("_max") else total / self.weights[name]
+        for name, total in self.parts.items():
+            found[name] = total / self.minibatches
+        return found
 
 
 class Run:
