@@ -95,9 +95,9 @@ def learning_rate(step, steps, warmup_steps, peak):
 
 def mini_batches(n, minibatch_size, group_size, epochs, generator):
     """Shuffled whole groups, all n completions `epochs` times over -> yields row indices (M,)."""
-    groups = n // group_size
-    if groups == 0:
+    if n == 0:
         return
+    groups = n // group_size
     parts = math.ceil(groups / max(1, minibatch_size // group_size))
     for _ in range(epochs):
         order = torch.randperm(groups, generator=generator)

@@ -39,7 +39,9 @@ def load_problems(cfg, wanted=None, splits=None):
         if wanted:
             column = "completion" if wanted == "completion" else "completions"
             encode_completions(rows, tokenizer, column, stop)
-        used = set().union(*(sum(row.get("targets", []), row["ids"]) for row in rows))
+        used = set()
+        for row in rows:
+            used.update(row["ids"], *row.get("targets", []))
         if max(used) >= vocab_size:
             fail(f"--model {cfg.model}: its tokenizer has tokens that the model lacks; replace it")
         if known_only and tokenizer.unk_token_id in used:
@@ -76,7 +78,8 @@ def read_jsonl(path):
     rows = []
     for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         try:
-            rows += [{**json.loads(line)}] if line.strip() else []
+            if line.strip():
+                rows.append({**json.loads(line)})
         except (ValueError, TypeError, RecursionError) as error:  # not JSON; not UTF-8; no {...}
             fail(f"--data {path}: line {number} is not a JSON object ({error}); mend or delete it")
     return rows
@@ -295,7 +298,7 @@ def render(prompt, tokenizer, data):
         return prompt
     begun = ""
     if messages[-1]["role"] == "assistant":
-        *messages, begun = *messages[:-1], messages[-1]["content"]
+        begun, messages = messages[-1]["content"], messages[:-1]
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False,
                                              add_generation_prompt=True) + begun

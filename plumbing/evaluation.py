@@ -146,8 +146,9 @@ def interval(values):
     Of 1,000 means of N numbers that are drawn from these, with replacement, by a fixed seed.
     """
     values, generator = torch.tensor(values, dtype=torch.float64), torch.Generator().manual_seed(0)
-    means = torch.stack([values[torch.randint(len(values), (len(values),), generator=generator)]
-                         .mean() for _ in range(1000)])
+    n = len(values)
+    draws = [torch.randint(n, (n,), generator=generator) for _ in range(1000)]
+    means = torch.stack([values[drawn].mean() for drawn in draws])
     low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return [values.mean().item(), low, high]
 
@@ -161,9 +162,10 @@ def report(before, after, folder):
                  accuracy=f"in right order, n = {after.get('n_rated')}")
     print(f"\n{'test problems, n = ' + str(after['n']):24s}{'before':>8s} [95 % interval]      "
           f"{'after':>8s} [95 % interval]")
-    for key, name in ((key, name) for key, name in names.items() if key in after):
-        print(f"{name:24s}" + "     ".join("{:8.3f} [{:6.3f}, {:6.3f}]".format(*results[key])
-                                           for results in (before, after)))
+    for key, name in names.items():
+        if key in after:
+            cells = ["{:8.3f} [{:6.3f}, {:6.3f}]".format(*found[key]) for found in (before, after)]
+            print(f"{name:24s}" + "     ".join(cells))
     results = dict(before=before, after=after, peak_memory=peak_memory())
     Path(folder, "test.json").write_text(json.dumps(results, indent=1))
     peak = results["peak_memory"]

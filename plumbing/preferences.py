@@ -42,8 +42,9 @@ def load_preferences(cfg, kind="pairs"):
     """
     if cfg.data in toy.KINDS:
         train, validation, test = load_problems(cfg, kind, make_preferences(cfg, kind))
-        validation = with_every_prompt("validation", validation, cfg)
-        test = with_every_prompt("test", test, cfg)
+        tokenizer = load_tokenizer(cfg.model)[0]
+        validation = with_every_prompt("validation", validation, cfg, tokenizer)
+        test = with_every_prompt("test", test, cfg, tokenizer)
     else:
         train, validation, test = load_problems(cfg, kind)
     problems = train + validation + test
@@ -54,11 +55,11 @@ def load_preferences(cfg, kind="pairs"):
     return train, validation, test
 
 
-def with_every_prompt(split, compared, cfg):
+def with_every_prompt(split, compared, cfg, tokenizer):
     """All problems of a split of toy or words; where one is in `compared`, with its completions."""
     pairs = {problem["prompt"]: problem for problem in compared}
     rows = toy.problems(cfg.data, split, cfg.eval_prompts)
-    problems = encode(settle({split: rows}, cfg.data)[split], load_tokenizer(cfg.model)[0])
+    problems = encode(settle({split: rows}, cfg.data)[split], tokenizer)
     for problem in problems:
         if problem["prompt"] in pairs:
             pair = pairs[problem["prompt"]]

@@ -50,11 +50,12 @@ def load_function(file, name):
 def importable_name(path):
     """A name under which `import` finds a file, here and in the processes that a reward starts.
 
-    Its own; or, where another module has that name (rewards.py, json.py, two files of one name),
+    Its own; or, where another module has that name (common.py, json.py, two files of one name),
     that of a file in a temporary folder which runs this one.
     """
     folder, name = str(path.parent), path.stem
-    sys.path += [folder] if folder not in sys.path else []  # its neighbours can be imported, too
+    if folder not in sys.path:
+        sys.path.append(folder)  # its neighbours can be imported, too
     importlib.invalidate_caches()
     try:
         found = importlib.util.find_spec(name)

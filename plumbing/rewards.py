@@ -111,9 +111,10 @@ def load_rewards(cfg, problems):
     """--reward, its parts with commas between -> {name: function}, each tried once."""
     rewards = {}
     for spec in cfg.reward.split(","):
-        name, function = load_reward(spec.strip(), cfg)
+        file, colon, name = spec.strip().rpartition(":")
         if name in rewards:
             fail(f"--reward {cfg.reward}: two are called {name}; rename one")
+        function = load_reward(file, colon, name, cfg)
         rewards[name] = function
         if function is last_number:
             check_answers(problems)
@@ -122,19 +123,18 @@ def load_rewards(cfg, problems):
     return rewards
 
 
-def load_reward(spec, cfg):
-    """One of ours, file.py:function, or the folder of a reward model -> its name, its function."""
-    file, colon, name = spec.rpartition(":")
+def load_reward(file, colon, name, cfg):
+    """One of ours, file.py:function, or the folder of a reward model -> a function."""
     if not colon and name in REWARDS:
-        return name, REWARDS[name]
+        return REWARDS[name]
     from plumbing.reward_file import load_function, load_scorer  # here: most runs do not need it
     if colon:
-        return name, load_function(file, name)
+        return load_function(file, name)
     folder = Path(os.path.expanduser(name))
     if not name or not folder.is_dir():
         fail(f"--reward {name}: there is no such reward; choose {', '.join(REWARDS)}, the "
              "folder of a reward model, or one of your own, file.py:function")
-    return name, load_scorer(folder, cfg)
+    return load_scorer(folder, cfg)
 
 
 def check_answers(problems):
@@ -186,7 +186,9 @@ def score(rewards, problems, batch, tokenizer, step=None):
     ids = [row[mask.bool()].tolist() for row, mask in zip(batch.completions, batch.mask)]
     when = " in an evaluation" if step is None else f" in step {step + 1}"
     finished = batch.finished.tolist()
-    each = {name: torch.tensor(judge(name, reward, asked, texts, finished, ids, when))
-            for name, reward in rewards.items()}
-    means = {f"reward_{name}": scores.mean() for name, scores in each.items()}
-    return texts, sum(each.values()).to(batch.mask.device), means if len(each) > 1 else {}
+    each, means = {}, {}
+    for name, reward in rewards.items():
+        each[name] = torch.tensor(judge(name, reward, asked, texts, finished, ids, when))
+    if len(each) > 1:
+        means = {f"reward_{name}": scores.mean() for name, scores in each.items()}
+    return texts, sum(each.values()).to(batch.mask.device), means

@@ -256,10 +256,12 @@ def draw(logits, temperature, uniform):
 
 
 class FixedLayer(StaticLayer):
-    """One layer's cache, of a fixed shape; keys are kept as exact as values, in bf16 on a GPU."""
+    """One layer's cache, of a fixed shape and dtype: under autocast, keys come in fp32, values in
+    bf16.
+    """
 
     def update(self, keys, values, *args, **kwargs):
-        return super().update(keys.to(self.keys.dtype), values)
+        return super().update(keys.to(self.keys.dtype), values.to(self.values.dtype))
 
 
 def fixed_cache(policy, cache, owner, width):

@@ -268,11 +268,18 @@ class Run:
             fail(f"--resume: {path} is torn, or not of this model; start anew in another --out_dir")
         if self.first > self.cfg.steps:
             fail(f"--steps {self.cfg.steps}: this run has made {self.first} already; ask for more")
-        for path in filter(Path.exists, (self.folder / name for name in LOGS)):
-            rows = path.read_text().splitlines(keepends=True)  # what came after will come again
-            rows = [r for r in rows if r.endswith("\n") and json.loads(r)["step"] <= self.first]
-            write_atomically(path, lambda temporary: temporary.write_text("".join(rows)))
+        for name in LOGS:
+            if (self.folder / name).exists():
+                self.cut_log(self.folder / name)
         return state
+
+    def cut_log(self, path):
+        """Remove what was logged after the checkpoint: those steps will be made again."""
+        kept = ""
+        for row in path.read_text().splitlines(keepends=True):
+            if row.endswith("\n") and json.loads(row)["step"] <= self.first:
+                kept += row
+        write_atomically(path, lambda temporary: temporary.write_text(kept))
 
 
 def find_folder(cfg, name):

@@ -128,7 +128,8 @@ def score_steps(problems, batch, texts, scores, tokenizer):
             reach = [len(to_text(tokenizer, ids[: t + 1])) for t in range(len(ids))]
         prompt = problems[batch.owner[i]]["prompt"]
         steps, lines = check_steps(prompt, text)[:-1], len(re.findall("[+-]", prompt))
-        step_rewards.append([right * (j < lines - 1) for j, (_, right) in enumerate(steps)])
-        step_ends.append([bisect.bisect_right(reach, end) for end, _ in steps] + [size - 1])
-        step_rewards[i].append(scores[i].item())
+        rewards = [right * (j < lines - 1) for j, (_, right) in enumerate(steps)]
+        ends = [bisect.bisect_right(reach, end) for end, _ in steps]
+        step_rewards.append(rewards + [scores[i].item()])
+        step_ends.append(ends + [size - 1])
     return step_rewards, step_ends

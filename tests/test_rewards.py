@@ -395,8 +395,8 @@ def own(prompts, completions, **columns):
 def test_a_reward_hands_its_functions_to_a_pool(tmp_path, how):
     """Whatever its file is called, and however the processes of the pool begin."""
     files = []
-    for name in ("plain.py", "rewards.py", "json.py", "two words.py", "v1.2.py", "b/plain.py",
-                 "c/rewards.py"):
+    for name in ("plain.py", "common.py", "json.py", "two words.py", "v1.2.py", "b/plain.py",
+                 "c/common.py"):
         file = tmp_path / "files" / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(POOL.replace("NAME", repr(file.name)).replace("HOW", repr(how)))

@@ -4,6 +4,7 @@ Write docs/flags.md, the page of flags, from the Config and the REAL of every sc
     python -m tools.flags
 """
 import importlib
+import typing
 from dataclasses import fields
 from pathlib import Path
 
@@ -35,7 +36,9 @@ AdamW, and so none of its flags. dpo.py, orpo.py and reward_model.py take as man
 {rows}
 
 `--compile` needs torch 2.11. Each shape of a batch is compiled once, in half a minute. It gains
-nothing on a CPU.
+nothing on a CPU. `--out_dir` must not hold a run already, but with `--resume`. In raft.py,
+`--minibatch_size` counts the completions of which the best are taken. `--accuracy_filter` is 0.2 in
+PRIME's paper; 0 leaves nothing out.
 
 Wrong input gets one sentence and exit code 2, before anything is trained or any weights are loaded.
 What a reward does wrong only later stops the run where it is. `trust_remote_code` is off:
@@ -82,7 +85,10 @@ def rows():
         values = defaults(script)
         for field in fields(script.Config):
             if field.init:
-                key = field.name, field.metadata["help"]
+                meaning = field.metadata["help"]
+                if typing.get_origin(field.type) is typing.Literal:
+                    meaning += ": " + " or ".join(typing.get_args(field.type))
+                key = field.name, meaning
                 found.setdefault(key, {})[name] = written(values[field.name])
     first = list(dict.fromkeys(flag for flag, _ in found))
     for flag, meaning in sorted(found, key=lambda key: first.index(key[0])):
