@@ -86,7 +86,7 @@ def choose(config_class, typed, real):
     """
     cfg, device = config_class(**typed), find_device(typed.get("device"))
     if cfg.model and not toy.is_toy(load_tokenizer(cfg.model)[0]):
-        real, why = dict(data="words", **real), "defaults for a real model"
+        real, why = for_a_gpu(real), "defaults for a real model"
         if device == "cpu":
             real = for_a_cpu(config_class, real)
             why += " on a CPU, small because it is slow"
@@ -105,10 +105,15 @@ def choose(config_class, typed, real):
     return cfg
 
 
+def for_a_gpu(real):
+    """A real model's defaults, where they differ from those in Config."""
+    return {"data": "words", **real}
+
+
 def for_a_cpu(config_class, real):
     """A real model's defaults -> those for a CPU: fewer, smaller steps, each ten times as far."""
     at_most = dict(steps=15, max_new_tokens=48, eval_prompts=64, prompts=32)
-    small = dict(real)
+    small = for_a_gpu(real)
     for key, value in {**vars(config_class()), **real}.items():
         if value is None:  # no flag of this script
             continue
@@ -127,6 +132,5 @@ def describe_defaults(config_class, real):
         return textwrap.fill(" ".join(f"--{key} {value}" for key, value in values.items()), 96,
                              initial_indent="    ", subsequent_indent="    ",
                              break_on_hyphens=False)
-    real = dict(data="words", **real)
     return ("The defaults above are the toy's. Others for a real model on a GPU, and on a CPU:\n"
-            f"{written(real)}\n\n{written(for_a_cpu(config_class, real))}")
+            f"{written(for_a_gpu(real))}\n\n{written(for_a_cpu(config_class, real))}")

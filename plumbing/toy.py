@@ -72,8 +72,7 @@ def problems(kind, split, n):
         for term in chain[1:]:
             totals.append(totals[-1] + int(term))
         text = "".join(chain)
-        checksum = zlib.crc32(f"{text}=".encode()) % 8
-        home = {0: "test", 1: "validation"}.get(checksum, "train")
+        home = split_of(zlib.crc32(f"{text}=".encode()))
         if home != split or min(totals) < 0 or max(totals) > HIGHEST:
             continue
         if split != "train" and text in seen:  # repeats would make a held-out interval too narrow
@@ -81,6 +80,11 @@ def problems(kind, split, n):
         seen.add(text)
         rows.append(make_row(kind, chain, totals, rng.random() < 0.5))
     return rows
+
+
+def split_of(checksum):
+    """Where a prompt belongs, by its checksum: one of eight is for test, one for validation."""
+    return {0: "test", 1: "validation"}.get(checksum % 8, "train")
 
 
 def make_row(kind, chain, totals, show_work):

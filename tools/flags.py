@@ -8,7 +8,7 @@ import typing
 from dataclasses import fields
 from pathlib import Path
 
-from plumbing.command_line import for_a_cpu
+from plumbing.command_line import for_a_cpu, for_a_gpu
 
 SCRIPTS = ("sft", "reward_model", "reinforce", "reinforce_pp", "ppo", "trpo", "rloo", "grpo",
            "remax", "prime", "raft", "dpo", "orpo")
@@ -49,8 +49,8 @@ architectures that need code of their own are refused.
 def defaults(script):
     """{flag: its default for the toy, for a real model on a GPU, and on a CPU}."""
     toy = vars(script.Config())
-    gpu = {**toy, "data": "words", **script.REAL}
-    cpu = {**gpu, **for_a_cpu(script.Config, script.REAL)}
+    gpu = {**toy, **for_a_gpu(script.REAL)}
+    cpu = {**toy, **for_a_cpu(script.Config, script.REAL)}
     return {flag: (toy[flag], gpu[flag], cpu[flag]) for flag in toy}
 
 
