@@ -1,11 +1,14 @@
 """
-The mathematics that the scripts share. Tensors and floats in, tensors out: any function can be
-pasted elsewhere, together with at most masked_mean().
+The mathematics that the scripts share. Every function takes tensors and numbers and returns
+tensors. Any of them can be pasted elsewhere; some need masked_mean() beside them.
 
-Letters: B prompts, K completions of each, N = B K completions, M of them in a mini-batch, R in a
-micro-batch; P prompt tokens, C completion tokens, V vocabulary.
-`mask` (N, C) is 1 on completion tokens, EOS included, and 0 on the padding to their right. Padding
-may hold garbage, even nan: it influences nothing, and per-token results are 0 there. Unit: nats.
+Letters: B prompts, K completions of each prompt, N = B K completions, n completions of a
+micro-batch; C completion tokens, P prompt tokens. The K completions of a prompt are neighbouring
+rows. Unit of log-probs and of the KL: nats.
+
+`mask` (N, C) is 1 on the tokens of a completion, its EOS included, and 0 on the padding to their
+right. A function that takes the mask may be given anything on padding, even nan: padding changes
+none of its results, and a result per token is 0 there.
 """
 import math
 
@@ -14,14 +17,15 @@ import torch
 
 def masked_mean(values, mask):
     """Mean of `values` (N, C) over all valid tokens -> scalar; 0 if there are none."""
-    # where, and not a product with the mask: 0 * nan is nan.
+    # torch.where and not a product with the mask, because 0 * nan is nan.
     return torch.where(mask.bool(), values, 0).sum() / mask.sum().clamp(min=1)
 
 
 def whiten(values, mask):
-    """z-score over all valid tokens of the batch: (N, C) -> (N, C).
+    """(x - mean) / sqrt(var + 1e-8), mean and var over all valid tokens: (N, C) -> (N, C).
 
-    Population variance as in OpenRLHF; 1e-8 added under the root as in TRL and verl.
+    The variance divides by the number of tokens, as in OpenRLHF; TRL and verl divide by one less.
+    There are so many tokens that it makes no difference.
     """
     mean = masked_mean(values, mask)
     var = masked_mean((values - mean) ** 2, mask)
@@ -31,12 +35,17 @@ def whiten(values, mask):
 def kl_estimate(logprobs, ref_logprobs, kind="k1"):
     """KL(pi || pi_ref) per token, estimated from tokens drawn from pi: (N, C), (N, C) -> (N, C).
 
-    With r = pi_ref / pi (Schulman, "Approximating KL divergence"; the notes have r upside down):
-      k1 = -log r         unbiased, can be negative. Belongs in the reward: as a loss it does
-                          nothing, its gradient is 0 on average.
-      k2 = (log r)^2 / 2  biased, but as a loss its expected gradient is that of KL(pi || pi_ref).
-      k3 = r - 1 - log r  unbiased and >= 0; as a loss it descends the other KL, KL(pi_ref || pi).
-    It takes no mask: padding comes out as whatever went in.
+    With r = pi_ref / pi (Schulman, "Approximating KL divergence", joschu.net/blog/kl-approx.html):
+      k1 = -log r         is unbiased and can be negative. It belongs in the reward. As a loss it
+                          does nothing, because its expected gradient is 0.
+      k2 = (log r)^2 / 2  is biased. As a loss, its expected gradient is that of KL(pi || pi_ref).
+      k3 = r - 1 - log r  is unbiased and never negative. As a loss, its expected gradient is that
+                          of the other KL, KL(pi_ref || pi).
+    The gradients of k2 and k3 are those of one state at a time: they leave out that a token also
+    decides which states come next. k1 in the reward counts that (docs/gradients.md says how far
+    apart they are). They hold while pi is the policy that drew the tokens. After an update they
+    hold approximately.
+    This function takes no mask: what it returns on padding means nothing.
     """
     log_r = ref_logprobs - logprobs
     if kind == "k1":
@@ -44,23 +53,26 @@ def kl_estimate(logprobs, ref_logprobs, kind="k1"):
     if kind == "k2":
         return log_r**2 / 2
     if kind == "k3":
-        return torch.expm1(log_r) - log_r  # expm1, because r - 1 cancels where r is near 1
+        return torch.expm1(log_r) - log_r  # expm1, because r - 1 loses its digits where r is near 1
     raise ValueError(f"kind must be k1, k2 or k3, not {kind!r}")
 
 
 def normalize_rewards(scores, clip):
-    """z-score over the batch, clipped to [-clip, clip]: (N,) -> (N,). Equal scores give exact 0."""
-    if scores.max() == scores.min():  # else a std of rounding errors would blow rounding errors up
+    """(score - mean) / std over the batch, clipped to [-clip, clip]: (N,) -> (N,).
+
+    The std divides by N - 1, because N is small enough to matter. Equal scores give exactly 0.
+    """
+    if scores.max() == scores.min():  # their std may be a rounding error, which would be divided by
         return torch.zeros_like(scores)
     return ((scores - scores.mean()) / (scores.std() + 1e-8)).clamp(-clip, clip)
 
 
 def token_rewards(scores, kl, mask, kl_coef):
-    """r_t = [t is last] * score - kl_coef * kl_t: (N,), (N, C), (N, C) -> (N, C). Notes, eq. 1.
+    """r_t = [t is the last token] * score - kl_coef * kl_t: (N,), (N, C), (N, C) -> (N, C).
 
-    The notes say [s_t = EOS]; the last valid token also pays a completion that was cut short.
+    The last token is the EOS. In a completion that was cut off it is the last one that was drawn.
     """
-    last = mask.cumsum(1) == mask.sum(1, keepdim=True)
+    last = mask.cumsum(1) == mask.sum(1, keepdim=True)  # true on padding too, where r_t is set to 0
     return torch.where(mask.bool(), last * scores[:, None] - kl_coef * kl, 0)
 
 
@@ -76,30 +88,35 @@ def returns_to_go(rewards, mask, gamma=1.0):
 def ppo_clip_loss(logprobs, old_logprobs, advantages, mask, clip_eps=0.2):
     """-min(ratio * A, clip(ratio, 1 - eps, 1 + eps) * A), all (N, C) -> (loss, clip_frac), scalars.
 
-    Mean over valid tokens (PPO, arXiv 1707.06347, eq. 7; negative, because optimizers minimise).
-    clip_frac: the share of tokens whose clipped branch is active, which means no gradient for them.
+    The mean over valid tokens of PPO's objective (arXiv 1707.06347, eq. 7), negated, because
+    optimizers minimise. clip_frac is the part of the tokens whose clipped value counts; they have
+    no gradient. While each ratio is 1, the loss is minus the mean of A: about 0 if a baseline was
+    subtracted, however good or bad the policy is. Only its gradient matters.
     """
     ratio = torch.where(mask.bool(), logprobs - old_logprobs, 0).exp()
     unclipped = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - clip_eps, 1 + clip_eps)
-    loss = masked_mean(torch.maximum(unclipped, clipped), mask)
+    loss = masked_mean(torch.maximum(unclipped, clipped), mask)  # -min(a, b) = max(-a, -b)
     return loss, masked_mean((clipped > unclipped).to(loss.dtype), mask)
 
 
 def learning_rate(step, steps, warmup_steps, peak):
-    """Linear rise to the peak over `warmup_steps`, then linear decay to a tenth of it."""
+    """Rises linearly to the peak over `warmup_steps`, then falls linearly to a tenth of it."""
     if step < warmup_steps:
         return peak * (step + 1) / (warmup_steps + 1)
     return peak * (1 - 0.9 * (step - warmup_steps) / max(steps - 1 - warmup_steps, 1))
 
 
 def mini_batches(n, minibatch_size, group_size, epochs, generator):
-    """Shuffled whole groups, all n completions `epochs` times over -> yields row indices (M,)."""
+    """Shuffles whole groups of the n completions, `epochs` times -> yields row indices.
+
+    A mini-batch has at most minibatch_size rows, or one group if a group has more.
+    """
     if n == 0:
         return
     groups = n // group_size
     parts = math.ceil(groups / max(1, minibatch_size // group_size))
     for _ in range(epochs):
         order = torch.randperm(groups, generator=generator)
-        for part in order.tensor_split(parts):  # of nearly one size
+        for part in order.tensor_split(parts):  # into `parts` pieces of nearly the same size
             yield (part[:, None] * group_size + torch.arange(group_size)).flatten()

@@ -1,25 +1,41 @@
 """
-DPO, direct preference optimization (Rafailov et al., arXiv 2305.18290): learn from pairs of
-completions, of which one was preferred, without a reward model and without sampling.
-Differs from sft.py: each prompt has a better and a worse completion, and the loss compares them.
+DPO, direct preference optimization (Rafailov et al., arXiv 2305.18290). The data are pairs of
+completions of a prompt x, of which one was preferred. The policy pi is trained on them directly:
+there is no reward model, and nothing is sampled. pi_ref is the policy before the training.
 
-    h(y) = beta * log(pi(y | x) / pi_ref(y | x))         implicit reward; log pi(y | x) is the sum
-    loss = -log sigmoid(h(chosen) - h(rejected))         over y's tokens, EOS included    (eq. 7)
+    log pi(y | x) = sum_t log pi(y_t | x, y_<t)               over the tokens of y, EOS included
+    h(x, y) = beta * (log pi(y | x) - log pi_ref(y | x))      implicit reward of y
+    loss = -log sigmoid(h(x, chosen) - h(x, rejected))        mean over the pairs (eq. 7)
 
-Why: if pi is the policy that maximises a reward r under a KL penalty of weight beta, then
-r(x, y) = h(y) + beta log Z(x). Z is the same for both completions, and cancels in the Bradley-Terry
-model, P(chosen preferred) = sigmoid(r(chosen) - r(rejected)), whose -log is the loss. Of a ranking
-y_1, ..., y_K the Plackett-Luce model draws the best of all, then the best of the rest, and so on:
+Why: let r(x, y) be a reward, and P = sigmoid(r(x, chosen) - r(x, rejected)) the probability that
+chosen is preferred (Bradley-Terry model). The policy with the highest mean r - beta * KL(pi ||
+pi_ref) is
 
-    loss = -sum_k log(exp h(y_k) / sum_{j >= k} exp h(y_j))     --loss plackett_luce (appendix A.3)
+    pi(y | x) = pi_ref(y | x) exp(r(x, y) / beta) / Z(x)      Z(x): the sum over all y that makes
+                                                              this a distribution
+Solved for r, this is r(x, y) = h(x, y) + beta log Z(x). In the difference of two completions of the
+same prompt Z(x) cancels, and the loss is -log P. So the KL has no term in the loss; it is in h. A
+larger beta reaches the same P with a policy that is closer to pi_ref.
 
-pi_ref is the policy before training: its log-probs are computed once, and no second model is kept.
+At the start pi = pi_ref, so h is 0 and the loss is ln 2; its derivatives by log pi(chosen) and
+log pi(rejected) are -beta / 2 and +beta / 2. During the training both h may fall: chosen and
+rejected share tokens, so what makes one less likely often reaches the other. Watch the margin,
+h(chosen) - h(rejected), on held-out pairs.
 
-    python dpo.py                                      the toy, no network: half a minute
+--loss plackett_luce learns from rankings y_1, ..., y_K, best first (appendix A.3). The probability
+of a ranking is that of drawing the best of all, then the best of the rest, and so on:
+
+    loss = -sum_k log(exp h(x, y_k) / sum_{j >= k} exp h(x, y_j))             mean over the rankings
+
+Compared with sft.py:
+  - each prompt has a better and a worse completion, and the loss compares them;
+  - log-probs count relative to pi_ref. pi_ref's are computed once, so no second model is kept.
+
+    python dpo.py                                      the toy, without a network: half a minute
     python dpo.py --model Qwen/Qwen2.5-0.5B-Instruct --data trl-lib/ultrafeedback_binarized
 
-What to expect of the toy, whose pairs are a right and a wrong answer of the toy's policy: from
-0.6 of the held-out answers right to 0.9. Both implicit rewards may fall; the margin is what counts.
+What to expect of the toy, whose pairs are a right and a wrong answer of the toy's policy: before
+the training 0.6 of its answers to held-out problems are right, after it 0.9.
 """
 import math
 from dataclasses import dataclass
@@ -40,16 +56,16 @@ from plumbing.run import Means, Run
 
 
 @dataclass
-class Config(RunConfig):  # the rest is in plumbing/flags.py: --max_new_tokens, --seed, ...
-    steps: Optional[int] = HfArg(default=None, help="training steps; None: what --epochs take")
+class Config(RunConfig):  # more flags, such as --steps and --seed, are in plumbing/flags.py
+    steps: Optional[int] = HfArg(default=None, help="training steps; None: --epochs decides")
     lr: float = HfArg(default=4e-4, help="AdamW learning rate at its peak")
-    minibatch_size: int = HfArg(default=64, help="rows of data per optimizer step")
-    micro_batch_size: int = HfArg(default=64, help="rows of data per pass: memory, not results")
-    epochs: int = HfArg(default=1, help="passes over the data, where --steps are not given")
-    prompts: int = HfArg(default=1920, help="toy, words: prompts to make preferences of")
-    beta: float = HfArg(default=0.5, help="weight of the KL to pi_ref, in h")
+    minibatch_size: int = HfArg(default=64, help="pairs per optimizer step")
+    micro_batch_size: int = HfArg(default=64, help="pairs per pass: memory, not results")
+    epochs: int = HfArg(default=1, help="passes over the data, unless --steps is given")
+    prompts: int = HfArg(default=1920, help="toy, words: prompts to sample pairs for")
+    beta: float = HfArg(default=0.5, help="the larger, the closer to the reference policy")
     loss: Literal["bradley_terry", "plackett_luce"] = HfArg(
-        default="bradley_terry", help="of pairs, or of rankings (column completions, best first)")
+        default="bradley_terry", help="for pairs, or for rankings (column completions, best first)")
 
 
 # The defaults above are the toy's. These are a real model's on a GPU; on a CPU they are smaller.
@@ -59,20 +75,17 @@ REAL = dict(lr=1e-6, micro_batch_size=4, max_new_tokens=512, eval_prompts=256, p
 
 def dpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps,
              beta):
-    """Bradley-Terry: sums of log-probs, each (B,) -> losses, chosen_rewards, rejected_rewards.
-
-    Each (B,); the implicit rewards without gradient. arXiv 2305.18290, eq. 7.
-    """
+    """Four sums of log-probs, (B,) each -> losses, h(chosen), h(rejected), (B,) each. DPO, eq. 7."""
     chosen_rewards = beta * (policy_chosen_logps - ref_chosen_logps)
     rejected_rewards = beta * (policy_rejected_logps - ref_rejected_logps)
     losses = -F.logsigmoid(chosen_rewards - rejected_rewards)
-    return losses, chosen_rewards.detach(), rejected_rewards.detach()
+    return losses, chosen_rewards.detach(), rejected_rewards.detach()  # h is only logged
 
 
 def plackett_luce_loss(policy_logps, ref_logps, beta):
-    """Sums of log-probs of K completions, best first: (B, K), (B, K) -> (B,). Ibidem, eq. 20."""
+    """Sums of log-probs of K completions, best first: (B, K), (B, K) -> (B,). DPO, eq. 20."""
     rewards = beta * (policy_logps - ref_logps)
-    rest = rewards.flip(1).logcumsumexp(1).flip(1)  # (B, K) log sum_{j >= k} exp h_j
+    rest = rewards.flip(1).logcumsumexp(1).flip(1)  # (B, K), log sum_{j >= k} exp h_j
     return (rest - rewards).sum(1)
 
 
@@ -82,43 +95,44 @@ def train(cfg):
     run = Run(cfg, "dpo")
     problems, validation, test = load_preferences(
         cfg, "rankings" if cfg.loss == "plackett_luce" else "pairs")
-    K = len(problems[0]["targets"])  # a pair is a ranking of 2
+    K = len(problems[0]["targets"])  # completions, as token ids, best first; in a pair there are 2
     cfg.steps = cfg.steps or math.ceil(cfg.epochs * len(problems) / cfg.minibatch_size)
     policy, tokenizer = load_policy(cfg.model, cfg.device)
 
-    def data_logps(asked):  # (B, K), sums over tokens, of the completions in the data
+    def data_logps(problems):  # (B, K), log pi(y | x) of their completions, without gradient
         return for_all_completions(lambda batch: all_logprobs(
-            policy, batch, cfg.micro_batch_size, temperature=1.0).sum(1), asked, cfg)
+            policy, batch, cfg.micro_batch_size, temperature=1.0).sum(1), problems, cfg)
 
-    rated = draw_problems(problems, 0, min(cfg.steps * cfg.minibatch_size, len(problems)), cfg.seed)
-    rated += [problem for problem in validation + test if "targets" in problem]
-    for problem, ref_logps in zip(rated, data_logps(rated).tolist()):
-        problem["ref_logps"] = ref_logps  # (K,), of the initial policy: run.open() may load another
+    # All that this run will see: the steps draw from one shuffled order, so one long draw has it.
+    seen = draw_problems(problems, 0, min(cfg.steps * cfg.minibatch_size, len(problems)), cfg.seed)
+    seen += [problem for problem in validation + test if "targets" in problem]
+    for problem, ref_logps in zip(seen, data_logps(seen).tolist()):
+        problem["ref_logps"] = ref_logps  # K numbers, before run.open() may load other weights
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.99),
-                                  weight_decay=cfg.weight_decay, fused=True)
+                                  weight_decay=cfg.weight_decay, fused=True)  # 0.99: short runs
 
-    def rate(asked):  # (B, K), their implicit rewards
-        ref_logps = torch.tensor([problem["ref_logps"] for problem in asked], device=cfg.device)
-        return cfg.beta * (data_logps(asked) - ref_logps)
-    run.open(policy, tokenizer, validation, test, rate=rate, optimizer=optimizer)
+    def rewards_of(problems):  # (B, K), h, the implicit rewards
+        ref_logps = torch.tensor([problem["ref_logps"] for problem in problems]).to(cfg.device)
+        return cfg.beta * (data_logps(problems) - ref_logps)
+    run.open(policy, tokenizer, validation, test, rewards_of=rewards_of, optimizer=optimizer)
 
     for step in run.steps():
-        # 1. Batch: completions of the data instead of samples, and nothing to score.
-        asked = draw_problems(problems, step, cfg.minibatch_size, cfg.seed)
-        batch = make_batch([problem["ids"] for problem in asked],
-                           sum((problem["targets"] for problem in asked), []), cfg.device)
-        mask = batch.mask                                       # (N, C), K rows of each prompt
-        ref_logps = torch.tensor([problem["ref_logps"] for problem in asked], device=cfg.device)
+        # 1. Batch: the completions of this step, from the data. Nothing is sampled or scored.
+        step_problems = draw_problems(problems, step, cfg.minibatch_size, cfg.seed)
+        batch = make_batch([problem["ids"] for problem in step_problems],
+                           sum((problem["targets"] for problem in step_problems), []), cfg.device)
+        mask = batch.mask  # (N, C); rows i K to i K + K - 1 are the completions of prompt i
+        ref_logps = torch.tensor([problem["ref_logps"] for problem in step_problems]).to(cfg.device)
 
-        # 2. Update. by_row: the weight of a micro-batch, its part of the completions.
+        # 2. Update. by_row: a micro-batch's part of the batch's rows, which is its weight.
         stats = Means()
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg.steps, cfg.warmup_steps, cfg.lr)
         optimizer.zero_grad()
         for rows, _, by_row in micro_batches(batch, torch.arange(len(mask)),
                                              K * cfg.micro_batch_size):
-            logprobs = token_logprobs(policy, batch, rows, temperature=1.0)        # (R, C)
-            logps = logprobs.sum(dim=1).view(-1, K)                                # (R / K, K)
-            ref = ref_logps[batch.owner[rows[::K]]]  # of the same prompts           (R / K, K)
+            logprobs = token_logprobs(policy, batch, rows, temperature=1.0)        # (n, C)
+            logps = logprobs.sum(dim=1).view(-1, K)                                # (n / K, K)
+            ref = ref_logps[batch.owner[rows[::K]]]  # owner: the prompt of a row    (n / K, K)
             if cfg.loss == "plackett_luce":
                 losses, rewards = plackett_luce_loss(logps, ref, cfg.beta), cfg.beta * (logps - ref)
             else:  # column 0 is chosen, column 1 rejected
@@ -132,11 +146,11 @@ def train(cfg):
         optimizer.step()
         stats.end_minibatch(grad_norm=grad_norm, lr=optimizer.param_groups[0]["lr"])
 
-        # 3. Log. The loss begins at ln 2 = 0.693 of a pair, ln K! of a ranking: no opinion yet.
+        # 3. Log. The loss starts at ln 2 = 0.693 for pairs, and at ln K! for rankings.
         run.log(step, **stats())
         run.end_step(step)  # validation, checkpoint, when due
 
-    run.close()  # saves the model, and reports how it fares on the test problems
+    run.close()  # saves the model, and tests it on the test problems
 
 
 if __name__ == "__main__":

@@ -1,22 +1,37 @@
 """
-GRPO (DeepSeekMath, arXiv 2402.03300): the K answers to a prompt are judged relative to each other.
-Against rloo.py: the mean is over all K, the advantage is divided by their std, the KL moves from
-the reward to the loss, as k3, and each answer counts the same in the loss, however long:
+GRPO, group relative policy optimization (DeepSeekMath, arXiv 2402.03300). The policy pi answers
+each prompt K times, and each completion gets a score. Its advantage says by how many standard
+deviations it is better than the mean of the prompt's K completions. If that is above 0 it becomes
+more likely, else less likely. pi_ref is a copy of the policy from before the training.
 
-    A_i  = (score_i - mean) / std                             over the K answers to its prompt
+    A_i  = (score_i - mean) / (std + 1e-4)                    over the K completions of the prompt
+    ratio_t = pi / pi_old                                     of token t; pi_old sampled the batch
+    k3_t = r_t - 1 - log r_t,  r_t = pi_ref / pi              an estimate of KL(pi || pi_ref)
     loss = mean_i mean_t [-min(ratio_t A_i, clip(ratio_t, 1 - eps, 1 + eps) A_i) + kl_coef * k3_t]
-           ratio_t = pi / pi_old,   k3_t = r - 1 - log r,   r = pi_ref / pi
+           first over the tokens of a completion, then over completions
 
-k3 estimates KL(pi || pi_ref), but as a loss it descends KL(pi_ref || pi). Because of the divisions
-by std and by length, the gradient is not that of the mean score.
---process: each reasoning step has a reward, z-scored over all steps of the group; A_t is their sum
-from t's step on. The last step's reward is the score; otherwise, stopping early would pay.
+Both divisions change the direction of the gradient. With the std, a prompt whose K scores nearly
+agree counts as much as any other. With the mean over its tokens, a token of a long completion
+counts less than one of a short completion: it is pushed up less if A > 0, and down less if A < 0.
+k3 estimates KL(pi || pi_ref), but its gradient is that of KL(pi_ref || pi); see kl_estimate().
 
-    python grpo.py                                      the toy, no network: half a minute
+--process: process supervision. Each reasoning step of a completion has a reward too, which is
+normalised over all reasoning steps of the prompt's K completions. A_t is the sum of these rewards
+from the reasoning step of token t on. The reward of the last one is the score. If a right last
+step were paid as such, an answer that stops after its first right step would be paid in full.
+
+Compared with rloo.py:
+  - the baseline is the mean of all K, the completion itself included;
+  - the advantage is divided by the std of the K scores;
+  - the KL is in the loss, as k3, and not in the reward;
+  - each completion counts the same in the loss, however long it is.
+
+    python grpo.py                                      the toy, without a network: half a minute
     python grpo.py --model Qwen/Qwen2.5-0.5B-Instruct   a real model, on one CUDA GPU
 
-What to expect of the toy: asked 8+9-5=, it answers 12, or shows its work, 8+9=17,17-5=12. At first,
-0.6 of the held-out answers are right and half show the work; at the end, 0.95 and nearly all.
+What to expect of the toy: asked 8+9-5=, it answers 12, or shows its work, 8+9=17,17-5=12. Before
+the training 0.6 of its answers to held-out problems are right and half of them show the work. After
+it 0.95 are right and nearly all show the work.
 """
 import copy
 from dataclasses import dataclass
@@ -37,15 +52,16 @@ from plumbing.toy import score_steps
 
 
 @dataclass
-class Config(RunConfig):  # the rest is in plumbing/flags.py: --steps, --lr, --minibatch_size, ...
-    reward: str = HfArg(default="last_number", help="name, file.py:function or folder; a,b: sum")
-    prompts_per_step: int = HfArg(default=64, help="prompts per rollout batch")
-    group_size: int = HfArg(default=4, help="completions per prompt, K")
-    temperature: float = HfArg(default=1.0, help="of the sampling, and of all log-probs with it")
-    epochs: int = HfArg(default=1, help="passes over each rollout batch")
-    kl_coef: float = HfArg(default=0.01, help="weight of the KL (beta in most papers)")
-    clip_eps: float = HfArg(default=0.2, help="clip range of the ratio")
-    process: bool = HfArg(default=False, help="a reward of 0 or 1 per step too (toy only)")
+class Config(RunConfig):  # more flags, such as --steps and --seed, are in plumbing/flags.py
+    reward: str = HfArg(default="last_number", help="last_number, true_equations, file.py:function "
+                        "or a reward model's folder; several, with commas between, are added")
+    prompts_per_step: int = HfArg(default=64, help="prompts of a step")
+    group_size: int = HfArg(default=4, help="completions of each prompt, K")
+    temperature: float = HfArg(default=1.0, help="sampling temperature; log-probs use it too")
+    epochs: int = HfArg(default=1, help="passes over the completions of a step")
+    kl_coef: float = HfArg(default=0.01, help="weight of the KL to the reference (beta in papers)")
+    clip_eps: float = HfArg(default=0.2, help="the ratio is clipped to 1 +- this")
+    process: bool = HfArg(default=False, help="also a reward for each reasoning step (only toy)")
 
 
 # The defaults above are the toy's. These are a real model's on a GPU; on a CPU they are smaller.
@@ -54,123 +70,125 @@ REAL = dict(steps=200, lr=1e-6, minibatch_size=128, micro_batch_size=8, max_new_
 
 
 def group_advantages(scores, group_size):
-    """(score - mean) / (std + 1e-4), both of its group: (N,) -> (N,). DeepSeekMath, section 4.1.2.
+    """(score - mean) / (std + 1e-4) of its group: (N,) -> (N,). DeepSeekMath, section 4.1.2.
 
-    std divides by K - 1, as in TRL. If all scores are equal, A is exactly 0, not a rounding error.
+    The std divides by K - 1, and 1e-4 is added to it, as in TRL; the paper says neither. If all
+    scores of a group are equal, the result is exactly 0, and not a rounding error divided by 1e-4.
     """
     groups = scores.view(-1, group_size)
     mean, std = groups.mean(dim=1, keepdim=True), groups.std(dim=1, keepdim=True)
-    constant = groups.amax(dim=1, keepdim=True) == groups.amin(dim=1, keepdim=True)
-    return torch.where(constant, 0, (groups - mean) / (std + 1e-4)).flatten()
+    all_equal = groups.amax(dim=1, keepdim=True) == groups.amin(dim=1, keepdim=True)
+    return torch.where(all_equal, 0, (groups - mean) / (std + 1e-4)).flatten()
 
 
 def process_advantages(step_rewards, step_ends, mask, group_size):
-    """A_t = sum of the standardised rewards of all steps that end at or after t -> (N, C).
+    """A_t = sum of the normalised rewards of all reasoning steps that end at or after t -> (N, C).
 
-    step_rewards, step_ends: N lists, of each step its reward and its last token's 0-based index.
-    Mean and std are those of all steps of the group. DeepSeekMath, section 4.1.3.
+    step_rewards, step_ends: N lists; of each reasoning step its reward, and the 0-based index of
+    its last token. Mean and std run over all reasoning steps of the group. DeepSeekMath, 4.1.3.
     """
-    advantages = 0.0 * mask                                       # (N, C)
+    advantages = torch.zeros_like(mask)                           # (N, C)
     for first in range(0, len(mask), group_size):
-        group = range(first, first + group_size)
-        pool = torch.tensor([r for i in group for r in step_rewards[i]], dtype=advantages.dtype)
-        pool = iter(group_advantages(pool, len(pool)).tolist() if len(pool) else [])
-        for i in group:
-            for end in step_ends[i]:  # (the notes compare t, a token, with j, a step)
-                advantages[i, : end + 1] += next(pool)  # same order as in `pool` above
+        steps = [(i, end, reward) for i in range(first, first + group_size)
+                 for end, reward in zip(step_ends[i], step_rewards[i])]
+        rewards = torch.tensor([reward for _, _, reward in steps], dtype=advantages.dtype)
+        for (i, end, _), A in zip(steps, group_advantages(rewards, max(len(steps), 1)).tolist()):
+            advantages[i, : end + 1] += A
     return torch.where(mask.bool(), advantages, 0)
 
 
 def response_mean(values, mask):
-    """Mean over each response's tokens, then over responses: (N, C) -> scalar. DeepSeekMath, eq. 3.
-
-    All responses count the same, so that a token of a long wrong answer is punished less.
-    """
+    """Mean over the tokens of each row, then over rows: (N, C) -> scalar. DeepSeekMath, eq. 3."""
     values = torch.where(mask.bool(), values, 0)
     return (values.sum(dim=1) / mask.sum(dim=1).clamp(min=1)).mean()
 
 
 def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, clip_eps, kl_coef,
               aggregate=response_mean):
-    """The clipped loss + kl_coef * k3, all (N, C), advantages also (N,) -> (loss, clip_frac).
+    """The loss above, from tensors (N, C), advantages (N,) or (N, C) -> (loss, clip_frac), scalars.
 
-    aggregate: how the losses of the tokens become one number; with masked_mean, as in DAPO.
+    aggregate makes one number of the tokens' losses; masked_mean is DAPO's. clip_frac is the part
+    of the tokens whose clipped value counts; their only gradient is that of k3.
     """
     A = advantages if advantages.dim() == 2 else advantages[:, None]
-    logprobs, old_logprobs, ref_logprobs = (  # first: nan on padding would reach the gradient
+    logprobs, old_logprobs, ref_logprobs = (  # now, or nan on padding would reach the gradient
         torch.where(mask.bool(), x, 0) for x in (logprobs, old_logprobs, ref_logprobs))
     ratio = (logprobs - old_logprobs).exp()
     unclipped, clipped = -A * ratio, -A * ratio.clamp(1 - clip_eps, 1 + clip_eps)
+    policy_loss = torch.maximum(unclipped, clipped)  # -min(a, b) = max(-a, -b)
     k3 = kl_estimate(logprobs, ref_logprobs, "k3")
-    loss = aggregate(torch.maximum(unclipped, clipped) + kl_coef * k3, mask)
+    loss = aggregate(policy_loss + kl_coef * k3, mask)
     return loss, masked_mean((clipped > unclipped).to(loss.dtype), mask)
 
 
 def train(cfg):
     if cfg.process and cfg.data != "toy":
-        fail(f"--process: --data {cfg.data} has no checker of steps, only toy has; leave it out")
+        fail(f"--process: --data {cfg.data} cannot tell whether a step is right; leave it out")
     run = Run(cfg, "grpo")
     problems, validation, test = load_problems(cfg)
     rewards = load_rewards(cfg, problems + validation + test)
     policy, tokenizer = load_policy(cfg.model, cfg.device)
     ref_model = copy.deepcopy(policy).requires_grad_(False) if cfg.kl_coef else None
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.99),
-                                  weight_decay=cfg.weight_decay, fused=True)
+                                  weight_decay=cfg.weight_decay, fused=True)  # 0.99: short runs
     run.open(policy, tokenizer, validation, test, rewards, optimizer=optimizer)
 
     for step in run.steps():
-        # 1. Sample: K completions of each prompt of this step, from softmax(logits / temperature).
+        # 1. Sample K completions of each prompt of this step from softmax(logits / temperature).
+        # The completions of a prompt are neighbouring rows: prompt i has rows i K to i K + K - 1.
         generator = step_generator(cfg.seed, step)  # for the random numbers of this step
-        asked = draw_problems(problems, step, cfg.prompts_per_step, cfg.seed)
-        batch = sample(policy, tokenizer, [problem["ids"] for problem in asked], cfg.group_size,
-                       cfg.max_new_tokens, cfg.temperature, generator)
-        old_logprobs, mask = batch.logprobs, batch.mask  # N completions, C tokens; mask 0: padding
+        step_problems = draw_problems(problems, step, cfg.prompts_per_step, cfg.seed)
+        batch = sample(policy, tokenizer, [problem["ids"] for problem in step_problems],
+                       cfg.group_size, cfg.max_new_tokens, cfg.temperature, generator)
+        old_logprobs, mask = batch.logprobs, batch.mask  # (N, C) each; mask is 0 on padding
         run.lap("sample")
 
-        # 2. Score: what each completion earned, and how far from the reference each token is.
-        texts, scores, each = score(rewards, asked, batch, tokenizer, step)      # scores: (N,)
-        ref_logprobs = old_logprobs if ref_model is None else all_logprobs(      # (N, C)
-            ref_model, batch, cfg.micro_batch_size, cfg.temperature)
-        kl = kl_estimate(old_logprobs, ref_logprobs, "k1")                       # only for the log
+        # 2. Score the completions, and measure how far each token is from the reference policy.
+        # score() returns texts, scores (N,) and, if there are several rewards, their means.
+        texts, scores, reward_means = score(rewards, step_problems, batch, tokenizer, step)
+        ref_logprobs = old_logprobs if ref_model is None else all_logprobs(
+            ref_model, batch, cfg.micro_batch_size, cfg.temperature)  # without a reference, kl is 0
+        kl = kl_estimate(old_logprobs, ref_logprobs, "k1")  # (N, C), log(pi_old / pi_ref)
         if step == 0:
-            check_first_step(policy, batch, scores, kl, cfg)  # warns if the setup looks wrong
+            check_first_step(policy, batch, scores, kl, cfg)  # warns if ratio != 1 or kl != 0
         run.lap("score")
 
-        # 3. Advantages: how much better than usual did it go? No gradient flows through them.
+        # 3. Advantages: how much better than the baseline is each completion? Without gradient.
         if cfg.process:
-            steps = score_steps(asked, batch, texts, scores, tokenizer)
-            advantages = process_advantages(*steps, mask, cfg.group_size)
+            step_rewards, step_ends = score_steps(step_problems, batch, texts, scores, tokenizer)
+            advantages = process_advantages(step_rewards, step_ends, mask, cfg.group_size)
         else:
             advantages = group_advantages(scores, cfg.group_size)
 
-        # 4. Update, once per mini-batch. by_token, by_row weight its micro-batches, for a mean over
-        # tokens or over completions; both sum to 1.
+        # 4. Update, once per mini-batch. The tensors above are fixed for this step; logprobs are
+        # computed again, with gradient. old_logprobs are the sampler's, so until the first update
+        # each ratio is 1. by_token, by_row: a micro-batch's part of the mini-batch's tokens, rows.
         stats = Means()
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg.steps, cfg.warmup_steps, cfg.lr)
         for minibatch in mini_batches(len(scores), cfg.minibatch_size, cfg.group_size, cfg.epochs,
                                       generator):
             optimizer.zero_grad()
+            # micro_batches() skips rows where A is 0, if there is no KL: they have no gradient.
             for rows, by_token, by_row in micro_batches(batch, minibatch, cfg.micro_batch_size,
                                                         None if cfg.kl_coef else advantages):
-                old, A, m = old_logprobs[rows], advantages[rows], mask[rows]     # R rows of each
-                logprobs = token_logprobs(policy, batch, rows, cfg.temperature)  # (R, C)
-                loss, clip_frac = grpo_loss(logprobs, old, ref_logprobs[rows], A, m, cfg.clip_eps,
-                                            cfg.kl_coef)
-                stats.add(by_token, **ratio_stats(logprobs, old, m))
+                logprobs = token_logprobs(policy, batch, rows, cfg.temperature)  # (n, C)
+                loss, clip_frac = grpo_loss(logprobs, old_logprobs[rows], ref_logprobs[rows],
+                                            advantages[rows], mask[rows], cfg.clip_eps, cfg.kl_coef)
+                stats.add(by_token, **ratio_stats(logprobs, old_logprobs[rows], mask[rows]))
                 stats.add_parts(by_token, clip_frac=clip_frac)
-                (loss * by_row).backward()  # this loss is a mean over completions
+                (loss * by_row).backward()  # by_row, because this loss is a mean over completions
                 stats.add_parts(by_row, loss=loss)
             grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm,
                                                        error_if_nonfinite=True)
             optimizer.step()
             stats.end_minibatch(grad_norm=grad_norm, lr=optimizer.param_groups[0]["lr"])
 
-        # 5. Log. The loss is no measure of quality: what matters is its gradient.
-        run.log(step, **batch_stats(scores, kl, batch, cfg.group_size), **each, **stats())
-        run.show(step, asked, texts, scores)
+        # 5. Log. The score shows progress. The loss does not: it is there for its gradient.
+        run.log(step, **batch_stats(scores, kl, batch, cfg.group_size), **reward_means, **stats())
+        run.show(step, step_problems, texts, scores)
         run.end_step(step)  # validation, checkpoint, when due
 
-    run.close()  # saves the model, and reports how it fares on the test problems
+    run.close()  # saves the model, and tests it on the test problems
 
 
 if __name__ == "__main__":

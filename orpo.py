@@ -1,23 +1,29 @@
 """
-ORPO, odds ratio preference optimization (Hong et al., arXiv 2403.07691): SFT on the better
-completion of each pair, with a second term that makes the worse one unlikely. No reference model.
-Differs from dpo.py: the loss compares odds, which need no reference, and SFT's loss is part of it.
+ORPO, odds ratio preference optimization (Hong et al., arXiv 2403.07691). The data are pairs of
+completions of a prompt x, of which one was preferred. The policy pi is trained on the preferred one
+as in SFT, and a second term makes the other one less likely. There is no reference policy.
 
-    p(y)      = exp(mean_t log pi(y_t | x, y_<t))            a probability per token: the mean
-    odds(y)   = p(y) / (1 - p(y))
-    loss      = -log p(chosen) - beta * log sigmoid(log(odds(chosen) / odds(rejected)))
+    p(y)    = exp(mean_t log pi(y_t | x, y_<t))               mean over y's tokens, EOS included
+    odds(y) = p(y) / (1 - p(y))
+    OR      = odds(chosen) / odds(rejected)                   odds ratio
+    loss    = -log p(chosen) - beta * log sigmoid(log OR)     eq. 6 and 7; beta is lambda there
 
-(eq. 6 and 7; beta is lambda in the paper.) The first term is SFT's: its mean is over all the chosen
-tokens of a batch, but not those of the prompts (TRL counts them too). The gradient of the second
-has the weight 1 / (1 + OR), OR = odds(chosen) / odds(rejected), which fades once chosen is well
-ahead (the notes' 1 + 1 / OR does not). Without the mean over tokens, p of a long text would be 0,
-and its odds just p.
+The first term is SFT's. In a batch, it is a mean over the tokens of all chosen completions; the
+second term is a mean over the pairs. The tokens of the prompt are not targets, as in the paper's
+text; TRL includes them. The gradient of the second term has the factor 1 / (1 + OR), which becomes
+small once chosen is well ahead. p is a mean per token because the probability of a long text is
+nearly 0, and then its odds are no different from it.
 
-    python orpo.py                                      the toy, no network: half a minute
+Compared with dpo.py:
+  - odds take the place of the log-probs relative to pi_ref, which is not needed;
+  - SFT's loss is a part of the loss.
+
+    python orpo.py                                      the toy, without a network: half a minute
     python orpo.py --model Qwen/Qwen2.5-0.5B --data trl-lib/ultrafeedback_binarized
 
-What to expect of the toy, whose pairs are a right and a wrong answer of the toy's policy: from
-0.6 of the held-out answers right to 0.8. The log's chosen and rejected are mean log-probs.
+What to expect of the toy, whose pairs are a right and a wrong answer of the toy's policy: before
+the training 0.6 of its answers to held-out problems are right, after it 0.8. chosen and rejected in
+the log are log p.
 """
 import math
 from dataclasses import dataclass
@@ -38,14 +44,14 @@ from plumbing.run import Means, Run
 
 
 @dataclass
-class Config(RunConfig):  # the rest is in plumbing/flags.py: --max_new_tokens, --seed, ...
-    steps: Optional[int] = HfArg(default=None, help="training steps; None: what --epochs take")
+class Config(RunConfig):  # more flags, such as --steps and --seed, are in plumbing/flags.py
+    steps: Optional[int] = HfArg(default=None, help="training steps; None: --epochs decides")
     lr: float = HfArg(default=3e-4, help="AdamW learning rate at its peak")
-    minibatch_size: int = HfArg(default=64, help="rows of data per optimizer step")
-    micro_batch_size: int = HfArg(default=64, help="rows of data per pass: memory, not results")
-    epochs: int = HfArg(default=1, help="passes over the data, where --steps are not given")
-    prompts: int = HfArg(default=1920, help="toy, words: prompts to make preferences of")
-    beta: float = HfArg(default=0.1, help="weight of the odds ratio, lambda in the paper")
+    minibatch_size: int = HfArg(default=64, help="pairs per optimizer step")
+    micro_batch_size: int = HfArg(default=64, help="pairs per pass: memory, not results")
+    epochs: int = HfArg(default=1, help="passes over the data, unless --steps is given")
+    prompts: int = HfArg(default=1920, help="toy, words: prompts to sample pairs for")
+    beta: float = HfArg(default=0.1, help="weight of the odds ratio term, lambda in the paper")
 
 
 # The defaults above are the toy's. These are a real model's on a GPU; on a CPU they are smaller.
@@ -53,10 +59,10 @@ REAL = dict(lr=5e-6, micro_batch_size=4, max_new_tokens=512, eval_prompts=256, p
 
 
 def odds_ratio_loss(chosen_mean_logps, rejected_mean_logps):
-    """-log sigmoid(log odds ratio) of mean log-probs: (B,), (B,) -> (B,). arXiv 2403.07691, eq. 7.
+    """-log sigmoid(log OR) of the mean log-probs log p: (B,), (B,) -> (B,). ORPO, eq. 7.
 
-    log(1 - p) as log(-expm1(log p)), which keeps its digits where p is near 1; at p = 1 itself it
-    would be -inf: log p stays a rounding step below 0.
+    log(1 - p) is computed as log(-expm1(log p)), which keeps its digits where p is near 1. At p = 1
+    it would be -inf, so log p is kept one rounding step below 0.
     """
     def log_odds(logps):
         logps = logps.clamp(max=-torch.finfo(logps.dtype).eps)
@@ -71,30 +77,30 @@ def train(cfg):
     cfg.steps = cfg.steps or math.ceil(cfg.epochs * len(problems) / cfg.minibatch_size)
     policy, tokenizer = load_policy(cfg.model, cfg.device)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.99),
-                                  weight_decay=cfg.weight_decay, fused=True)
+                                  weight_decay=cfg.weight_decay, fused=True)  # 0.99: short runs
 
-    def rate(asked):  # (B, K), mean log-probs of the completions in the data
+    def rewards_of(problems):  # (B, K), log p of their completions, without gradient
         return for_all_completions(lambda batch: all_logprobs(
             policy, batch, cfg.micro_batch_size, temperature=1.0).sum(1) / batch.mask.sum(1),
-            asked, cfg)
-    run.open(policy, tokenizer, validation, test, rate=rate, optimizer=optimizer)
+            problems, cfg)
+    run.open(policy, tokenizer, validation, test, rewards_of=rewards_of, optimizer=optimizer)
 
     for step in run.steps():
-        # 1. Batch: completions of the data instead of samples, and nothing to score.
-        asked = draw_problems(problems, step, cfg.minibatch_size, cfg.seed)
-        batch = make_batch([problem["ids"] for problem in asked],
-                           sum((problem["targets"] for problem in asked), []), cfg.device)
-        mask = batch.mask                                       # (N, C), K rows of each prompt
+        # 1. Batch: the completions of this step, from the data. Nothing is sampled or scored.
+        step_problems = draw_problems(problems, step, cfg.minibatch_size, cfg.seed)
+        batch = make_batch([problem["ids"] for problem in step_problems],
+                           sum((problem["targets"] for problem in step_problems), []), cfg.device)
+        mask = batch.mask  # (N, C); rows i K to i K + K - 1 are the completions of prompt i
 
-        # 2. Update. by_row: the weight of a micro-batch, its part of the completions.
+        # 2. Update. by_row: a micro-batch's part of the batch's rows, which is its weight.
         stats = Means()
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg.steps, cfg.warmup_steps, cfg.lr)
         optimizer.zero_grad()
         for rows, _, by_row in micro_batches(batch, torch.arange(len(mask)),
                                              K * cfg.micro_batch_size):
-            logprobs = token_logprobs(policy, batch, rows, temperature=1.0)        # (R, C)
-            mean_logps = (logprobs.sum(dim=1) / mask[rows].sum(dim=1)).view(-1, K)  # (R / K, K)
-            # This micro-batch's parts of the two means: over chosen tokens, and over pairs.
+            logprobs = token_logprobs(policy, batch, rows, temperature=1.0)        # (n, C)
+            mean_logps = (logprobs.sum(dim=1) / mask[rows].sum(dim=1)).view(-1, K)  # (n / K, K)
+            # This micro-batch's part of both means. Rows 0, K, 2 K, ... and column 0 are chosen.
             nll = -logprobs[::K].sum() / mask[::K].sum()
             loss = nll + by_row * cfg.beta * odds_ratio_loss(*mean_logps.T).mean()
             loss.backward()
@@ -105,11 +111,11 @@ def train(cfg):
         optimizer.step()
         stats.end_minibatch(grad_norm=grad_norm, lr=optimizer.param_groups[0]["lr"])
 
-        # 3. Log. Like SFT's, the loss falls.
+        # 3. Log. The loss falls, like SFT's.
         run.log(step, **stats())
         run.end_step(step)  # validation, checkpoint, when due
 
-    run.close()  # saves the model, and reports how it fares on the test problems
+    run.close()  # saves the model, and tests it on the test problems
 
 
 if __name__ == "__main__":

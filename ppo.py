@@ -1,24 +1,40 @@
 """
-PPO (Schulman et al., arXiv 1707.06347) as it is used on language models: REINFORCE++ with a critic.
-Against reinforce_pp.py: a second network, the critic V, predicts before each token what is still to
-come, and is the baseline; lam sets how far ahead A looks; the scores are not z-scored:
+PPO (Schulman et al., arXiv 1707.06347) as it is used on language models. The policy pi answers
+prompts x with completions y, and each completion gets a score. A second network, the critic V,
+predicts before each token how much reward is still to come. A token becomes more likely if more
+came than V predicted, else less likely. pi_ref is a copy of the policy from before the training.
 
-    r_t  = score (last token only) - kl_coef * kl_t           reward; kl_t = log(pi_old / pi_ref)
-    A_t  = delta_t + gamma * lam * A_{t+1}                    advantage (GAE); z-scored for the loss
-           delta_t = r_t + gamma * V_{t+1} - V_t              what came minus what V expected
-    R_t  = A_t + V_t                                          return, A not z-scored: V's target
-    loss = -mean_t min(ratio_t A_t, clip(ratio_t, 1 - eps, 1 + eps) A_t)     ratio_t = pi / pi_old
-    value_loss = mean_t max((V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2) / 2    c: value_clip
+    kl_t = log(pi_old / pi_ref)                               of token t; pi_old sampled the batch
+    r_t  = [t is the last token] * score - kl_coef * kl_t     reward of token t; the score is raw
+    delta_t = r_t + gamma * V_old_{t+1} - V_old_t             what came minus what V_old predicted
+    A_t  = delta_t + gamma * lam * A_{t+1}                    advantage by GAE
+    R_t  = A_t + V_old_t                                      return, which V learns to predict
+    A'_t = (A_t - mean) / std                                 over all tokens of the batch
+    ratio_t = pi / pi_old                                     of token t; 1 before the first update
+    loss = -mean_t min(ratio_t A'_t, clip(ratio_t, 1 - eps, 1 + eps) A'_t)
+    V'_t = clip(V_t, V_old_t - v, V_old_t + v)                v: value_clip
+    value_loss = mean_t max((V_t - R_t)^2, (V'_t - R_t)^2) / 2
 
-With lam = 1, A trusts only what came; with lam = 0, V: less noise, but all of the critic's errors.
-The critic starts as a copy of the policy whose new head gives one number, at first 0. It has its
-own learning rate, and costs as much memory and time as the policy (less so on the toy).
+pi_old, V_old, A and R are computed once per step; pi and V change with every mini-batch.
 
-    python ppo.py                                      the toy, no network: a minute
+V_t is read where the policy chooses y_t. So it depends on x and y_<t and not on y_t, which makes it
+a valid baseline. With lam = 1, A_t is the sum of the rewards from t on, minus V_old_t: it is right
+on average, but noisy. With lam = 0, A_t is delta_t: it is less noisy, but wrong where V is wrong.
+The critic starts as a copy of the policy with a new head, which gives one number, at first 0. Then
+it shares nothing with the policy. It has its own learning rate, and it costs as much again as the
+policy in memory and in the time of an update.
+
+Compared with reinforce_pp.py:
+  - the critic is the baseline, instead of the mean return of the batch;
+  - lam sets how far ahead A_t looks;
+  - the scores are not normalised, because V learns their size.
+
+    python ppo.py                                      the toy, without a network: a minute
     python ppo.py --model Qwen/Qwen2.5-0.5B-Instruct   a real model, on one CUDA GPU
 
-What to expect of the toy: asked 8+9-5=, it answers 12, or shows its work, 8+9=17,17-5=12. At first,
-0.6 of the held-out answers are right and half show the work; at the end, 0.95 and nearly all.
+What to expect of the toy: asked 8+9-5=, it answers 12, or shows its work, 8+9=17,17-5=12. Before
+the training 0.6 of its answers to held-out problems are right and half of them show the work. After
+it 0.95 are right and nearly all show the work.
 """
 import copy
 from dataclasses import dataclass
@@ -39,18 +55,19 @@ from plumbing.run import Means, Run
 
 
 @dataclass
-class Config(RunConfig):  # the rest is in plumbing/flags.py: --steps, --lr, --minibatch_size, ...
-    reward: str = HfArg(default="last_number", help="name, file.py:function or folder; a,b: sum")
-    prompts_per_step: int = HfArg(default=256, help="prompts per rollout batch")
-    group_size: int = HfArg(default=1, help="completions per prompt, K")
-    temperature: float = HfArg(default=1.0, help="of the sampling, and of all log-probs with it")
-    epochs: int = HfArg(default=1, help="passes over each rollout batch")
-    kl_coef: float = HfArg(default=0.01, help="weight of the KL (beta in most papers)")
-    clip_eps: float = HfArg(default=0.2, help="clip range of the ratio")
+class Config(RunConfig):  # more flags, such as --steps and --seed, are in plumbing/flags.py
+    reward: str = HfArg(default="last_number", help="last_number, true_equations, file.py:function "
+                        "or a reward model's folder; several, with commas between, are added")
+    prompts_per_step: int = HfArg(default=256, help="prompts of a step")
+    group_size: int = HfArg(default=1, help="completions of each prompt, K")
+    temperature: float = HfArg(default=1.0, help="sampling temperature; log-probs use it too")
+    epochs: int = HfArg(default=1, help="passes over the completions of a step")
+    kl_coef: float = HfArg(default=0.01, help="weight of the KL to the reference (beta in papers)")
+    clip_eps: float = HfArg(default=0.2, help="the ratio is clipped to 1 +- this")
     gamma: float = HfArg(default=1.0, help="discount per token")
-    lam: float = HfArg(default=0.95, help="lambda of GAE")
-    value_clip: float = HfArg(default=0.2, help="clip range of V, in units of the score")
-    critic_lr: float = HfArg(default=2e-3, help="AdamW learning rate of the critic")
+    lam: float = HfArg(default=0.95, help="lambda of GAE: 1 relies on rewards, 0 on the critic")
+    value_clip: float = HfArg(default=0.2, help="clip values to old ones +- this (unit: score)")
+    critic_lr: float = HfArg(default=2e-3, help="AdamW learning rate of the critic at its peak")
     critic_warmup: int = HfArg(default=0, help="first steps, in which only the critic learns")
 
 
@@ -60,7 +77,7 @@ REAL = dict(steps=200, lr=1e-6, minibatch_size=128, micro_batch_size=8, max_new_
 
 
 def make_critic(policy):
-    """V(x, y_<t): a copy of the policy whose head gives one number, at first 0, not the logits."""
+    """V(x, y_<t): a copy of the policy whose head gives one number, at first 0, and no logits."""
     critic, width = copy.deepcopy(policy), policy.get_output_embeddings().weight.shape[1]
     head = torch.nn.Linear(width, 1, device=policy.device)
     torch.nn.init.zeros_(head.weight)
@@ -72,9 +89,8 @@ def make_critic(policy):
 def gae(rewards, values, mask, gamma, lam):
     """A_t = delta_t + gamma * lam * A_{t+1}, all (N, C) -> (advantages, returns), (N, C) each.
 
-    delta_t = r_t + gamma * V_{t+1} - V_t, with V = 0 after the last token, even if the completion
-    was cut short there; returns = A + V. GAE, arXiv 1506.02438, eq. 16 (the notes once omit lam).
-    lam = 1: A = (sum of the rewards from t on, discounted) - V; lam = 0: A = delta.
+    delta_t = r_t + gamma * V_{t+1} - V_t, and V = 0 after the last token, also where the completion
+    was cut off. The returns are A + V. GAE, arXiv 1506.02438, eq. 16.
     """
     rewards, values = (torch.where(mask.bool(), x, 0) for x in (rewards, values))
     advantages, future, next_value = torch.zeros_like(rewards), 0, 0
@@ -88,9 +104,9 @@ def gae(rewards, values, mask, gamma, lam):
 def value_loss(values, old_values, returns, mask, value_clip):
     """Half the squared error of V, all (N, C) -> (loss, clip_frac), scalars; means over tokens.
 
-    Of the errors of V and of V clipped to old V +- value_clip, the larger counts: as with the
-    ratio, there is no gradient once V has moved by value_clip towards its target. (The notes have
-    the one-step error delta for a loss, without the square.)
+    The larger of two errors counts, that of V and that of V clipped to its old value +- value_clip.
+    So, as with the ratio, there is no gradient once V has moved by value_clip towards its target.
+    clip_frac is the part of the tokens for which that is so.
     """
     values, old_values, returns = (torch.where(mask.bool(), x, 0)
                                    for x in (values, old_values, returns))
@@ -103,13 +119,13 @@ def value_loss(values, old_values, returns, mask, value_clip):
 def explained_variance(values, returns, mask):
     """1 - Var(returns - V) / Var(returns), over valid tokens: (N, C) -> scalar.
 
-    `returns` as they came, returns_to_go, not GAE's, which have V in them. 1: V knew them; 0: it is
-    no better than a constant, or there was nothing to know; negative: worse.
+    Take returns_to_go() and not GAE's returns, which have V in them. 1: V predicted them exactly;
+    0: V is no better than a constant, or all returns are equal; below 0: V is worse than that.
     """
     def variance(x):
         return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
-    known = 1 - variance(returns - values) / variance(returns)
-    return torch.where(variance(returns) > 1e-8, known, 0)
+    explained = 1 - variance(returns - values) / variance(returns)
+    return torch.where(variance(returns) > 1e-8, explained, 0)
 
 
 def train(cfg):
@@ -121,41 +137,45 @@ def train(cfg):
     policy, tokenizer = load_policy(cfg.model, cfg.device)
     ref_model = copy.deepcopy(policy).requires_grad_(False) if cfg.kl_coef else None
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.99),
-                                  weight_decay=cfg.weight_decay, fused=True)
+                                  weight_decay=cfg.weight_decay, fused=True)  # 0.99: short runs
     critic = make_critic(policy)
-    optimizer.add_param_group(dict(params=critic.parameters()))  # its group 1
+    optimizer.add_param_group(dict(params=critic.parameters()))  # param_groups[1]
     run.open(policy, tokenizer, validation, test, rewards, optimizer=optimizer, critic=critic)
 
     for step in run.steps():
-        # 1. Sample: K completions of each prompt of this step, from softmax(logits / temperature).
+        # 1. Sample K completions of each prompt of this step from softmax(logits / temperature).
+        # The completions of a prompt are neighbouring rows: prompt i has rows i K to i K + K - 1.
         generator = step_generator(cfg.seed, step)  # for the random numbers of this step
-        asked = draw_problems(problems, step, cfg.prompts_per_step, cfg.seed)
-        batch = sample(policy, tokenizer, [problem["ids"] for problem in asked], cfg.group_size,
-                       cfg.max_new_tokens, cfg.temperature, generator)
-        old_logprobs, mask = batch.logprobs, batch.mask  # N completions, C tokens; mask 0: padding
+        step_problems = draw_problems(problems, step, cfg.prompts_per_step, cfg.seed)
+        batch = sample(policy, tokenizer, [problem["ids"] for problem in step_problems],
+                       cfg.group_size, cfg.max_new_tokens, cfg.temperature, generator)
+        old_logprobs, mask = batch.logprobs, batch.mask  # (N, C) each; mask is 0 on padding
         run.lap("sample")
 
-        # 2. Score: what each completion earned, and how far from the reference each token is.
-        texts, scores, each = score(rewards, asked, batch, tokenizer, step)      # scores: (N,)
-        ref_logprobs = old_logprobs if ref_model is None else all_logprobs(      # (N, C)
-            ref_model, batch, cfg.micro_batch_size, cfg.temperature)
-        kl = kl_estimate(old_logprobs, ref_logprobs, "k1")                       # (N, C) old - ref
+        # 2. Score the completions, and measure how far each token is from the reference policy.
+        # score() returns texts, scores (N,) and, if there are several rewards, their means.
+        texts, scores, reward_means = score(rewards, step_problems, batch, tokenizer, step)
+        ref_logprobs = old_logprobs if ref_model is None else all_logprobs(
+            ref_model, batch, cfg.micro_batch_size, cfg.temperature)  # without a reference, kl is 0
+        kl = kl_estimate(old_logprobs, ref_logprobs, "k1")  # (N, C), log(pi_old / pi_ref)
         old_values = all_values(critic, batch, cfg.micro_batch_size)             # (N, C)
         if step == 0:
-            check_first_step(policy, batch, scores, kl, cfg)  # warns if the setup looks wrong
+            check_first_step(policy, batch, scores, kl, cfg)  # warns if ratio != 1 or kl != 0
         run.lap("score")
 
-        # 3. Advantages: how much better than usual did it go? No gradient flows through them.
+        # 3. Advantages: how much better than the baseline is each completion? Without gradient.
         shaped = token_rewards(scores, kl, mask, cfg.kl_coef)                    # (N, C)
         advantages, returns = gae(shaped, old_values, mask, cfg.gamma, cfg.lam)
-        advantages = whiten(advantages, mask)  # only now: V learns the raw returns
-        foreseen = explained_variance(old_values, returns_to_go(shaped, mask, cfg.gamma), mask)
+        advantages = whiten(advantages, mask)  # after the returns, which V learns, were made of it
+        explained = explained_variance(old_values, returns_to_go(shaped, mask, cfg.gamma), mask)
 
-        # 4. Update, once per mini-batch. by_token, by_row weight its micro-batches, for a mean over
-        # tokens or over completions; both sum to 1.
+        # 4. Update, once per mini-batch. The tensors above are fixed for this step; logprobs are
+        # computed again, with gradient. old_logprobs are the sampler's, so until the first update
+        # each ratio is 1. by_token, by_row: a micro-batch's part of the mini-batch's tokens, rows.
         stats = Means()
+        stats.add(1, explained_var=explained)
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg.steps, cfg.warmup_steps, cfg.lr)
-        if step < cfg.critic_warmup:  # at first only V learns
+        if step < cfg.critic_warmup:  # only the critic learns
             optimizer.param_groups[0]["lr"] = 0.0
         optimizer.param_groups[1]["lr"] = learning_rate(step, cfg.steps, cfg.warmup_steps,
                                                         cfg.critic_lr)
@@ -163,16 +183,17 @@ def train(cfg):
                                       generator):
             optimizer.zero_grad()
             for rows, by_token, by_row in micro_batches(batch, minibatch, cfg.micro_batch_size):
-                old, A, m = old_logprobs[rows], advantages[rows], mask[rows]     # R rows of each
-                logprobs = token_logprobs(policy, batch, rows, cfg.temperature)  # (R, C)
-                loss, clip_frac = ppo_clip_loss(logprobs, old, A, m, cfg.clip_eps)
-                stats.add(by_token, **ratio_stats(logprobs, old, m))
+                logprobs = token_logprobs(policy, batch, rows, cfg.temperature)  # (n, C)
+                loss, clip_frac = ppo_clip_loss(logprobs, old_logprobs[rows], advantages[rows],
+                                                mask[rows], cfg.clip_eps)
+                stats.add(by_token, **ratio_stats(logprobs, old_logprobs[rows], mask[rows]))
                 stats.add_parts(by_token, clip_frac=clip_frac)
                 (loss * by_token).backward()
                 stats.add_parts(by_token, loss=loss)
-                V = token_values(critic, batch, rows)                            # (R, C)
-                error, clipped = value_loss(V, old_values[rows], returns[rows], m, cfg.value_clip)
-                (error * by_token).backward()  # second, when the policy's activations are free
+                values = token_values(critic, batch, rows)                       # (n, C)
+                error, clipped = value_loss(values, old_values[rows], returns[rows], mask[rows],
+                                            cfg.value_clip)
+                (error * by_token).backward()  # after the policy's, whose activations are freed
                 stats.add_parts(by_token, value_loss=error, value_clip_frac=clipped)
             grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm,
                                                        error_if_nonfinite=True)
@@ -181,13 +202,12 @@ def train(cfg):
             optimizer.step()
             stats.end_minibatch(grad_norm=grad_norm, lr=optimizer.param_groups[0]["lr"])
 
-        # 5. Log. The loss is no measure of quality: what matters is its gradient.
-        run.log(step, **batch_stats(scores, kl, batch, cfg.group_size), **each, **stats(),
-                explained_var=foreseen)
-        run.show(step, asked, texts, scores)
+        # 5. Log. The score shows progress. The loss does not: it is there for its gradient.
+        run.log(step, **batch_stats(scores, kl, batch, cfg.group_size), **reward_means, **stats())
+        run.show(step, step_problems, texts, scores)
         run.end_step(step)  # validation, checkpoint, when due
 
-    run.close()  # saves the model, and reports how it fares on the test problems
+    run.close()  # saves the model, and tests it on the test problems
 
 
 if __name__ == "__main__":

@@ -1,24 +1,42 @@
 """
-PRIME (Cui et al., arXiv 2502.01456): a reward for every token, learned from outcomes alone.
-Against rloo.py: no KL, but a second network, the implicit reward model prm. It starts as a copy of
-the reference and learns to tell right answers from wrong ones. What it then finds likelier than the
-reference does is rewarded, token by token, though nobody has labelled a step:
+PRIME (Cui et al., arXiv 2502.01456): a reward for every token, learned from the scores of whole
+completions. The policy pi answers each prompt K times, and each completion gets a score from 0
+(wrong) to 1 (right). A second network, the implicit reward model prm, starts as a copy of the
+reference pi_ref, the policy before the training. It learns to tell right completions from wrong
+ones by what it finds more likely than pi_ref does, and that difference is each token's reward.
 
-    q_t  = beta * log(prm / ref)                              implicit reward of a token
-    p_i  = sigmoid(sum_t q_t)                                 is i right? s_i: its score, 0 to 1
-    prm_loss = -mean_i [s_i log p_i + (1 - s_i) log(1 - p_i)]
-    A_t  = sum_{u >= t} gamma^(u - t) (q_u - mean of the others' mean q)  +  s_i - mean of others' s
-    loss = -mean_t min(ratio_t A_t, clip(ratio_t, 1 - eps, 1 + eps) A_t)     ratio_t = pi / pi_old
+    q_t  = beta * log(prm / pi_ref)                           implicit reward of token t
+    p_i  = sigmoid(sum_t q_t)                                 prm's probability that i is right
+    prm_loss = -mean_i [score_i log p_i + (1 - score_i) log(1 - p_i)]
+    Q_j  = mean_t q_t                                         over the tokens of completion j
+    A_t  = sum_{u >= t} gamma^(u - t) (q_u - mean of Q_j over the prompt's other K - 1)
+           + score_i - mean of score_j over the prompt's other K - 1
+    ratio_t = pi / pi_old                                     of token t; pi_old sampled the batch
+    loss = -mean_t min(ratio_t A_t, clip(ratio_t, 1 - eps, 1 + eps) A_t)     over the batch's tokens
 
-Why single tokens, if only sums are trained? q summed up to a token is beta * log E[exp(Q / beta)],
-a soft mean of the final sum Q, were the reference to write the rest (arXiv 2412.01981): so q_t is
-what token t changes in it. The others' mean q is subtracted at every token: if > 0, answers shrink.
+q is that of prm before its update in this step, so it is 0 in the first step.
 
-    python prime.py                                      the toy, no network: a minute
+A single q_t means something, although only the sum is trained (arXiv 2412.01981). Suppose pi_ref
+writes the rest of a completion. Given the tokens up to t, the mean of exp(sum of all q / beta) is
+then exp((q_1 + ... + q_t) / beta), because the mean of prm / pi_ref under pi_ref is 1. So q_1 + ...
++ q_t is a soft mean of the final sum, and q_t is the change that token t made in it. If the mean of
+the others' Q_j is above 0, each further token costs that much, and completions become shorter.
+
+A_t is eq. 5 of the paper. The authors' code has (q_t - mean of all K means) * K / (K - 1) instead.
+For scores both are the same. For q_t theirs also multiplies the differences within a completion by
+K / (K - 1). Their code also discounts the score and normalises A_t; the paper and this script do
+neither.
+
+Compared with rloo.py:
+  - every token has a reward of its own, from prm, in addition to the score;
+  - no KL: pi_ref is needed for q.
+
+    python prime.py                                      the toy, without a network: a minute
     python prime.py --model Qwen/Qwen2.5-0.5B-Instruct   a real model, on one CUDA GPU
 
-What to expect of the toy: asked 8+9-5=, it answers 12, or shows its work, 8+9=17,17-5=12. At first,
-0.6 of the held-out answers are right and half show the work; at the end, 0.95 and nearly all.
+What to expect of the toy: asked 8+9-5=, it answers 12, or shows its work, 8+9=17,17-5=12. Before
+the training 0.6 of its answers to held-out problems are right and half of them show the work. After
+it 0.95 are right and nearly all show the work.
 """
 import copy
 from dataclasses import dataclass
@@ -40,17 +58,18 @@ from rloo import leave_one_out_advantages
 
 
 @dataclass
-class Config(RunConfig):  # the rest is in plumbing/flags.py: --steps, --lr, --minibatch_size, ...
-    reward: str = HfArg(default="last_number", help="name, file.py:function or folder; a,b: sum")
-    prompts_per_step: int = HfArg(default=64, help="prompts per rollout batch")
-    group_size: int = HfArg(default=4, help="completions per prompt, K")
-    temperature: float = HfArg(default=1.0, help="of the sampling, and of all log-probs with it")
-    epochs: int = HfArg(default=1, help="passes over each rollout batch")
-    clip_eps: float = HfArg(default=0.2, help="clip range of the ratio")
+class Config(RunConfig):  # more flags, such as --steps and --seed, are in plumbing/flags.py
+    reward: str = HfArg(default="last_number", help="last_number, true_equations, file.py:function "
+                        "or a reward model's folder; several, with commas between, are added")
+    prompts_per_step: int = HfArg(default=64, help="prompts of a step")
+    group_size: int = HfArg(default=4, help="completions of each prompt, K")
+    temperature: float = HfArg(default=1.0, help="sampling temperature; log-probs use it too")
+    epochs: int = HfArg(default=1, help="passes over the completions of a step")
+    clip_eps: float = HfArg(default=0.2, help="the ratio is clipped to 1 +- this")
     gamma: float = HfArg(default=1.0, help="discount per token of the implicit rewards")
-    beta: float = HfArg(default=0.05, help="of the implicit reward, beta * log(prm / ref)")
-    prm_lr: float = HfArg(default=1e-3, help="AdamW learning rate of the reward model")
-    accuracy_filter: float = HfArg(default=0.0, help="drop mean scores < this or > 1 - this")
+    beta: float = HfArg(default=0.05, help="factor of the implicit reward log(prm / reference)")
+    prm_lr: float = HfArg(default=1e-3, help="AdamW learning rate of the reward model at its peak")
+    accuracy_filter: float = HfArg(default=0.0, help="drop prompts of mean score < it or > 1 - it")
 
 
 # The defaults above are the toy's. These are a real model's on a GPU; on a CPU they are smaller.
@@ -59,43 +78,41 @@ REAL = dict(steps=200, lr=5e-7, minibatch_size=128, micro_batch_size=8, max_new_
 
 
 def implicit_rewards(prm_logprobs, ref_logprobs, beta):
-    """q_t = beta * log(prm / ref): (N, C), (N, C) -> (N, C); 0 where both are. PRIME, eq. 3."""
+    """q_t = beta * log(prm / pi_ref): (N, C), (N, C) -> (N, C). PRIME, eq. 3."""
     return beta * (prm_logprobs - ref_logprobs)
 
 
 def implicit_reward_loss(prm_logprobs, ref_logprobs, mask, labels, beta):
-    """Cross-entropy of sigmoid(sum_t q_t): three (N, C), labels (N,) from 0 to 1 -> scalar. Eq. 4.
+    """Cross-entropy of sigmoid(sum_t q_t) and labels (N,) from 0 to 1 -> scalar. PRIME, eq. 4.
 
-    From the sums themselves: a sigmoid that has been rounded to 0 has no logarithm.
+    It is computed from the sums, because the sigmoid of a large sum is rounded to 0 or 1.
     """
     q = torch.where(mask.bool(), implicit_rewards(prm_logprobs, ref_logprobs, beta), 0)
     return torch.nn.functional.binary_cross_entropy_with_logits(q.sum(dim=1), labels.to(q))
 
 
 def prime_advantages(process_rewards, scores, mask, group_size, gamma=1.0):
-    """A_t, leaving one out in both parts: q (N, C), (N,), (N, C) -> (N, C). PRIME, eq. 5.
-
-    The authors' code has (q_t - mean of all K mean q) K / (K - 1): the same for scores; but it
-    stretches the differences within an answer. It also discounts the outcome, and whitens A.
-    """
+    """A_t, of q (N, C), scores (N,), mask (N, C) -> (N, C). PRIME, eq. 5."""
     q = torch.where(mask.bool(), process_rewards, 0)
     means = q.sum(dim=1) / mask.sum(dim=1).clamp(min=1)                           # (N,)
-    others = means - leave_one_out_advantages(means, group_size)                  # their mean
+    # leave_one_out_advantages(x) is x - the mean of the others' x.
+    others = means - leave_one_out_advantages(means, group_size)                  # (N,)
     process = returns_to_go(q - others[:, None], mask, gamma)
     outcome = leave_one_out_advantages(scores, group_size)
     return torch.where(mask.bool(), process + outcome[:, None], 0)
 
 
 def filter_by_accuracy(scores, group_size, margin):
-    """Completions (M,) of prompts with a mean score from margin to 1 - margin: (N,) -> indices."""
+    """Rows of the prompts whose mean score lies in [margin, 1 - margin]: (N,) -> row indices."""
     means = scores.view(-1, group_size).mean(dim=1).repeat_interleave(group_size)
     return ((means >= margin) & (means <= 1 - margin)).nonzero().flatten()
 
 
 def prm_stats(q, scores, step_rewards=(), step_ends=()):
-    """For the log: q (N, C), scores (N,), what score_steps found, if anything -> dict of scalars.
+    """For the log: q (N, C), scores (N,), and two lists of N from score_steps() -> dict of scalars.
 
-    Of wrong answers of several steps: how often has the first wrong step the lowest sum of q?
+    They say of each reasoning step whether it is right (1) or not (0), and where it ends. Of wrong
+    answers of several steps, step_found: how often the first wrong step has the lowest sum of q.
     """
     found, chance = [], []
     for sums, right, ends in zip(q.cumsum(dim=1), step_rewards, step_ends):
@@ -110,7 +127,7 @@ def prm_stats(q, scores, step_rewards=(), step_ends=()):
 
 
 def spell(batch, q, tokenizer, i):
-    """Completion i as a list of [token, its implicit reward]: for samples.jsonl."""
+    """Completion i as a list of [token, its implicit reward], for samples.jsonl."""
     m = batch.mask[i].bool()
     tokens = [tokenizer.decode([token]) for token in batch.completions[i][m].tolist()]
     return list(zip(tokens, q[i][m].tolist()))
@@ -123,39 +140,44 @@ def train(cfg):
     policy, tokenizer = load_policy(cfg.model, cfg.device)
     ref_model, prm = copy.deepcopy(policy).requires_grad_(False), copy.deepcopy(policy)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.99),
-                                  weight_decay=cfg.weight_decay, fused=True)
-    optimizer.add_param_group(dict(params=prm.parameters()))  # its group 1
+                                  weight_decay=cfg.weight_decay, fused=True)  # 0.99: short runs
+    optimizer.add_param_group(dict(params=prm.parameters()))  # param_groups[1]
     run.open(policy, tokenizer, validation, test, rewards, optimizer=optimizer, prm=prm)
 
     for step in run.steps():
-        # 1. Sample: K completions of each prompt of this step, from softmax(logits / temperature).
+        # 1. Sample K completions of each prompt of this step from softmax(logits / temperature).
+        # The completions of a prompt are neighbouring rows: prompt i has rows i K to i K + K - 1.
         generator = step_generator(cfg.seed, step)  # for the random numbers of this step
-        asked = draw_problems(problems, step, cfg.prompts_per_step, cfg.seed)
-        batch = sample(policy, tokenizer, [problem["ids"] for problem in asked], cfg.group_size,
-                       cfg.max_new_tokens, cfg.temperature, generator)
-        old_logprobs, mask = batch.logprobs, batch.mask  # N completions, C tokens; mask 0: padding
+        step_problems = draw_problems(problems, step, cfg.prompts_per_step, cfg.seed)
+        batch = sample(policy, tokenizer, [problem["ids"] for problem in step_problems],
+                       cfg.group_size, cfg.max_new_tokens, cfg.temperature, generator)
+        old_logprobs, mask = batch.logprobs, batch.mask  # (N, C) each; mask is 0 on padding
         run.lap("sample")
 
-        # 2. Score: what each completion earned, and how far from the reference each token is.
-        texts, scores, each = score(rewards, asked, batch, tokenizer, step)      # scores: (N,)
+        # 2. Score the completions, and measure how far each token is from the reference policy.
+        # score() returns texts, scores (N,) and, if there are several rewards, their means.
+        texts, scores, reward_means = score(rewards, step_problems, batch, tokenizer, step)
         if scores.min() < 0 or scores.max() > 1:
             fail(f"--reward {cfg.reward}: PRIME takes scores from 0 to 1; scale it, or use rloo.py")
         ref_logprobs, prm_logprobs = (all_logprobs(                              # (N, C)
             model, batch, cfg.micro_batch_size, cfg.temperature) for model in (ref_model, prm))
-        kl = kl_estimate(old_logprobs, ref_logprobs, "k1")                       # only for the log
+        kl = kl_estimate(old_logprobs, ref_logprobs, "k1")  # (N, C), log(pi_old / pi_ref)
         q = implicit_rewards(prm_logprobs, ref_logprobs, cfg.beta)               # (N, C)
-        steps = score_steps(asked, batch, texts, scores, tokenizer) if cfg.data == "toy" else ()
-        each.update(prm_stats(q, scores, *steps))
+        reward_means.update(prm_stats(q, scores))
+        if cfg.data == "toy":  # which step is wrong is only logged: PRIME is not trained on it
+            step_labels = score_steps(step_problems, batch, texts, scores, tokenizer)
+            reward_means.update(prm_stats(q, scores, *step_labels))
         if step == 0:
-            check_first_step(policy, batch, scores, kl, cfg)  # warns if the setup looks wrong
+            check_first_step(policy, batch, scores, kl, cfg)  # warns if ratio != 1 or kl != 0
         run.lap("score")
 
-        # 3. Advantages: how much better than usual did it go? No gradient flows through them.
+        # 3. Advantages: how much better than the baseline is each completion? Without gradient.
         advantages = prime_advantages(q, scores, mask, cfg.group_size, cfg.gamma)
         kept = filter_by_accuracy(scores, cfg.group_size, cfg.accuracy_filter).cpu()
 
-        # 4. Update, once per mini-batch. by_token, by_row weight its micro-batches, for a mean over
-        # tokens or over completions; both sum to 1.
+        # 4. Update, once per mini-batch. The tensors above are fixed for this step; logprobs are
+        # computed again, with gradient. old_logprobs are the sampler's, so until the first update
+        # each ratio is 1. by_token, by_row: a micro-batch's part of the mini-batch's tokens, rows.
         stats = Means()
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg.steps, cfg.warmup_steps, cfg.lr)
         optimizer.param_groups[1]["lr"] = learning_rate(step, cfg.steps, cfg.warmup_steps,
@@ -165,17 +187,18 @@ def train(cfg):
             optimizer.zero_grad()
             for rows, by_token, by_row in micro_batches(batch, kept[minibatch],
                                                         cfg.micro_batch_size):
-                old, A, m = old_logprobs[rows], advantages[rows], mask[rows]     # R rows of each
-                logprobs = token_logprobs(policy, batch, rows, cfg.temperature)  # (R, C)
-                loss, clip_frac = ppo_clip_loss(logprobs, old, A, m, cfg.clip_eps)
-                stats.add(by_token, **ratio_stats(logprobs, old, m))
+                logprobs = token_logprobs(policy, batch, rows, cfg.temperature)  # (n, C)
+                loss, clip_frac = ppo_clip_loss(logprobs, old_logprobs[rows], advantages[rows],
+                                                mask[rows], cfg.clip_eps)
+                stats.add(by_token, **ratio_stats(logprobs, old_logprobs[rows], mask[rows]))
                 stats.add_parts(by_token, clip_frac=clip_frac)
-                (loss * by_token).backward()  # now, to free the policy's activations
+                (loss * by_token).backward()  # now, which frees the policy's activations
                 stats.add_parts(by_token, loss=loss)
-                new = token_logprobs(prm, batch, rows, cfg.temperature)          # (R, C)
-                error = implicit_reward_loss(new, ref_logprobs[rows], m, scores[rows], cfg.beta)
-                (error * by_row).backward()  # this loss is a mean over completions
-                stats.add_parts(by_row, prm_loss=error)
+                new = token_logprobs(prm, batch, rows, cfg.temperature)          # (n, C)
+                prm_loss = implicit_reward_loss(new, ref_logprobs[rows], mask[rows], scores[rows],
+                                                cfg.beta)
+                (prm_loss * by_row).backward()  # by_row, because it is a mean over completions
+                stats.add_parts(by_row, prm_loss=prm_loss)
             grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm,
                                                        error_if_nonfinite=True)
             torch.nn.utils.clip_grad_norm_(prm.parameters(), cfg.max_grad_norm,
@@ -183,13 +206,14 @@ def train(cfg):
             optimizer.step()
             stats.end_minibatch(grad_norm=grad_norm, lr=optimizer.param_groups[0]["lr"])
 
-        # 5. Log. The loss is no measure of quality: what matters is its gradient.
-        run.log(step, **batch_stats(scores, kl, batch, cfg.group_size), **each,
-                **{"loss": 0.0, **stats()})
-        run.show(step, asked, texts, scores, token_rewards=lambda i: spell(batch, q, tokenizer, i))
+        # 5. Log. The score shows progress. The loss does not: it is there for its gradient.
+        run.log(step, **batch_stats(scores, kl, batch, cfg.group_size), **reward_means,
+                **{"loss": 0.0, **stats()})  # 0 if --accuracy_filter leaves nothing
+        run.show(step, step_problems, texts, scores,
+                 token_rewards=lambda i: spell(batch, q, tokenizer, i))
         run.end_step(step)  # validation, checkpoint, when due
 
-    run.close()  # saves the model, and reports how it fares on the test problems
+    run.close()  # saves the model, and tests it on the test problems
 
 
 if __name__ == "__main__":

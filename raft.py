@@ -1,21 +1,27 @@
 """
-RAFT (Dong et al., arXiv 2304.06767), or best-of-K fine-tuning; the notes call it RAHF, which is the
-name of another method. Sample K completions of each prompt, keep the best, do SFT on it, repeat.
-Differs from sft.py: the policy writes the demonstrations itself, and a reward chooses them.
+RAFT (Dong et al., arXiv 2304.06767), also called best-of-K fine-tuning. The policy pi answers each
+prompt K times, a reward scores the completions, and the policy is trained on the best one by
+supervised fine-tuning. These three are repeated in every step.
 
-    y*   = argmax of the scores of the K completions y_1, ..., y_K of a prompt
+    y*   = argmax of the scores of the prompt's K completions y_1, ..., y_K
     loss = -mean_t log pi(y*_t | x, y*_<t)        over the tokens of all y* of a mini-batch
 
-Against the online siblings: no advantage, no ratio and here no KL. The best completion becomes more
-likely, however little better it is, and no completion is pushed down. Where all scores of a prompt
-are equal, none is the best: the prompt is left out (the paper keeps one), and frac_zero_std counts
-how many were.
+A prompt whose K scores are all equal has no best completion and is left out; frac_zero_std in the
+log is the part of the prompts for which this happened. (The paper keeps one of the K.)
 
-    python raft.py                                      the toy, no network: half a minute
+Compared with sft.py:
+  - the policy writes the demonstrations itself, and a reward chooses them.
+Compared with rloo.py:
+  - no advantage: the best completion becomes more likely, however little better it is, and the
+    others have no loss, so none is pushed down;
+  - no ratio and no KL, so no reference policy is kept.
+
+    python raft.py                                      the toy, without a network: half a minute
     python raft.py --model Qwen/Qwen2.5-0.5B-Instruct   a real model, on one CUDA GPU
 
-What to expect of the toy: asked 8+9-5=, it answers 12, or shows its work, 8+9=17,17-5=12. At first,
-0.6 of the held-out answers are right and half show the work; at the end, 0.9 and nearly all.
+What to expect of the toy: asked 8+9-5=, it answers 12, or shows its work, 8+9=17,17-5=12. Before
+the training 0.6 of its answers to held-out problems are right and half of them show the work. After
+it 0.9 are right and nearly all show the work.
 """
 from dataclasses import dataclass
 
@@ -34,12 +40,13 @@ from plumbing.run import Means, Run
 
 
 @dataclass
-class Config(RunConfig):  # the rest is in plumbing/flags.py: --steps, --lr, --minibatch_size, ...
-    reward: str = HfArg(default="last_number", help="name, file.py:function or folder; a,b: sum")
-    prompts_per_step: int = HfArg(default=64, help="prompts per rollout batch")
-    group_size: int = HfArg(default=4, help="completions per prompt, K")
-    temperature: float = HfArg(default=1.0, help="of the sampling, and of all log-probs with it")
-    epochs: int = HfArg(default=1, help="passes over the best of each batch")
+class Config(RunConfig):  # more flags, such as --steps and --seed, are in plumbing/flags.py
+    reward: str = HfArg(default="last_number", help="last_number, true_equations, file.py:function "
+                        "or a reward model's folder; several, with commas between, are added")
+    prompts_per_step: int = HfArg(default=64, help="prompts of a step")
+    group_size: int = HfArg(default=4, help="completions of each prompt, K")
+    temperature: float = HfArg(default=1.0, help="sampling temperature; log-probs use it too")
+    epochs: int = HfArg(default=1, help="passes over the best completions of a step")
 
 
 # The defaults above are the toy's. These are a real model's on a GPU; on a CPU they are smaller.
@@ -48,9 +55,9 @@ REAL = dict(steps=200, lr=1e-6, minibatch_size=128, micro_batch_size=8, max_new_
 
 
 def best_of_k(scores, group_size):
-    """Scores (N,) of groups of K -> (N / K,), the index in the batch of each group's best.
+    """Scores (N,) -> (N / K,), for each group of K the row of its best completion.
 
-    The first of them if several are best.
+    If several are best, it is the first of them.
     """
     groups = scores.view(-1, group_size)
     return torch.arange(0, len(scores), group_size, device=scores.device) + groups.argmax(dim=1)
@@ -62,43 +69,45 @@ def train(cfg):
     rewards = load_rewards(cfg, problems + validation + test)
     policy, tokenizer = load_policy(cfg.model, cfg.device)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.99),
-                                  weight_decay=cfg.weight_decay, fused=True)
+                                  weight_decay=cfg.weight_decay, fused=True)  # 0.99: short runs
     run.open(policy, tokenizer, validation, test, rewards, optimizer=optimizer)
 
     for step in run.steps():
-        # 1. Sample: K completions of each prompt of this step, from softmax(logits / temperature).
+        # 1. Sample K completions of each prompt of this step from softmax(logits / temperature).
+        # The completions of a prompt are neighbouring rows: prompt i has rows i K to i K + K - 1.
         generator = step_generator(cfg.seed, step)  # for the random numbers of this step
-        asked = draw_problems(problems, step, cfg.prompts_per_step, cfg.seed)
-        batch = sample(policy, tokenizer, [problem["ids"] for problem in asked], cfg.group_size,
-                       cfg.max_new_tokens, cfg.temperature, generator)
-        old_logprobs, mask = batch.logprobs, batch.mask  # N completions, C tokens; mask 0: padding
+        step_problems = draw_problems(problems, step, cfg.prompts_per_step, cfg.seed)
+        batch = sample(policy, tokenizer, [problem["ids"] for problem in step_problems],
+                       cfg.group_size, cfg.max_new_tokens, cfg.temperature, generator)
+        old_logprobs, mask = batch.logprobs, batch.mask  # (N, C) each; mask is 0 on padding
         run.lap("sample")
 
-        # 2. Score: what each completion earned.
-        texts, scores, each = score(rewards, asked, batch, tokenizer, step)      # scores: (N,)
-        kl = torch.zeros_like(mask)  # not measured: nothing here needs a reference
+        # 2. Score the completions.
+        # score() returns texts, scores (N,) and, if there are several rewards, their means.
+        texts, scores, reward_means = score(rewards, step_problems, batch, tokenizer, step)
+        kl = torch.zeros_like(mask)  # not measured, because there is no reference
         if step == 0:
-            check_first_step(policy, batch, scores, kl, cfg)  # warns if the setup looks wrong
+            check_first_step(policy, batch, scores, kl, cfg)  # warns if ratio != 1 or kl != 0
         run.lap("score")
 
-        # 3. Select the best of each group, where there is one.
+        # 3. Select the best completion of each group in which the scores differ.
         groups = scores.view(-1, cfg.group_size)
         best = best_of_k(scores, cfg.group_size)[groups.amax(1) > groups.amin(1)].cpu()
 
-        # 4. Update, once per mini-batch. by_token, by_row weight its micro-batches, for a mean over
-        # tokens or over completions; both sum to 1.
+        # 4. Update, once per mini-batch. The tensors above are fixed for this step; logprobs are
+        # computed again, with gradient. old_logprobs are the sampler's, so until the first update
+        # each ratio is 1. by_token, by_row: a micro-batch's part of the mini-batch's tokens, rows.
         stats = Means()
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg.steps, cfg.warmup_steps, cfg.lr)
-        size = cfg.minibatch_size // cfg.group_size  # the best of as many as a sibling's mini-batch
+        size = cfg.minibatch_size // cfg.group_size  # one of K is kept, so a K-th of a mini-batch
         for minibatch in mini_batches(len(best), size, group_size=1, epochs=cfg.epochs,
                                       generator=generator):
             optimizer.zero_grad()
             for rows, by_token, by_row in micro_batches(batch, best[minibatch],
                                                         cfg.micro_batch_size):
-                old, m = old_logprobs[rows], mask[rows]                          # R rows of each
-                logprobs = token_logprobs(policy, batch, rows, cfg.temperature)  # (R, C)
-                loss = -masked_mean(logprobs, m)
-                stats.add(by_token, **ratio_stats(logprobs, old, m))
+                logprobs = token_logprobs(policy, batch, rows, cfg.temperature)  # (n, C)
+                loss = -masked_mean(logprobs, mask[rows])
+                stats.add(by_token, **ratio_stats(logprobs, old_logprobs[rows], mask[rows]))
                 stats.add_parts(by_token, clip_frac=0.0)  # nothing is clipped
                 (loss * by_token).backward()
                 stats.add_parts(by_token, loss=loss)
@@ -107,13 +116,13 @@ def train(cfg):
             optimizer.step()
             stats.end_minibatch(grad_norm=grad_norm, lr=optimizer.param_groups[0]["lr"])
 
-        # 5. Log. The loss is low from the start, because the policy has written this itself.
-        run.log(step, **batch_stats(scores, kl, batch, cfg.group_size), **each,
-                **{"loss": 0.0, **stats()})
-        run.show(step, asked, texts, scores)
+        # 5. Log. The score shows progress. The loss does not: the policy wrote these texts itself.
+        run.log(step, **batch_stats(scores, kl, batch, cfg.group_size), **reward_means,
+                **{"loss": 0.0, **stats()})  # 0 if no group has a best
+        run.show(step, step_problems, texts, scores)
         run.end_step(step)  # validation, checkpoint, when due
 
-    run.close()  # saves the model, and reports how it fares on the test problems
+    run.close()  # saves the model, and tests it on the test problems
 
 
 if __name__ == "__main__":

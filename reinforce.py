@@ -1,26 +1,30 @@
 """
-REINFORCE (Williams, 1992): a policy pi samples completions y of prompts x. The tokens of those that
-scored better than past ones become more likely, the others less. All other scripts build on it:
+REINFORCE (Williams, 1992). The policy pi answers prompts x with completions y, and each completion
+gets a score. A completion that scored above a baseline is made more likely, one below it less
+likely. pi_ref is a copy of the policy from before the training; the KL keeps the policy near it.
 
-    A_i  = score_i - kl_coef * sum_t kl_t - b                 kl_t = log(pi / pi_ref)
-    loss = -mean_i A_i * sum_t log pi(y_t | x, y_<t)
+    kl_t = log(pi(y_t | x, y_<t) / pi_ref(y_t | x, y_<t))     of each token of the completion
+    A_i  = score_i - kl_coef * sum_t kl_t - b                 advantage of completion i; b: baseline
+    loss = -mean_i A_i * sum_t log pi(y_t | x, y_<t)          mean over the completions of the batch
 
-On average, -loss has the gradient of mean score - kl_coef * KL(pi || pi_ref), where pi_ref is the
-policy before training. So it is for every b that ignores the batch; a good b, the baseline, makes
-the gradient less noisy. b is 0 for the first batch, and after each batch one of these:
+The gradient of this loss is, on average, minus that of the objective, mean score - kl_coef * KL(pi
+|| pi_ref). That is so for every b that does not depend on the batch, because E[b * grad log pi] =
+b * grad sum_y pi(y) = b * grad 1 = 0. A good b makes the gradient less noisy. Here b is 0 in the
+first step, and after each step it becomes one of
 
-    ema             b <- decay * b + (1 - decay) * mean score of the batch; the first: its mean
-    running_mean    b <- mean of all scores so far
+    ema             decay * b + (1 - decay) * mean score of the batch; after step 1: that mean
+    running_mean    the mean of all scores so far
 
-One update per batch: the loss needs completions of the very policy that is differentiated. After
-an update they would need a correction, the ratio in reinforce_pp.py and ppo.py. With so few
-updates, the learning rate is larger than theirs.
+There is one update per batch, because the loss needs completions of the policy as it is now. After
+an update they are those of an older policy. reinforce_pp.py and ppo.py correct for that with a
+ratio, and make several updates. This script makes fewer, so its learning rate is larger.
 
-    python reinforce.py                                      the toy, no network: half a minute
+    python reinforce.py                                      the toy, without a network: 1/2 minute
     python reinforce.py --model Qwen/Qwen2.5-0.5B-Instruct   a real model, on one CUDA GPU
 
-What to expect of the toy: asked 8+9-5=, it answers 12, or shows its work, 8+9=17,17-5=12. At first,
-0.6 of the held-out answers are right and half show the work; at the end, 0.96 and nearly all.
+What to expect of the toy: asked 8+9-5=, it answers 12, or shows its work, 8+9=17,17-5=12. Before
+the training 0.6 of its answers to held-out problems are right and half of them show the work. After
+it 0.96 are right and nearly all show the work.
 """
 import copy
 from dataclasses import dataclass, field
@@ -41,16 +45,17 @@ from plumbing.run import Means, Run
 
 
 @dataclass
-class Config(RunConfig):  # the rest is in plumbing/flags.py: --steps, --max_new_tokens, ...
+class Config(RunConfig):  # more flags, such as --steps and --seed, are in plumbing/flags.py
     lr: float = HfArg(default=5e-4, help="AdamW learning rate at its peak")
-    minibatch_size: None = field(default=None, init=False)  # no flag: one update per batch
-    reward: str = HfArg(default="last_number", help="name, file.py:function or folder; a,b: sum")
-    prompts_per_step: int = HfArg(default=256, help="prompts per rollout batch")
-    group_size: int = HfArg(default=1, help="completions per prompt, K")
-    temperature: float = HfArg(default=1.0, help="of the sampling, and of all log-probs with it")
-    kl_coef: float = HfArg(default=0.01, help="weight of the KL (beta in most papers)")
+    minibatch_size: None = field(default=None, init=False)  # no flag: there is one update per step
+    reward: str = HfArg(default="last_number", help="last_number, true_equations, file.py:function "
+                        "or a reward model's folder; several, with commas between, are added")
+    prompts_per_step: int = HfArg(default=256, help="prompts of a step")
+    group_size: int = HfArg(default=1, help="completions of each prompt, K")
+    temperature: float = HfArg(default=1.0, help="sampling temperature; log-probs use it too")
+    kl_coef: float = HfArg(default=0.01, help="weight of the KL to the reference (beta in papers)")
     baseline: Literal["ema", "running_mean"] = HfArg(default="ema", help="mean of past scores")
-    decay: float = HfArg(default=0.9, help="of the exponential moving average, ema")
+    decay: float = HfArg(default=0.9, help="ema: how much of the old baseline stays in the new one")
 
 
 # The defaults above are the toy's. These are a real model's on a GPU; on a CPU they are smaller.
@@ -59,12 +64,12 @@ REAL = dict(steps=200, lr=2e-6, micro_batch_size=8, max_new_tokens=256, kl_coef=
 
 
 def ema_baseline(baseline, scores, decay):
-    """decay * baseline + (1 - decay) * mean: scalar or None (nothing seen yet), (N,) -> scalar."""
+    """decay * baseline + (1 - decay) * mean score: scalar or None (first step), (N,) -> scalar."""
     return scores.mean() if baseline is None else decay * baseline + (1 - decay) * scores.mean()
 
 
 def running_mean_baseline(mean, count, scores):
-    """Mean of all scores so far (the notes call it an EMA too): old ones, (N,) -> (mean, count)."""
+    """Mean of all scores so far: that of `count` old ones, and new ones (N,) -> (mean, count)."""
     total = mean * count + scores.sum()
     return total / (count + len(scores)), count + len(scores)
 
@@ -82,61 +87,63 @@ def train(cfg):
     policy, tokenizer = load_policy(cfg.model, cfg.device)
     ref_model = copy.deepcopy(policy).requires_grad_(False) if cfg.kl_coef else None
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.99),
-                                  weight_decay=cfg.weight_decay, fused=True)
+                                  weight_decay=cfg.weight_decay, fused=True)  # 0.99: short runs
     state = run.open(policy, tokenizer, validation, test, rewards, optimizer=optimizer)
     baseline, count = state.get("baseline"), state.get("count", 0)
 
     for step in run.steps():
-        # 1. Sample: K completions of each prompt of this step, from softmax(logits / temperature).
+        # 1. Sample K completions of each prompt of this step from softmax(logits / temperature).
+        # The completions of a prompt are neighbouring rows: prompt i has rows i K to i K + K - 1.
         generator = step_generator(cfg.seed, step)  # for the random numbers of this step
-        asked = draw_problems(problems, step, cfg.prompts_per_step, cfg.seed)
-        batch = sample(policy, tokenizer, [problem["ids"] for problem in asked], cfg.group_size,
-                       cfg.max_new_tokens, cfg.temperature, generator)
-        old_logprobs, mask = batch.logprobs, batch.mask  # N completions, C tokens; mask 0: padding
+        step_problems = draw_problems(problems, step, cfg.prompts_per_step, cfg.seed)
+        batch = sample(policy, tokenizer, [problem["ids"] for problem in step_problems],
+                       cfg.group_size, cfg.max_new_tokens, cfg.temperature, generator)
+        old_logprobs, mask = batch.logprobs, batch.mask  # (N, C) each; mask is 0 on padding
         run.lap("sample")
 
-        # 2. Score: what each completion earned, and how far from the reference each token is.
-        texts, scores, each = score(rewards, asked, batch, tokenizer, step)      # scores: (N,)
-        ref_logprobs = old_logprobs if ref_model is None else all_logprobs(      # (N, C)
-            ref_model, batch, cfg.micro_batch_size, cfg.temperature)
-        kl = kl_estimate(old_logprobs, ref_logprobs, "k1")                       # (N, C) old - ref
+        # 2. Score the completions, and measure how far each token is from the reference policy.
+        # score() returns texts, scores (N,) and, if there are several rewards, their means.
+        texts, scores, reward_means = score(rewards, step_problems, batch, tokenizer, step)
+        ref_logprobs = old_logprobs if ref_model is None else all_logprobs(
+            ref_model, batch, cfg.micro_batch_size, cfg.temperature)  # without a reference, kl is 0
+        kl = kl_estimate(old_logprobs, ref_logprobs, "k1")  # (N, C), log(pi_old / pi_ref)
         if step == 0:
-            check_first_step(policy, batch, scores, kl, cfg)  # warns if the setup looks wrong
+            check_first_step(policy, batch, scores, kl, cfg)  # warns if ratio != 1 or kl != 0
         run.lap("score")
 
-        # 3. Advantages: how much better than usual did it go? No gradient flows through them.
+        # 3. Advantages: how much better than the baseline is each completion? Without gradient.
         advantages = scores - cfg.kl_coef * kl.sum(dim=1) - (baseline or 0)      # (N,)
         if cfg.baseline == "ema":
             baseline = ema_baseline(baseline, scores, cfg.decay)
         else:
             baseline, count = running_mean_baseline(baseline or 0, count, scores)
 
-        # 4. Update, once per mini-batch. by_token, by_row weight its micro-batches, for a mean over
-        # tokens or over completions; both sum to 1.
+        # 4. Update, once per mini-batch. The tensors above are fixed for this step; logprobs are
+        # computed again, with gradient. old_logprobs are the sampler's, so until the first update
+        # each ratio is 1. by_token, by_row: a micro-batch's part of the mini-batch's tokens, rows.
         stats = Means()
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg.steps, cfg.warmup_steps, cfg.lr)
         for minibatch in mini_batches(len(scores), len(scores), cfg.group_size, 1,
                                       generator):
             optimizer.zero_grad()
             for rows, by_token, by_row in micro_batches(batch, minibatch, cfg.micro_batch_size):
-                old, A, m = old_logprobs[rows], advantages[rows], mask[rows]     # R rows of each
-                logprobs = token_logprobs(policy, batch, rows, cfg.temperature)  # (R, C)
-                loss = reinforce_loss(logprobs, A, m)
-                stats.add(by_token, **ratio_stats(logprobs, old, m))
+                logprobs = token_logprobs(policy, batch, rows, cfg.temperature)  # (n, C)
+                loss = reinforce_loss(logprobs, advantages[rows], mask[rows])
+                stats.add(by_token, **ratio_stats(logprobs, old_logprobs[rows], mask[rows]))
                 stats.add_parts(by_token, clip_frac=0.0)  # nothing is clipped
-                (loss * by_row).backward()  # this loss is a mean over completions
+                (loss * by_row).backward()  # by_row, because this loss is a mean over completions
                 stats.add_parts(by_row, loss=loss)
             grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm,
                                                        error_if_nonfinite=True)
             optimizer.step()
             stats.end_minibatch(grad_norm=grad_norm, lr=optimizer.param_groups[0]["lr"])
 
-        # 5. Log. The loss is no measure of quality: what matters is its gradient.
-        run.log(step, **batch_stats(scores, kl, batch, cfg.group_size), **each, **stats())
-        run.show(step, asked, texts, scores)
+        # 5. Log. The score shows progress. The loss does not: it is there for its gradient.
+        run.log(step, **batch_stats(scores, kl, batch, cfg.group_size), **reward_means, **stats())
+        run.show(step, step_problems, texts, scores)
         run.end_step(step, baseline=baseline, count=count)  # validation, checkpoint, when due
 
-    run.close()  # saves the model, and reports how it fares on the test problems
+    run.close()  # saves the model, and tests it on the test problems
 
 
 if __name__ == "__main__":

@@ -1,24 +1,45 @@
 """
-REINFORCE++ (Jian Hu, arXiv 2501.03262): REINFORCE with PPO's ratio and clip, without its critic.
-Against reinforce.py: a token answers for the KL from itself on only; the baseline is the mean of
-this batch; ratio and clip allow several updates per batch; the loss is a mean over tokens:
+REINFORCE++ (Jian Hu et al., arXiv 2501.03262): REINFORCE with the clipped loss of PPO, and without
+PPO's critic. The policy pi answers prompts with completions, and each completion gets a score. Each
+token becomes more likely if what came from it on was better than the mean of the batch, else less
+likely. pi_ref is a copy of the policy from before the training; the KL keeps the policy near it.
 
-    r_t  = score (last token only) - kl_coef * kl_t           reward; kl_t = log(pi_old / pi_ref)
-    G_t  = r_t + gamma * G_{t+1}                              return: all that comes from t on
-    A_t  = (G_t - mean) / std                                 advantage, over the batch's tokens
-    loss = -mean_t min(ratio_t A_t, clip(ratio_t, 1 - eps, 1 + eps) A_t)     ratio_t = pi / pi_old
+    s    = clip((score - mean) / std, -c, c)                  over the N completions; c: reward_clip
+    kl_t = log(pi_old / pi_ref)                               of token t; pi_old sampled the batch
+    r_t  = [t is the last token] * s - kl_coef * kl_t         reward of token t
+    G_t  = r_t + gamma * G_{t+1}                              return: all reward from token t on
+    A_t  = (G_t - mean) / std                                 advantage; over all the batch's tokens
+    ratio_t = pi / pi_old                                     of token t; 1 before the first update
+    loss = -mean_t min(ratio_t A_t, clip(ratio_t, 1 - eps, 1 + eps) A_t)      over tokens, like A_t
 
-pi_old is the policy that sampled the batch; the ratio corrects for the updates since then. When it
-has passed 1 + eps (A_t > 0) or 1 - eps (A_t < 0), the clip ends that token's gradient. The scores
-are first z-scored and clipped to +- reward_clip. That is version 1 of the paper. In later ones,
---group_baseline, A is the z-score of (score - mean score of the K completions of its prompt), and
-the KL is in the loss, as k2 = log(pi / pi_ref)^2 / 2.
+The first normalisation sets the size of the scores compared with the KL, whatever the reward. The
+second one subtracts the baseline, the mean of G_t, and sets the size of the gradient. It comes
+after the sum over t: a mean taken from each r_t would add up, and early tokens would get more of
+it. A completion of 30 tokens counts ten times as much as one of 3, in that mean and in the loss.
 
-    python reinforce_pp.py                                      the toy, no network: half a minute
+The scores are divided by their std, the KL is not. If 95 % of 0/1 scores are right, their std is
+0.22, and kl_coef weighs 4.6 times less than with raw scores. If all scores are equal, s is 0, and
+A_t is the KL alone, scaled up to a std of 1. That step pulls towards pi_ref at full strength. Where
+the KL is 0 as well, it follows rounding errors. docs/gradients.md has a figure of this.
+
+The paper's second variant stands beside this one: REINFORCE++ with baseline, here --group_baseline.
+
+    A    = (d - mean) / std, over the batch's tokens          d = score - mean score of the prompt's
+    loss = the same + kl_coef * mean_t k2_t                   K; k2 = log(pi / pi_ref)^2 / 2
+
+Compared with reinforce.py:
+  - a token is charged for the KL of itself and of later tokens, not of the whole completion;
+  - the baseline is the mean return of this batch, not a mean of past scores;
+  - the ratio corrects for updates since the sampling, so that several per batch are possible; once
+    it has passed 1 + eps (if A_t > 0) or 1 - eps (if A_t < 0), the clip ends the token's gradient;
+  - the loss is a mean over tokens, not over completions.
+
+    python reinforce_pp.py                                      the toy, without a network: 1/2 min
     python reinforce_pp.py --model Qwen/Qwen2.5-0.5B-Instruct   a real model, on one CUDA GPU
 
-What to expect of the toy: asked 8+9-5=, it answers 12, or shows its work, 8+9=17,17-5=12. At first,
-0.6 of the held-out answers are right and half show the work; at the end, 0.95 and nearly all.
+What to expect of the toy: asked 8+9-5=, it answers 12, or shows its work, 8+9=17,17-5=12. Before
+the training 0.6 of its answers to held-out problems are right and half of them show the work. After
+it 0.95 are right and nearly all show the work.
 """
 import copy
 from dataclasses import dataclass
@@ -39,17 +60,18 @@ from plumbing.run import Means, Run
 
 
 @dataclass
-class Config(RunConfig):  # the rest is in plumbing/flags.py: --steps, --lr, --minibatch_size, ...
-    reward: str = HfArg(default="last_number", help="name, file.py:function or folder; a,b: sum")
-    prompts_per_step: int = HfArg(default=256, help="prompts per rollout batch")
-    group_size: int = HfArg(default=1, help="completions per prompt, K")
-    temperature: float = HfArg(default=1.0, help="of the sampling, and of all log-probs with it")
-    epochs: int = HfArg(default=1, help="passes over each rollout batch")
-    kl_coef: float = HfArg(default=0.01, help="weight of the KL (beta in most papers)")
-    clip_eps: float = HfArg(default=0.2, help="clip range of the ratio")
-    reward_clip: float = HfArg(default=5.0, help="clip z-scored scores to this; 0: raw scores")
+class Config(RunConfig):  # more flags, such as --steps and --seed, are in plumbing/flags.py
+    reward: str = HfArg(default="last_number", help="last_number, true_equations, file.py:function "
+                        "or a reward model's folder; several, with commas between, are added")
+    prompts_per_step: int = HfArg(default=256, help="prompts of a step")
+    group_size: int = HfArg(default=1, help="completions of each prompt, K")
+    temperature: float = HfArg(default=1.0, help="sampling temperature; log-probs use it too")
+    epochs: int = HfArg(default=1, help="passes over the completions of a step")
+    kl_coef: float = HfArg(default=0.01, help="weight of the KL to the reference (beta in papers)")
+    clip_eps: float = HfArg(default=0.2, help="the ratio is clipped to 1 +- this")
+    reward_clip: float = HfArg(default=5.0, help="clip normalised scores to +- this; 0: raw scores")
     gamma: float = HfArg(default=1.0, help="discount per token")
-    group_baseline: bool = HfArg(default=False, help="later variant: no reward_clip, no gamma")
+    group_baseline: bool = HfArg(default=False, help="variant: baseline is the prompt's mean score")
 
 
 # The defaults above are the toy's. These are a real model's on a GPU; on a CPU they are smaller.
@@ -58,17 +80,17 @@ REAL = dict(steps=200, lr=1e-6, minibatch_size=128, micro_batch_size=8, max_new_
 
 
 def reinforce_pp_advantages(scores, kl, mask, kl_coef, gamma=1.0):
-    """A_t = z-score of G_t over the batch's tokens: (N,), (N, C), (N, C) -> (N, C)."""
+    """A_t = (G_t - mean) / std over the batch's tokens: (N,), (N, C), (N, C) -> (N, C)."""
     rewards = token_rewards(scores, kl, mask, kl_coef)
     return whiten(returns_to_go(rewards, mask, gamma), mask)
 
 
 def reinforce_pp_baseline_advantages(scores, mask, group_size):
-    """z-score, over the batch, of (score - mean of its group): (N,), (N, C) -> (N, C)."""
+    """A = (d - mean) / std over the batch's tokens, d = score - mean of its group -> (N, C)."""
     groups = scores.view(-1, group_size)
-    groups = groups - groups[:, :1]  # changes nothing, but makes equal scores exactly 0
-    advantages = (groups - groups.mean(dim=1, keepdim=True)).flatten()
-    return whiten(advantages[:, None].expand_as(mask), mask)
+    groups = groups - groups[:, :1]  # the same shift for all: equal scores become exactly 0
+    centred = (groups - groups.mean(dim=1, keepdim=True)).flatten()              # (N,), d
+    return whiten(centred[:, None].expand_as(mask), mask)
 
 
 def train(cfg):
@@ -78,50 +100,53 @@ def train(cfg):
     policy, tokenizer = load_policy(cfg.model, cfg.device)
     ref_model = copy.deepcopy(policy).requires_grad_(False) if cfg.kl_coef else None
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.99),
-                                  weight_decay=cfg.weight_decay, fused=True)
+                                  weight_decay=cfg.weight_decay, fused=True)  # 0.99: short runs
     run.open(policy, tokenizer, validation, test, rewards, optimizer=optimizer)
 
     for step in run.steps():
-        # 1. Sample: K completions of each prompt of this step, from softmax(logits / temperature).
+        # 1. Sample K completions of each prompt of this step from softmax(logits / temperature).
+        # The completions of a prompt are neighbouring rows: prompt i has rows i K to i K + K - 1.
         generator = step_generator(cfg.seed, step)  # for the random numbers of this step
-        asked = draw_problems(problems, step, cfg.prompts_per_step, cfg.seed)
-        batch = sample(policy, tokenizer, [problem["ids"] for problem in asked], cfg.group_size,
-                       cfg.max_new_tokens, cfg.temperature, generator)
-        old_logprobs, mask = batch.logprobs, batch.mask  # N completions, C tokens; mask 0: padding
+        step_problems = draw_problems(problems, step, cfg.prompts_per_step, cfg.seed)
+        batch = sample(policy, tokenizer, [problem["ids"] for problem in step_problems],
+                       cfg.group_size, cfg.max_new_tokens, cfg.temperature, generator)
+        old_logprobs, mask = batch.logprobs, batch.mask  # (N, C) each; mask is 0 on padding
         run.lap("sample")
 
-        # 2. Score: what each completion earned, and how far from the reference each token is.
-        texts, scores, each = score(rewards, asked, batch, tokenizer, step)      # scores: (N,)
-        ref_logprobs = old_logprobs if ref_model is None else all_logprobs(      # (N, C)
-            ref_model, batch, cfg.micro_batch_size, cfg.temperature)
-        kl = kl_estimate(old_logprobs, ref_logprobs, "k1")                       # (N, C) old - ref
+        # 2. Score the completions, and measure how far each token is from the reference policy.
+        # score() returns texts, scores (N,) and, if there are several rewards, their means.
+        texts, scores, reward_means = score(rewards, step_problems, batch, tokenizer, step)
+        ref_logprobs = old_logprobs if ref_model is None else all_logprobs(
+            ref_model, batch, cfg.micro_batch_size, cfg.temperature)  # without a reference, kl is 0
+        kl = kl_estimate(old_logprobs, ref_logprobs, "k1")  # (N, C), log(pi_old / pi_ref)
         if step == 0:
-            check_first_step(policy, batch, scores, kl, cfg)  # warns if the setup looks wrong
+            check_first_step(policy, batch, scores, kl, cfg)  # warns if ratio != 1 or kl != 0
         run.lap("score")
 
-        # 3. Advantages: how much better than usual did it go? No gradient flows through them.
+        # 3. Advantages: how much better than the baseline is each completion? Without gradient.
         if cfg.group_baseline:
             advantages = reinforce_pp_baseline_advantages(scores, mask, cfg.group_size)
         else:
-            clipped = normalize_rewards(scores, cfg.reward_clip) if cfg.reward_clip else scores
-            advantages = reinforce_pp_advantages(clipped, kl, mask, cfg.kl_coef, cfg.gamma)
+            normalized = normalize_rewards(scores, cfg.reward_clip) if cfg.reward_clip else scores
+            advantages = reinforce_pp_advantages(normalized, kl, mask, cfg.kl_coef, cfg.gamma)
 
-        # 4. Update, once per mini-batch. by_token, by_row weight its micro-batches, for a mean over
-        # tokens or over completions; both sum to 1.
+        # 4. Update, once per mini-batch. The tensors above are fixed for this step; logprobs are
+        # computed again, with gradient. old_logprobs are the sampler's, so until the first update
+        # each ratio is 1. by_token, by_row: a micro-batch's part of the mini-batch's tokens, rows.
         stats = Means()
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg.steps, cfg.warmup_steps, cfg.lr)
         for minibatch in mini_batches(len(scores), cfg.minibatch_size, cfg.group_size, cfg.epochs,
                                       generator):
             optimizer.zero_grad()
             for rows, by_token, by_row in micro_batches(batch, minibatch, cfg.micro_batch_size):
-                old, A, m = old_logprobs[rows], advantages[rows], mask[rows]     # R rows of each
-                logprobs = token_logprobs(policy, batch, rows, cfg.temperature)  # (R, C)
-                loss, clip_frac = ppo_clip_loss(logprobs, old, A, m, cfg.clip_eps)
-                stats.add(by_token, **ratio_stats(logprobs, old, m))
+                logprobs = token_logprobs(policy, batch, rows, cfg.temperature)  # (n, C)
+                loss, clip_frac = ppo_clip_loss(logprobs, old_logprobs[rows], advantages[rows],
+                                                mask[rows], cfg.clip_eps)
+                stats.add(by_token, **ratio_stats(logprobs, old_logprobs[rows], mask[rows]))
                 stats.add_parts(by_token, clip_frac=clip_frac)
                 if cfg.group_baseline:
                     k2 = kl_estimate(logprobs, ref_logprobs[rows], "k2")
-                    loss = loss + cfg.kl_coef * masked_mean(k2, m)
+                    loss = loss + cfg.kl_coef * masked_mean(k2, mask[rows])
                 (loss * by_token).backward()
                 stats.add_parts(by_token, loss=loss)
             grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm,
@@ -129,12 +154,12 @@ def train(cfg):
             optimizer.step()
             stats.end_minibatch(grad_norm=grad_norm, lr=optimizer.param_groups[0]["lr"])
 
-        # 5. Log. The loss is no measure of quality: what matters is its gradient.
-        run.log(step, **batch_stats(scores, kl, batch, cfg.group_size), **each, **stats())
-        run.show(step, asked, texts, scores)
+        # 5. Log. The score shows progress. The loss does not: it is there for its gradient.
+        run.log(step, **batch_stats(scores, kl, batch, cfg.group_size), **reward_means, **stats())
+        run.show(step, step_problems, texts, scores)
         run.end_step(step)  # validation, checkpoint, when due
 
-    run.close()  # saves the model, and reports how it fares on the test problems
+    run.close()  # saves the model, and tests it on the test problems
 
 
 if __name__ == "__main__":

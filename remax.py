@@ -1,26 +1,40 @@
 """
-ReMax (Li et al., arXiv 2310.10505): REINFORCE, with the score of the greedy answer as the baseline.
-Against rloo.py: instead of K completions that are each other's baseline, one is sampled and one is
-decoded greedily, to compare with. A token answers for the KL from itself on only:
+ReMax (Li et al., arXiv 2310.10505). The policy pi answers each prompt twice: once sampled, once
+greedily, which means with the most likely token each time. The sampled completion becomes more
+likely if its score is higher than that of the greedy one, else less likely. pi_ref is a copy of the
+policy from before the training; the KL keeps the policy near it.
 
-    r_t  = score (last token only) - kl_coef * kl_t           reward; kl_t = log(pi_old / pi_ref)
-    G_t  = r_t + G_{t+1}                                      return: all that comes from t on
-    A_t  = G_t - score(greedy answer)                         the same baseline for all t
-    loss = -mean_t min(ratio_t A_t, clip(ratio_t, 1 - eps, 1 + eps) A_t)     ratio_t = pi / pi_old
+    kl_t = log(pi_old / pi_ref)                               of token t; pi_old sampled the batch
+    r_t  = [t is the last token] * score - kl_coef * kl_t     reward of token t
+    G_t  = r_t + G_{t+1}                                      return: all reward from token t on
+    A_t  = G_t - score of the greedy completion               the same baseline for all t
+    ratio_t = pi / pi_old                                     of token t; 1 before the first update
+    loss = -mean_t min(ratio_t A_t, clip(ratio_t, 1 - eps, 1 + eps) A_t)     over the batch's tokens
 
-The greedy answer does not depend on the sample, so the gradient stays unbiased (apart from the mean
-over tokens, whose number is random). It only serves as the baseline, at the price of half of the
-decoding, so the defaults have half as many completions.
+This baseline b is unbiased: it depends on the prompt and the weights and not on the sampled y, so
+the mean of b * grad log pi(y) is b * E[grad log pi(y)], and that is 0, because the probabilities of
+all y sum to 1. Two things are not covered: the mean over tokens divides by their number, which is
+random, and after the first mini-batch the ratio and the clip come in. Where the sample is the
+greedy completion, only the KL is left in A_t: a policy that is nearly certain learns little.
 
-The formulas are those of the library verl. The authors' code has only the KL of token t itself in
-A_t, discounts by 0.95 per token, clips score - greedy score to +-5, and makes one update, without a
-ratio.
+The greedy completion is the baseline and nothing else: it has no KL and no loss. It takes half of
+the sampling, so the defaults have half as many completions as rloo.py. With --group_size K > 1, the
+K sampled completions of a prompt share one greedy completion.
 
-    python remax.py                                      the toy, no network: half a minute
+These are the formulas of the library verl. The authors' code differs: A_t has the KL of token t
+alone, the score is discounted by 0.95 per token, score - greedy score is clipped to +-5, and there
+is one update per batch, without a ratio.
+
+Compared with rloo.py:
+  - the baseline is the score of the greedy completion, not the mean reward of other samples;
+  - a token is charged for the KL of itself and of later tokens, not of the whole completion.
+
+    python remax.py                                      the toy, without a network: half a minute
     python remax.py --model Qwen/Qwen2.5-0.5B-Instruct   a real model, on one CUDA GPU
 
-What to expect of the toy: asked 8+9-5=, it answers 12, or shows its work, 8+9=17,17-5=12. At first,
-0.6 of the held-out answers are right and half show the work; at the end, 0.94 and most of them.
+What to expect of the toy: asked 8+9-5=, it answers 12, or shows its work, 8+9=17,17-5=12. Before
+the training 0.6 of its answers to held-out problems are right and half of them show the work. After
+it 0.94 are right and most show the work.
 """
 import copy
 from dataclasses import dataclass
@@ -40,15 +54,16 @@ from plumbing.run import Means, Run
 
 
 @dataclass
-class Config(RunConfig):  # the rest is in plumbing/flags.py: --steps, --lr, --minibatch_size, ...
+class Config(RunConfig):  # more flags, such as --steps and --seed, are in plumbing/flags.py
     minibatch_size: int = HfArg(default=32, help="completions per optimizer step")
-    reward: str = HfArg(default="last_number", help="name, file.py:function or folder; a,b: sum")
-    prompts_per_step: int = HfArg(default=128, help="prompts per rollout batch")
-    group_size: int = HfArg(default=1, help="completions per prompt, K")
-    temperature: float = HfArg(default=1.0, help="of the sampling, and of all log-probs with it")
-    epochs: int = HfArg(default=1, help="passes over each rollout batch")
-    kl_coef: float = HfArg(default=0.01, help="weight of the KL (beta in most papers)")
-    clip_eps: float = HfArg(default=0.2, help="clip range of the ratio")
+    reward: str = HfArg(default="last_number", help="last_number, true_equations, file.py:function "
+                        "or a reward model's folder; several, with commas between, are added")
+    prompts_per_step: int = HfArg(default=128, help="prompts of a step")
+    group_size: int = HfArg(default=1, help="completions of each prompt, K")
+    temperature: float = HfArg(default=1.0, help="sampling temperature; log-probs use it too")
+    epochs: int = HfArg(default=1, help="passes over the completions of a step")
+    kl_coef: float = HfArg(default=0.01, help="weight of the KL to the reference (beta in papers)")
+    clip_eps: float = HfArg(default=0.2, help="the ratio is clipped to 1 +- this")
 
 
 # The defaults above are the toy's. These are a real model's on a GPU; on a CPU they are smaller.
@@ -57,8 +72,10 @@ REAL = dict(steps=200, lr=1e-6, minibatch_size=64, micro_batch_size=8, max_new_t
 
 
 def remax_advantages(scores, greedy_scores, kl, mask, kl_coef):
-    """G_t of the KL-shaped rewards - the greedy score: (N,), (N,), (N, C), (N, C) -> (N, C)."""
-    # The notes subtract greedy rewards token by token, but the two texts have other tokens.
+    """A_t = G_t - greedy score: (N,), (N,), (N, C), (N, C) -> (N, C).
+
+    The baseline is one number for all t, because the two completions have different tokens.
+    """
     returns = returns_to_go(token_rewards(scores, kl, mask, kl_coef), mask)
     return torch.where(mask.bool(), returns - greedy_scores[:, None], 0)
 
@@ -70,47 +87,50 @@ def train(cfg):
     policy, tokenizer = load_policy(cfg.model, cfg.device)
     ref_model = copy.deepcopy(policy).requires_grad_(False) if cfg.kl_coef else None
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.99),
-                                  weight_decay=cfg.weight_decay, fused=True)
+                                  weight_decay=cfg.weight_decay, fused=True)  # 0.99: short runs
     run.open(policy, tokenizer, validation, test, rewards, optimizer=optimizer)
 
     for step in run.steps():
-        # 1. Sample: K completions of each prompt of this step, from softmax(logits / temperature).
+        # 1. Sample K completions of each prompt of this step from softmax(logits / temperature).
+        # The completions of a prompt are neighbouring rows: prompt i has rows i K to i K + K - 1.
         generator = step_generator(cfg.seed, step)  # for the random numbers of this step
-        asked = draw_problems(problems, step, cfg.prompts_per_step, cfg.seed)
-        batch = sample(policy, tokenizer, [problem["ids"] for problem in asked], cfg.group_size,
-                       cfg.max_new_tokens, cfg.temperature, generator)
-        old_logprobs, mask = batch.logprobs, batch.mask  # N completions, C tokens; mask 0: padding
-        # And one greedy completion of each, which is only to be scored.
+        step_problems = draw_problems(problems, step, cfg.prompts_per_step, cfg.seed)
+        batch = sample(policy, tokenizer, [problem["ids"] for problem in step_problems],
+                       cfg.group_size, cfg.max_new_tokens, cfg.temperature, generator)
+        old_logprobs, mask = batch.logprobs, batch.mask  # (N, C) each; mask is 0 on padding
+        # And one greedy completion of each prompt (temperature 0), which is only scored.
         greedy = sample(policy, tokenizer, batch.prompts, 1, cfg.max_new_tokens, 0, generator)
         run.lap("sample")
 
-        # 2. Score: what each completion earned, and how far from the reference each token is.
-        texts, scores, each = score(rewards, asked, batch, tokenizer, step)      # scores: (N,)
-        _, greedy_each, _ = score(rewards, asked, greedy, tokenizer, step)       # (B,)
-        greedy_scores = greedy_each.repeat_interleave(cfg.group_size)            # (N,)
-        ref_logprobs = old_logprobs if ref_model is None else all_logprobs(      # (N, C)
-            ref_model, batch, cfg.micro_batch_size, cfg.temperature)
-        kl = kl_estimate(old_logprobs, ref_logprobs, "k1")                       # (N, C) old - ref
+        # 2. Score the completions, and measure how far each token is from the reference policy.
+        # score() returns texts, scores (N,) and, if there are several rewards, their means.
+        texts, scores, reward_means = score(rewards, step_problems, batch, tokenizer, step)
+        _, per_prompt, _ = score(rewards, step_problems, greedy, tokenizer, step)  # (B,)
+        greedy_scores = per_prompt.repeat_interleave(cfg.group_size)             # (N,)
+        ref_logprobs = old_logprobs if ref_model is None else all_logprobs(
+            ref_model, batch, cfg.micro_batch_size, cfg.temperature)  # without a reference, kl is 0
+        kl = kl_estimate(old_logprobs, ref_logprobs, "k1")  # (N, C), log(pi_old / pi_ref)
         if step == 0:
-            check_first_step(policy, batch, scores, kl, cfg)  # warns if the setup looks wrong
+            check_first_step(policy, batch, scores, kl, cfg)  # warns if ratio != 1 or kl != 0
         run.lap("score")
 
-        # 3. Advantages: how much better than usual did it go? No gradient flows through them.
+        # 3. Advantages: how much better than the baseline is each completion? Without gradient.
         advantages = remax_advantages(scores, greedy_scores, kl, mask, cfg.kl_coef)  # (N, C)
 
-        # 4. Update, once per mini-batch. by_token, by_row weight its micro-batches, for a mean over
-        # tokens or over completions; both sum to 1.
+        # 4. Update, once per mini-batch. The tensors above are fixed for this step; logprobs are
+        # computed again, with gradient. old_logprobs are the sampler's, so until the first update
+        # each ratio is 1. by_token, by_row: a micro-batch's part of the mini-batch's tokens, rows.
         stats = Means()
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg.steps, cfg.warmup_steps, cfg.lr)
         for minibatch in mini_batches(len(scores), cfg.minibatch_size, cfg.group_size, cfg.epochs,
                                       generator):
             optimizer.zero_grad()
             for rows, by_token, by_row in micro_batches(batch, minibatch, cfg.micro_batch_size,
-                                                        advantages):
-                old, A, m = old_logprobs[rows], advantages[rows], mask[rows]     # R rows of each
-                logprobs = token_logprobs(policy, batch, rows, cfg.temperature)  # (R, C)
-                loss, clip_frac = ppo_clip_loss(logprobs, old, A, m, cfg.clip_eps)
-                stats.add(by_token, **ratio_stats(logprobs, old, m))
+                                                        advantages):  # skips rows where A is 0
+                logprobs = token_logprobs(policy, batch, rows, cfg.temperature)  # (n, C)
+                loss, clip_frac = ppo_clip_loss(logprobs, old_logprobs[rows], advantages[rows],
+                                                mask[rows], cfg.clip_eps)
+                stats.add(by_token, **ratio_stats(logprobs, old_logprobs[rows], mask[rows]))
                 stats.add_parts(by_token, clip_frac=clip_frac)
                 (loss * by_token).backward()
                 stats.add_parts(by_token, loss=loss)
@@ -119,13 +139,13 @@ def train(cfg):
             optimizer.step()
             stats.end_minibatch(grad_norm=grad_norm, lr=optimizer.param_groups[0]["lr"])
 
-        # 5. Log. The loss is no measure of quality: what matters is its gradient.
-        run.log(step, **batch_stats(scores, kl, batch, cfg.group_size), **each, **stats(),
-                greedy_score=greedy_each.mean())
-        run.show(step, asked, texts, scores)
+        # 5. Log. The score shows progress. The loss does not: it is there for its gradient.
+        run.log(step, **batch_stats(scores, kl, batch, cfg.group_size), **reward_means, **stats(),
+                greedy_score=greedy_scores.mean())
+        run.show(step, step_problems, texts, scores)
         run.end_step(step)  # validation, checkpoint, when due
 
-    run.close()  # saves the model, and reports how it fares on the test problems
+    run.close()  # saves the model, and tests it on the test problems
 
 
 if __name__ == "__main__":

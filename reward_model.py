@@ -1,20 +1,27 @@
 """
-Reward model (Bradley and Terry, 1952; Ouyang et al., arXiv 2203.02155): from pairs of completions,
-of which one was preferred, learn a score s(x, y) that the preferred one gets more of. Stage 2 of
-the notes; with it, the online scripts can learn from preferences: python ppo.py --reward FOLDER.
-Differs from dpo.py: the score is a network's own output, and not a policy's log-probs.
+Reward model (Bradley and Terry, 1952; Ouyang et al., arXiv 2203.02155). The data are pairs of
+completions of a prompt x, of which one was preferred. A network learns a score s(x, y) that is
+higher for the preferred completion. Scripts that need a score for every completion can then use it:
+python ppo.py --reward FOLDER, where FOLDER is this script's run folder.
 
-    P(chosen preferred) = sigmoid(s(chosen) - s(rejected))
-    loss = -log sigmoid(s(chosen) - s(rejected))
+    P(chosen is preferred) = sigmoid(s(x, chosen) - s(x, rejected))        Bradley-Terry model
+    loss = -log P = -log sigmoid(s(x, chosen) - s(x, rejected))            mean over the pairs
 
-(The notes have a line -E[1 / log(1 + exp(s_l - s_w))]; it is E[log(1 + exp(s_l - s_w))].) Only
-differences within a prompt are learned: scores of two prompts cannot be compared.
+The loss has only differences between completions of the same prompt. So scores of completions of
+two different prompts cannot be compared, and a constant may be added to all.
 
-    python reward_model.py                                      the toy, no network: half a minute
+The network is the policy's, with a new head that turns the hidden state of the last token into one
+number. The head starts at 0, so all scores are 0 and the loss is ln 2, that of a guess.
+
+Compared with dpo.py:
+  - the score is the output of a classifier; DPO's is a log-prob of a policy, divided by another;
+  - no reference policy is needed.
+
+    python reward_model.py                                      the toy, without a network: 1/2 min
     python reward_model.py --model Qwen/Qwen2.5-0.5B-Instruct --data trl-lib/ultrafeedback_binarized
 
-What to expect of the toy, whose pairs are a right and a wrong answer of the toy's policy: 0.9
-of the held-out pairs in the right order.
+What to expect of the toy, whose pairs are a right and a wrong answer of the toy's policy: in 0.9 of
+the held-out pairs the right one has the higher score.
 """
 import copy
 import math
@@ -37,13 +44,13 @@ from plumbing.run import Means, Run
 
 
 @dataclass
-class Config(RunConfig):  # the rest is in plumbing/flags.py: --max_new_tokens, --seed, ...
-    steps: Optional[int] = HfArg(default=None, help="training steps; None: what --epochs take")
+class Config(RunConfig):  # more flags, such as --steps and --seed, are in plumbing/flags.py
+    steps: Optional[int] = HfArg(default=None, help="training steps; None: --epochs decides")
     lr: float = HfArg(default=1e-3, help="AdamW learning rate at its peak")
-    minibatch_size: int = HfArg(default=64, help="rows of data per optimizer step")
-    micro_batch_size: int = HfArg(default=64, help="rows of data per pass: memory, not results")
-    epochs: int = HfArg(default=1, help="passes over the data, where --steps are not given")
-    prompts: int = HfArg(default=1920, help="toy, words: prompts to make preferences of")
+    minibatch_size: int = HfArg(default=64, help="pairs per optimizer step")
+    micro_batch_size: int = HfArg(default=64, help="pairs per pass: memory, not results")
+    epochs: int = HfArg(default=1, help="passes over the data, unless --steps is given")
+    prompts: int = HfArg(default=1920, help="toy, words: prompts to sample pairs for")
 
 
 # The defaults above are the toy's. These are a real model's on a GPU; on a CPU they are smaller.
@@ -52,11 +59,11 @@ REAL = dict(lr=1e-5, micro_batch_size=4, max_new_tokens=512, eval_prompts=256, p
 
 def bradley_terry_loss(chosen_scores, rejected_scores):
     """-log sigmoid(s(chosen) - s(rejected)): (B,), (B,) -> (B,). arXiv 2203.02155, eq. 1, K = 2."""
-    return -F.logsigmoid(chosen_scores - rejected_scores)  # log(sigmoid()) would end in log(0)
+    return -F.logsigmoid(chosen_scores - rejected_scores)  # log(sigmoid(x)) would round to log(0)
 
 
 def make_scorer(policy, tokenizer, name):
-    """The policy's backbone with a new head. It starts at 0: no opinion yet."""
+    """The policy's network with a head that gives one number, at first 0."""
     config = copy.deepcopy(policy.config)
     config.num_labels = 1
     try:
@@ -78,30 +85,30 @@ def train(cfg):
     cfg.steps = cfg.steps or math.ceil(cfg.epochs * len(problems) / cfg.minibatch_size)
     policy, tokenizer = load_policy(cfg.model, cfg.device)
     scorer = make_scorer(policy, tokenizer, cfg.model)
-    del policy  # only its backbone was wanted
+    del policy  # its weights are now the scorer's
     optimizer = torch.optim.AdamW(scorer.parameters(), lr=cfg.lr, betas=(0.9, 0.99),
-                                  weight_decay=cfg.weight_decay, fused=True)
+                                  weight_decay=cfg.weight_decay, fused=True)  # 0.99: short runs
 
-    def rate(asked):  # (B, K), scores of the completions in the data
+    def rewards_of(problems):  # (B, K), scores of their completions, without gradient
         return for_all_completions(lambda batch: all_scores(
-            scorer, batch, cfg.micro_batch_size), asked, cfg)
-    run.open(scorer, tokenizer, validation, test, rate=rate, optimizer=optimizer)
+            scorer, batch, cfg.micro_batch_size), problems, cfg)
+    run.open(scorer, tokenizer, validation, test, rewards_of=rewards_of, optimizer=optimizer)
 
     for step in run.steps():
-        # 1. Batch: completions of the data instead of samples, and nothing to score.
-        asked = draw_problems(problems, step, cfg.minibatch_size, cfg.seed)
-        batch = make_batch([problem["ids"] for problem in asked],
-                           sum((problem["targets"] for problem in asked), []), cfg.device)
-        mask = batch.mask                                       # (N, C), K rows of each prompt
+        # 1. Batch: the completions of this step, from the data. Nothing is sampled or scored.
+        step_problems = draw_problems(problems, step, cfg.minibatch_size, cfg.seed)
+        batch = make_batch([problem["ids"] for problem in step_problems],
+                           sum((problem["targets"] for problem in step_problems), []), cfg.device)
+        mask = batch.mask  # (N, C); rows i K to i K + K - 1 are the completions of prompt i
 
-        # 2. Update. by_row: the weight of a micro-batch, its part of the completions.
+        # 2. Update. by_row: a micro-batch's part of the batch's rows, which is its weight.
         stats = Means()
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg.steps, cfg.warmup_steps, cfg.lr)
         optimizer.zero_grad()
         for rows, _, by_row in micro_batches(batch, torch.arange(len(mask)),
                                              K * cfg.micro_batch_size):
-            scores = sequence_scores(scorer, batch, rows).view(-1, K)              # (R / K, K)
-            loss = bradley_terry_loss(*scores.T).mean()
+            scores = sequence_scores(scorer, batch, rows).view(-1, K)              # (n / K, K)
+            loss = bradley_terry_loss(*scores.T).mean()  # column 0 is chosen, column 1 rejected
             (loss * by_row).backward()
             stats.add_parts(by_row, loss=loss, **preference_stats(scores))
         grad_norm = torch.nn.utils.clip_grad_norm_(scorer.parameters(), cfg.max_grad_norm,
@@ -109,11 +116,11 @@ def train(cfg):
         optimizer.step()
         stats.end_minibatch(grad_norm=grad_norm, lr=optimizer.param_groups[0]["lr"])
 
-        # 3. Log. The loss begins at ln 2 = 0.693, the log of a coin.
+        # 3. Log. The loss starts at ln 2 = 0.693.
         run.log(step, **stats())
         run.end_step(step)  # validation, checkpoint, when due
 
-    run.close()  # saves the model, and reports how it fares on the test problems
+    run.close()  # saves the model, and tests it on the test problems
 
 
 if __name__ == "__main__":

@@ -1,23 +1,35 @@
 """
-RLOO (Ahmadian et al., arXiv 2402.14740): REINFORCE; a prompt's other completions are the baseline.
-Against reinforce_pp.py: K completions of each prompt, no z-score, no discount; the KL of the whole
-completion is part of its one reward, so that all its tokens have the same advantage:
+RLOO, REINFORCE leave one out (Ahmadian et al., arXiv 2402.14740). The policy pi answers each prompt
+K times, and each completion gets a score. A completion becomes more likely if it did better than
+the mean of the prompt's other K - 1 completions, else less likely. pi_ref is a copy of the policy
+from before the training; the KL keeps the policy near it.
 
-    R_i  = score_i - kl_coef * sum_t kl_t                     reward; kl_t = log(pi_old / pi_ref)
-    A_i  = R_i - mean of the R_j, j != i, of its prompt       advantage: leave one out
-    loss = -mean_t min(ratio_t A_i, clip(ratio_t, 1 - eps, 1 + eps) A_i)     ratio_t = pi / pi_old
+    kl_t = log(pi_old / pi_ref)                               of token t; pi_old sampled the batch
+    R_i  = score_i - kl_coef * sum_t kl_t                     reward of completion i
+    A_i  = R_i - mean of R_j over the other K - 1             advantage of completion i's tokens
+    ratio_t = pi / pi_old                                     of token t; 1 before the first update
+    loss = -mean_t min(ratio_t A_i, clip(ratio_t, 1 - eps, 1 + eps) A_i)     over the batch's tokens
 
-The other completions do not depend on this one, so the gradient stays unbiased (apart from the mean
-over tokens, whose number is random). With R_i in the mean, A would be (K - 1) / K of what it is.
+This baseline is unbiased: the others do not depend on completion i, so the mean of
+(mean of R_j) * grad log pi(y_i) is (mean of R_j) * E[grad log pi(y_i)], and that is 0, because the
+probabilities of all y sum to 1. If R_i itself were in the mean, A would be (K - 1) / K as large.
+Two things are not covered: the mean over tokens divides by their number, which is random, and after
+the first mini-batch the ratio and the clip come in.
 
-The paper makes one update per batch, so it needs no ratio. For several, each token has its own, as
-in the libraries verl and OpenRLHF; with --sequence_ratio each completion has one, as in TRL.
+The paper makes one update per batch, and needs no ratio. For several updates, each token has its
+own ratio here, as in verl and OpenRLHF. With --sequence_ratio each completion has one, as in TRL.
 
-    python rloo.py                                      the toy, no network: half a minute
+Compared with reinforce_pp.py:
+  - each prompt is answered K times, and the other completions are the baseline;
+  - the KL of the whole completion is in its one reward, so all its tokens have the same advantage;
+  - nothing is divided by a std.
+
+    python rloo.py                                      the toy, without a network: half a minute
     python rloo.py --model Qwen/Qwen2.5-0.5B-Instruct   a real model, on one CUDA GPU
 
-What to expect of the toy: asked 8+9-5=, it answers 12, or shows its work, 8+9=17,17-5=12. At first,
-0.6 of the held-out answers are right and half show the work; at the end, 0.95 and nearly all.
+What to expect of the toy: asked 8+9-5=, it answers 12, or shows its work, 8+9=17,17-5=12. Before
+the training 0.6 of its answers to held-out problems are right and half of them show the work. After
+it 0.95 are right and nearly all show the work.
 """
 import copy
 from dataclasses import dataclass
@@ -37,15 +49,16 @@ from plumbing.run import Means, Run
 
 
 @dataclass
-class Config(RunConfig):  # the rest is in plumbing/flags.py: --steps, --lr, --minibatch_size, ...
-    reward: str = HfArg(default="last_number", help="name, file.py:function or folder; a,b: sum")
-    prompts_per_step: int = HfArg(default=64, help="prompts per rollout batch")
-    group_size: int = HfArg(default=4, help="completions per prompt, K")
-    temperature: float = HfArg(default=1.0, help="of the sampling, and of all log-probs with it")
-    epochs: int = HfArg(default=1, help="passes over each rollout batch")
-    kl_coef: float = HfArg(default=0.01, help="weight of the KL (beta in most papers)")
-    clip_eps: float = HfArg(default=0.2, help="clip range of the ratio")
-    sequence_ratio: bool = HfArg(default=False, help="one ratio per completion, as TRL has it")
+class Config(RunConfig):  # more flags, such as --steps and --seed, are in plumbing/flags.py
+    reward: str = HfArg(default="last_number", help="last_number, true_equations, file.py:function "
+                        "or a reward model's folder; several, with commas between, are added")
+    prompts_per_step: int = HfArg(default=64, help="prompts of a step")
+    group_size: int = HfArg(default=4, help="completions of each prompt, K")
+    temperature: float = HfArg(default=1.0, help="sampling temperature; log-probs use it too")
+    epochs: int = HfArg(default=1, help="passes over the completions of a step")
+    kl_coef: float = HfArg(default=0.01, help="weight of the KL to the reference (beta in papers)")
+    clip_eps: float = HfArg(default=0.2, help="the ratio is clipped to 1 +- this")
+    sequence_ratio: bool = HfArg(default=False, help="one ratio per completion, not per token")
 
 
 # The defaults above are the toy's. These are a real model's on a GPU; on a CPU they are smaller.
@@ -54,18 +67,18 @@ REAL = dict(steps=200, lr=1e-6, minibatch_size=128, micro_batch_size=8, max_new_
 
 
 def leave_one_out_advantages(rewards, group_size):
-    """R_i - the mean of the other rewards of its group: (N,) -> (N,). Kool et al., 2019."""
+    """R_i - mean of the other K - 1 rewards of its group: (N,) -> (N,). Kool et al., 2019."""
     groups = rewards.view(-1, group_size)
-    groups = groups - groups[:, :1]  # changes nothing, but makes equal rewards exactly 0
+    groups = groups - groups[:, :1]  # the same shift for all: equal rewards become exactly 0
     others = (groups.sum(dim=1, keepdim=True) - groups) / (group_size - 1)
-    return (groups - others).flatten()  # the notes call this the baseline, and average it: 0
+    return (groups - others).flatten()
 
 
 def sequence_ratio_loss(logprobs, old_logprobs, advantages, mask, clip_eps):
-    """PPO's loss with one ratio per completion, as in TRL; advantages (N,) -> (loss, clip_frac).
+    """PPO's loss with one ratio per completion: three (N, C) and (N,) -> (loss, clip_frac).
 
-    It is the product of the tokens' ratios: 1.005 per token make 147 after 1000 tokens. So a long
-    completion is soon clipped and teaches nothing; or, if A < 0, is not, and counts 147 times.
+    It is the product of the tokens' ratios: 1.005 for each of 1000 tokens makes 147. So a long
+    completion is soon clipped, without gradient; if A < 0 it is not, and counts 147 times.
     """
     ratio = torch.where(mask.bool(), logprobs - old_logprobs, 0).sum(dim=1).exp()     # (N,)
     unclipped = -advantages * ratio
@@ -81,50 +94,54 @@ def train(cfg):
     policy, tokenizer = load_policy(cfg.model, cfg.device)
     ref_model = copy.deepcopy(policy).requires_grad_(False) if cfg.kl_coef else None
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.99),
-                                  weight_decay=cfg.weight_decay, fused=True)
+                                  weight_decay=cfg.weight_decay, fused=True)  # 0.99: short runs
     run.open(policy, tokenizer, validation, test, rewards, optimizer=optimizer)
 
     for step in run.steps():
-        # 1. Sample: K completions of each prompt of this step, from softmax(logits / temperature).
+        # 1. Sample K completions of each prompt of this step from softmax(logits / temperature).
+        # The completions of a prompt are neighbouring rows: prompt i has rows i K to i K + K - 1.
         generator = step_generator(cfg.seed, step)  # for the random numbers of this step
-        asked = draw_problems(problems, step, cfg.prompts_per_step, cfg.seed)
-        batch = sample(policy, tokenizer, [problem["ids"] for problem in asked], cfg.group_size,
-                       cfg.max_new_tokens, cfg.temperature, generator)
-        old_logprobs, mask = batch.logprobs, batch.mask  # N completions, C tokens; mask 0: padding
+        step_problems = draw_problems(problems, step, cfg.prompts_per_step, cfg.seed)
+        batch = sample(policy, tokenizer, [problem["ids"] for problem in step_problems],
+                       cfg.group_size, cfg.max_new_tokens, cfg.temperature, generator)
+        old_logprobs, mask = batch.logprobs, batch.mask  # (N, C) each; mask is 0 on padding
         run.lap("sample")
 
-        # 2. Score: what each completion earned, and how far from the reference each token is.
+        # 2. Score the completions, and measure how far each token is from the reference policy.
+        # score() returns texts, scores (N,) and, if there are several rewards, their means.
+        texts, scores, reward_means = score(rewards, step_problems, batch, tokenizer, step)
         if cfg.sequence_ratio:  # the sampler's bf16 rounding errors would add up over the tokens
             old_logprobs = all_logprobs(policy, batch, cfg.micro_batch_size, cfg.temperature)
-        texts, scores, each = score(rewards, asked, batch, tokenizer, step)      # scores: (N,)
-        ref_logprobs = old_logprobs if ref_model is None else all_logprobs(      # (N, C)
-            ref_model, batch, cfg.micro_batch_size, cfg.temperature)
-        kl = kl_estimate(old_logprobs, ref_logprobs, "k1")                       # (N, C) old - ref
+        ref_logprobs = old_logprobs if ref_model is None else all_logprobs(
+            ref_model, batch, cfg.micro_batch_size, cfg.temperature)  # without a reference, kl is 0
+        kl = kl_estimate(old_logprobs, ref_logprobs, "k1")  # (N, C), log(pi_old / pi_ref)
         if step == 0:
-            check_first_step(policy, batch, scores, kl, cfg)  # warns if the setup looks wrong
+            check_first_step(policy, batch, scores, kl, cfg)  # warns if ratio != 1 or kl != 0
         run.lap("score")
 
-        # 3. Advantages: how much better than usual did it go? No gradient flows through them.
-        advantages = leave_one_out_advantages(scores - cfg.kl_coef * kl.sum(dim=1), cfg.group_size)
+        # 3. Advantages: how much better than the baseline is each completion? Without gradient.
+        R = scores - cfg.kl_coef * kl.sum(dim=1)                                 # (N,)
+        advantages = leave_one_out_advantages(R, cfg.group_size)[:, None]        # (N, 1)
 
-        # 4. Update, once per mini-batch. by_token, by_row weight its micro-batches, for a mean over
-        # tokens or over completions; both sum to 1.
+        # 4. Update, once per mini-batch. The tensors above are fixed for this step; logprobs are
+        # computed again, with gradient. old_logprobs are the sampler's, so until the first update
+        # each ratio is 1. by_token, by_row: a micro-batch's part of the mini-batch's tokens, rows.
         stats = Means()
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg.steps, cfg.warmup_steps, cfg.lr)
         for minibatch in mini_batches(len(scores), cfg.minibatch_size, cfg.group_size, cfg.epochs,
                                       generator):
             optimizer.zero_grad()
             for rows, by_token, by_row in micro_batches(batch, minibatch, cfg.micro_batch_size,
-                                                        advantages):
-                old, A, m = old_logprobs[rows], advantages[rows], mask[rows]     # R rows of each
-                logprobs = token_logprobs(policy, batch, rows, cfg.temperature)  # (R, C)
-                if cfg.sequence_ratio:
-                    loss, clip_frac = sequence_ratio_loss(logprobs, old, A, m, cfg.clip_eps)
-                else:
-                    loss, clip_frac = ppo_clip_loss(logprobs, old, A[:, None], m, cfg.clip_eps)
-                stats.add(by_token, **ratio_stats(logprobs, old, m))
+                                                        advantages):  # skips rows where A is 0
+                logprobs = token_logprobs(policy, batch, rows, cfg.temperature)  # (n, C)
+                loss, clip_frac = ppo_clip_loss(logprobs, old_logprobs[rows], advantages[rows],
+                                                mask[rows], cfg.clip_eps)
+                if cfg.sequence_ratio:  # instead
+                    loss, clip_frac = sequence_ratio_loss(
+                        logprobs, old_logprobs[rows], advantages[rows, 0], mask[rows], cfg.clip_eps)
+                stats.add(by_token, **ratio_stats(logprobs, old_logprobs[rows], mask[rows]))
                 stats.add_parts(by_token, clip_frac=clip_frac)
-                weight = by_row if cfg.sequence_ratio else by_token  # a mean over which of them?
+                weight = by_row if cfg.sequence_ratio else by_token  # what the loss is a mean of
                 (loss * weight).backward()
                 stats.add_parts(weight, loss=loss)
             grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm,
@@ -132,12 +149,12 @@ def train(cfg):
             optimizer.step()
             stats.end_minibatch(grad_norm=grad_norm, lr=optimizer.param_groups[0]["lr"])
 
-        # 5. Log. The loss is no measure of quality: what matters is its gradient.
-        run.log(step, **batch_stats(scores, kl, batch, cfg.group_size), **each, **stats())
-        run.show(step, asked, texts, scores)
+        # 5. Log. The score shows progress. The loss does not: it is there for its gradient.
+        run.log(step, **batch_stats(scores, kl, batch, cfg.group_size), **reward_means, **stats())
+        run.show(step, step_problems, texts, scores)
         run.end_step(step)  # validation, checkpoint, when due
 
-    run.close()  # saves the model, and reports how it fares on the test problems
+    run.close()  # saves the model, and tests it on the test problems
 
 
 if __name__ == "__main__":

@@ -1,18 +1,21 @@
 """
-SFT, supervised fine-tuning: make the demonstrated completions likely. Stage 1 of the notes. Without
-a --model it trains the toy's from random weights. The policy in plumbing/toy_policy/, from which
-all other scripts start, was made in this way.
+SFT, supervised fine-tuning: the policy pi is trained to write demonstrated completions y of prompts
+x, one token after the other.
 
-    loss = -mean_t log pi(y_t | x, y_<t)        over completion tokens, the EOS included
+    loss = -mean_t log pi(y_t | x, y_<t)        over all completion tokens of a batch, EOS included
 
-Prompt tokens are no targets, and neither is padding (the notes label them 0, which is a real token;
-here they are not scored at all). The EOS is one, or the model would not learn to stop.
+The tokens of the prompt and the padding are not targets. The EOS is one, because the model would
+not learn to stop without it.
 
-    python sft.py                                 the toy model, from nothing: one minute
+Without --model, this script trains a small model from random weights. The policy in
+plumbing/toy_policy/, from which all other scripts start, was made in this way.
+
+    python sft.py                                 the toy model, from random weights: one minute
     python sft.py --model Qwen/Qwen2.5-0.5B       a real model, on one CUDA GPU
 
-What to expect of the toy: about 0.6 of the held-out problems right sampled, 0.9 greedy. Half of
-the demonstrations show their work and half just name the result; so does the trained policy.
+What to expect of the toy: its answers to held-out problems are right in 0.6 of the cases when they
+are sampled, and in 0.9 when they are greedy. Half of the demonstrations show their work and half
+name the result alone, and so do the answers of the trained policy.
 """
 from dataclasses import dataclass
 
@@ -30,7 +33,7 @@ from plumbing.run import Means, Run
 
 
 @dataclass
-class Config(RunConfig):  # the rest is in plumbing/flags.py: --max_new_tokens, --seed, ...
+class Config(RunConfig):  # more flags, such as --steps and --seed, are in plumbing/flags.py
     steps: int = HfArg(default=1200, help="training steps")
     lr: float = HfArg(default=4e-3, help="AdamW learning rate at its peak")
     warmup_steps: int = HfArg(default=20, help="steps in which the learning rate rises to its peak")
@@ -50,23 +53,23 @@ def train(cfg):
     else:
         policy, tokenizer = toy.make_model(cfg.seed).to(cfg.device), toy.make_tokenizer()
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.98),
-                                  weight_decay=cfg.weight_decay, fused=True)
+                                  weight_decay=cfg.weight_decay, fused=True)  # 0.98: short runs
     run.open(policy, tokenizer, validation, test, optimizer=optimizer)
 
     for step in run.steps():
-        # 1. Batch: demonstrations instead of samples, and nothing to score.
-        asked = draw_problems(problems, step, cfg.minibatch_size, cfg.seed)
-        batch = make_batch([problem["ids"] for problem in asked],
-                           [problem["targets"][0] for problem in asked], cfg.device)
+        # 1. Batch: the demonstrations of this step. Nothing is sampled or scored.
+        step_problems = draw_problems(problems, step, cfg.minibatch_size, cfg.seed)
+        batch = make_batch([problem["ids"] for problem in step_problems],
+                           [problem["targets"][0] for problem in step_problems], cfg.device)
         mask = batch.mask                                                          # (N, C)
 
-        # 2. Update.
+        # 2. Update. by_token: a micro-batch's part of the batch's tokens, which is its weight.
         stats = Means()
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg.steps, cfg.warmup_steps, cfg.lr)
         optimizer.zero_grad()
         for rows, by_token, _ in micro_batches(batch, torch.arange(len(mask)),
                                                cfg.micro_batch_size):
-            logprobs = token_logprobs(policy, batch, rows, temperature=1.0)        # (R, C)
+            logprobs = token_logprobs(policy, batch, rows, temperature=1.0)        # (n, C)
             loss = -masked_mean(logprobs, mask[rows])
             (loss * by_token).backward()
             stats.add_parts(by_token, loss=loss)
@@ -75,11 +78,11 @@ def train(cfg):
         optimizer.step()
         stats.end_minibatch(grad_norm=grad_norm, lr=optimizer.param_groups[0]["lr"])
 
-        # 3. Log. Here the loss does say something: nats per token, and it falls.
+        # 3. Log. The loss shows progress here: it is in nats per token, and it falls.
         run.log(step, **stats())
         run.end_step(step)  # validation, checkpoint, when due
 
-    run.close()  # saves the model, and reports how it fares on the test problems
+    run.close()  # saves the model, and tests it on the test problems
 
 
 if __name__ == "__main__":

@@ -1,22 +1,43 @@
 """
-TRPO (Schulman et al., arXiv 1502.05477): as far uphill as a KL of delta from the old policy allows.
-Against reinforce_pp.py: instead of clip and AdamW, one step per batch, the approximate solution of
+TRPO (Schulman et al., arXiv 1502.05477). The policy pi answers prompts with completions, and each
+completion gets a score. One step per batch raises the objective L as far as possible while the
+policy stays within a distance delta of pi_old, the policy that sampled the batch.
 
-    maximise  L = mean_t ratio_t A_t                          ratio_t = pi / pi_old; A as there
-    while     KL = mean_t KL(pi_old || pi) <= delta           of whole vocabularies, at each token
-    by        theta = theta_old + sqrt(2 delta / x^T (F + damping) x) x   x = (F + damping)^-1 g
+    s    = clip((score - mean) / std, -c, c)                  over the N completions; c: reward_clip
+    kl_t = log(pi_old / pi_ref)                               of token t; pi_ref: before training
+    G_t  = s - kl_coef * (kl_t + kl_{t+1} + ... )             return: all reward from token t on
+    A_t  = (G_t - mean) / std                                 advantage; over all the batch's tokens
+    L    = mean_t ratio_t A_t                                 ratio_t = pi / pi_old, of token t
+    KL   = mean_t KL(pi_old || pi)                            exact, over the whole vocabulary
+    g    = gradient of L, F = Hessian of KL                   both at pi = pi_old
+    x    = (F + damping)^-1 g                                 approximate, by conjugate gradients
+    full = sqrt(2 delta / x^T (F + damping) x) x              the full step of the parameters
+    step = the first of full, backtrack * full, backtrack^2 * full, ... with KL <= delta and with L
+           above what it was; after max_tries of them there is no step
 
-g is the gradient of L, F the Hessian of KL: a small step s gains g . s, at a KL of s^T F s / 2. x
-gains most (for KL + damping |s|^2 / 2), and the root makes that delta. F, the Fisher matrix, is
-never built: conjugate gradients need products F v alone, each the gradient of (gradient of KL) . v.
-The step is then shortened until the true KL is at most delta and L has grown, or not made. The
-price: unfused attention, fp32, two dozen backward passes, and 60 bytes per parameter.
+Why: for a small step s, L grows by g . s. KL is 0 at pi_old and has no slope there, so it becomes
+s^T F s / 2. Of all steps with s^T (F + damping) s / 2 = delta, `full` gains most. The damping uses
+up a part of delta, so the KL of the full step is below delta, as far as these two terms hold.
 
-    python trpo.py                                      the toy, no network: a minute
+F has a row and a column for each parameter, and is never built. Conjugate gradients only need
+products F v. At pi_old the gradient of KL is 0, and along v it changes at the rate F v, so F v is
+the gradient of (gradient of KL) . v. F is the Fisher matrix: as a function of pi, KL(pi_old || pi)
+is -E_old[log pi] plus a constant, and the Hessian of that, at pi_old, is the mean of
+grad log pi (grad log pi)^T. So F has no negative direction, and the root exists.
+
+The price of the second derivatives: attention that is not fused, fp32 throughout, 11 products F v
+of two backward passes each over a part of the batch, and 59 bytes of memory per parameter.
+
+Compared with reinforce_pp.py:
+  - there is one step per batch, without AdamW and a learning rate;
+  - the KL to pi_old limits its length, instead of the clip.
+
+    python trpo.py                                      the toy, without a network: a minute
     python trpo.py --model Qwen/Qwen2.5-0.5B-Instruct   a real model, on one CUDA GPU
 
-What to expect of the toy: asked 8+9-5=, it answers 12, or shows its work, 8+9=17,17-5=12. At first,
-0.6 of the held-out answers are right and half show the work; at the end, 0.93 and nearly all.
+What to expect of the toy: asked 8+9-5=, it answers 12, or shows its work, 8+9=17,17-5=12. Before
+the training 0.6 of its answers to held-out problems are right and half of them show the work. After
+it 0.93 are right and nearly all show the work.
 """
 import copy
 from dataclasses import dataclass, field
@@ -36,25 +57,26 @@ from reinforce_pp import reinforce_pp_advantages
 
 
 @dataclass
-class Config(RunConfig):  # the rest is in plumbing/flags.py: --steps, --max_new_tokens, ...
+class Config(RunConfig):  # more flags, such as --steps and --seed, are in plumbing/flags.py
     steps: int = HfArg(default=30, help="training steps")
-    lr: None = field(default=None, init=False)  # with init=False it is no flag: there is no AdamW
+    lr: None = field(default=None, init=False)  # init=False: these five are no flags of this script
     warmup_steps: None = field(default=None, init=False)
     weight_decay: None = field(default=None, init=False)
     max_grad_norm: None = field(default=None, init=False)
     minibatch_size: None = field(default=None, init=False)
-    reward: str = HfArg(default="last_number", help="name, file.py:function or folder; a,b: sum")
-    prompts_per_step: int = HfArg(default=512, help="prompts per rollout batch")
-    group_size: int = HfArg(default=1, help="completions per prompt, K")
-    temperature: float = HfArg(default=1.0, help="of the sampling, and of all log-probs with it")
-    kl_coef: float = HfArg(default=0.01, help="weight of the KL (beta in most papers)")
-    reward_clip: float = HfArg(default=5.0, help="clip z-scored scores to this; 0: raw scores")
-    delta: float = HfArg(default=0.005, help="largest KL of a step, nats per token")
-    damping: float = HfArg(default=1.0, help="added to the diagonal of the matrix F")
-    fisher_fraction: float = HfArg(default=0.0625, help="part of the batch that makes F")
-    cg_iterations: int = HfArg(default=10, help="products with F to find the step, at most")
-    backtrack: float = HfArg(default=0.8, help="factor that shortens a step not accepted")
-    max_tries: int = HfArg(default=10, help="steps tried, each shorter, before none is made")
+    reward: str = HfArg(default="last_number", help="last_number, true_equations, file.py:function "
+                        "or a reward model's folder; several, with commas between, are added")
+    prompts_per_step: int = HfArg(default=512, help="prompts of a step")
+    group_size: int = HfArg(default=1, help="completions of each prompt, K")
+    temperature: float = HfArg(default=1.0, help="sampling temperature; log-probs use it too")
+    kl_coef: float = HfArg(default=0.01, help="weight of the KL to the reference (beta in papers)")
+    reward_clip: float = HfArg(default=5.0, help="clip normalised scores to +- this; 0: raw scores")
+    delta: float = HfArg(default=0.005, help="largest KL of a step, in nats per token")
+    damping: float = HfArg(default=1.0, help="added to the diagonal of the Fisher matrix F")
+    fisher_fraction: float = HfArg(default=0.0625, help="part of the completions that F is made of")
+    cg_iterations: int = HfArg(default=10, help="iterations of conjugate gradients, at most")
+    backtrack: float = HfArg(default=0.8, help="a step that fails is made shorter by this factor")
+    max_tries: int = HfArg(default=10, help="steps that are tried before none is made")
 
 
 # The defaults above are the toy's. These are a real model's on a GPU; on a CPU they are smaller.
@@ -69,16 +91,16 @@ def surrogate(logprobs, old_logprobs, advantages, mask):
 
 
 def mean_kl(old_logits, logits, mask):
-    """mean_t KL(pi_old || pi), exact: (N, C, V), (N, C, V), (N, C) -> scalar. TRPO, eq. 12."""
+    """mean_t KL(pi_old || pi): two (N, C, vocabulary), (N, C) -> scalar, exact. TRPO, eq. 12."""
     old, new = (torch.where(mask[..., None].bool(), x, 0).log_softmax(-1)
                 for x in (old_logits, logits))
     return masked_mean((old.exp() * (old - new)).sum(-1), mask)
 
 
 def fisher_vector_product(kl, parameters, vector, damping):
-    """(F + damping) v: scalar with graph, list of tensors, (P,), float -> (P,). TRPO, appendix C.
+    """(F + damping) v: scalar with graph, list of tensors, (D,), float -> (D,). TRPO, appendix C.
 
-    F is the Hessian of kl. At pi_old, kl's gradient is 0, but along v it grows by F v. Keeps kl.
+    F is the Hessian of kl by the D parameters. The graph of kl is kept, for another vector.
     """
     gradient = torch.autograd.grad(kl, parameters, create_graph=True, materialize_grads=True)
     slope = torch.cat([g.flatten() for g in gradient]).dot(vector)
@@ -87,9 +109,10 @@ def fisher_vector_product(kl, parameters, vector, damping):
 
 
 def conjugate_gradient(matvec, b, iterations=10, tolerance=1e-10):
-    """x with A x = b, A symmetric, positive definite and known by matvec(v) = A v: (P,) -> (P,).
+    """x with A x = b, for a symmetric, positive definite A given as matvec(v) = A v: (D,) -> (D,).
 
-    Ends when |b - A x|^2 < tolerance, else there might be 0 / 0; so at once if b is 0.
+    For any two of the directions d^T A d' = 0, so that none undoes what another has reached. It
+    stops when |b - A x|^2 < tolerance, before a division 0 / 0; if b is 0, it stops at once.
     """
     x, residual, direction = torch.zeros_like(b), b, b
     for _ in range(iterations):
@@ -105,15 +128,18 @@ def conjugate_gradient(matvec, b, iterations=10, tolerance=1e-10):
 
 @torch.no_grad()
 def measure_step(policy, old_policy, batch, advantages, cfg):
-    """A step that is tried, measured on the whole batch: its KL, and what L has gained by it."""
+    """For the line search and the log, on the whole batch: the KL of a step, and the gain in L."""
     stats = Means()
     everything = torch.arange(len(advantages))
     for rows, by_token, _ in micro_batches(batch, everything, cfg.micro_batch_size):
-        A, m = advantages[rows], batch.mask[rows]
-        logits = [token_logits(p, batch, rows, cfg.temperature) for p in (old_policy, policy)]
-        old, new = (pick(x, batch.completions[rows], 1.0) for x in logits)
-        stats.add(by_token, kl_step=mean_kl(*logits, m), **ratio_stats(new, old, m),
-                  real_gain=surrogate(new, old, A, m) - masked_mean(A, m))
+        A, mask = advantages[rows], batch.mask[rows]
+        old_logits, logits = (token_logits(model, batch, rows, cfg.temperature)
+                              for model in (old_policy, policy))
+        old_logprobs, logprobs = (pick(x, batch.completions[rows], 1.0)
+                                  for x in (old_logits, logits))
+        stats.add(by_token, kl_step=mean_kl(old_logits, logits, mask),
+                  **ratio_stats(logprobs, old_logprobs, mask),
+                  real_gain=surrogate(logprobs, old_logprobs, A, mask) - masked_mean(A, mask))
     return stats()
 
 
@@ -128,51 +154,53 @@ def train(cfg):
     run.open(policy, tokenizer, validation, test, rewards)
 
     for step in run.steps():
-        # 1. Sample: K completions of each prompt of this step, from softmax(logits / temperature).
+        # 1. Sample K completions of each prompt of this step from softmax(logits / temperature).
+        # The completions of a prompt are neighbouring rows: prompt i has rows i K to i K + K - 1.
         generator = step_generator(cfg.seed, step)  # for the random numbers of this step
-        asked = draw_problems(problems, step, cfg.prompts_per_step, cfg.seed)
-        batch = sample(policy, tokenizer, [problem["ids"] for problem in asked], cfg.group_size,
-                       cfg.max_new_tokens, cfg.temperature, generator)
-        old_logprobs, mask = batch.logprobs, batch.mask  # N completions, C tokens; mask 0: padding
+        step_problems = draw_problems(problems, step, cfg.prompts_per_step, cfg.seed)
+        batch = sample(policy, tokenizer, [problem["ids"] for problem in step_problems],
+                       cfg.group_size, cfg.max_new_tokens, cfg.temperature, generator)
+        old_logprobs, mask = batch.logprobs, batch.mask  # (N, C) each; mask is 0 on padding
         run.lap("sample")
 
-        # 2. Score: what each completion earned, and how far from the reference each token is.
-        texts, scores, each = score(rewards, asked, batch, tokenizer, step)      # scores: (N,)
-        ref_logprobs = old_logprobs if ref_model is None else all_logprobs(      # (N, C)
-            ref_model, batch, cfg.micro_batch_size, cfg.temperature)
-        kl = kl_estimate(old_logprobs, ref_logprobs, "k1")                       # (N, C) old - ref
+        # 2. Score the completions, and measure how far each token is from the reference policy.
+        # score() returns texts, scores (N,) and, if there are several rewards, their means.
+        texts, scores, reward_means = score(rewards, step_problems, batch, tokenizer, step)
+        ref_logprobs = old_logprobs if ref_model is None else all_logprobs(
+            ref_model, batch, cfg.micro_batch_size, cfg.temperature)  # without a reference, kl is 0
+        kl = kl_estimate(old_logprobs, ref_logprobs, "k1")  # (N, C), log(pi_old / pi_ref)
         if step == 0:
-            check_first_step(policy, batch, scores, kl, cfg)  # warns if the setup looks wrong
+            check_first_step(policy, batch, scores, kl, cfg)  # warns if ratio != 1 or kl != 0
         run.lap("score")
 
-        # 3. Advantages: how much better than usual did it go? No gradient flows through them.
-        clipped = normalize_rewards(scores, cfg.reward_clip) if cfg.reward_clip else scores
-        advantages = reinforce_pp_advantages(clipped, kl, mask, cfg.kl_coef)
+        # 3. Advantages: how much better than the baseline is each completion? Without gradient.
+        normalized = normalize_rewards(scores, cfg.reward_clip) if cfg.reward_clip else scores
+        advantages = reinforce_pp_advantages(normalized, kl, mask, cfg.kl_coef)
 
-        # 4. Update, once for the batch. by_token weights its micro-batches, for means over tokens.
+        # 4. Update, once for the whole batch. by_token: the micro-batch's part of the tokens.
         everything, gradient = torch.arange(len(scores)), 0
         for rows, by_token, _ in micro_batches(batch, everything, cfg.micro_batch_size):
-            logits = token_logits(policy, batch, rows, cfg.temperature)          # (R, C, V)
-            logprobs = pick(logits, batch.completions[rows], 1.0)                # (R, C)
-            L = surrogate(logprobs, logprobs.detach(), advantages[rows], mask[rows])  # at pi_old
+            logits = token_logits(policy, batch, rows, cfg.temperature)  # divided by temperature
+            logprobs = pick(logits, batch.completions[rows], 1.0)                # (n, C)
+            L = surrogate(logprobs, logprobs.detach(), advantages[rows], mask[rows])  # at ratio 1
             parts = torch.autograd.grad(L * by_token, parameters, materialize_grads=True)
-            gradient += torch.cat([part.flatten() for part in parts])            # (P,), uphill
+            gradient += torch.cat([part.flatten() for part in parts])            # (D,), uphill
 
-        def matvec(vector):  # (F + damping) v, from a part of the batch
+        def matvec(vector):  # (F + damping) v, from the first completions; their order is random
             product, part = 0, everything[: max(1, int(cfg.fisher_fraction * len(scores)))]
             for rows, by_token, _ in micro_batches(batch, part, cfg.micro_batch_size):
                 logits = token_logits(policy, batch, rows, cfg.temperature)
-                here = mean_kl(logits.detach(), logits, mask[rows])  # it is 0; its Hessian is not
-                product += by_token * fisher_vector_product(here, parameters, vector, cfg.damping)
-            return product
+                kl_0 = mean_kl(logits.detach(), logits, mask[rows])  # it is 0; its Hessian is not
+                product += by_token * fisher_vector_product(kl_0, parameters, vector, cfg.damping)
+            return product  # by_token sums to 1, so the damping is in it once
 
         x = conjugate_gradient(matvec, gradient, cfg.cg_iterations)
-        full = x * (2 * cfg.delta / x.dot(matvec(x)).clamp(min=1e-8)).sqrt()
+        full = x * (2 * cfg.delta / x.dot(matvec(x)).clamp(min=1e-8)).sqrt()  # 0 where x is 0
         if not full.isfinite().all():
             fail(f"in step {step + 1}, no direction is finite; take a larger --damping", code=1)
         old_policy.load_state_dict(policy.state_dict())
         tries, sizes = [], [p.numel() for p in parameters]
-        for scale in [cfg.backtrack**i for i in range(cfg.max_tries)] + [0]:  # 0: no step
+        for scale in [cfg.backtrack**i for i in range(cfg.max_tries)] + [0]:  # 0: back to pi_old
             for p, old, part in zip(parameters, old_policy.parameters(), full.split(sizes)):
                 p.data.copy_(old + scale * part.view_as(p))
             tries.append(measure_step(policy, old_policy, batch, advantages, cfg))
@@ -182,12 +210,12 @@ def train(cfg):
                      kl_full_step=tries[0]["kl_step"], predicted_gain=scale * gradient.dot(full),
                      grad_norm=gradient.norm(), loss=-tries[-1]["real_gain"])
 
-        # 5. Log. The loss is minus what L has gained, measured after the step.
-        run.log(step, **batch_stats(scores, kl, batch, cfg.group_size), **each, **stats)
-        run.show(step, asked, texts, scores)
+        # 5. Log. The score shows progress. The loss is minus what L has gained by the step.
+        run.log(step, **batch_stats(scores, kl, batch, cfg.group_size), **reward_means, **stats)
+        run.show(step, step_problems, texts, scores)
         run.end_step(step)  # validation, checkpoint, when due
 
-    run.close()  # saves the model, and reports how it fares on the test problems
+    run.close()  # saves the model, and tests it on the test problems
 
 
 if __name__ == "__main__":

@@ -71,14 +71,14 @@ def check_first_step(policy, batch, scores, kl, cfg):
 
 
 @torch.no_grad()
-def evaluate(policy, tokenizer, problems, cfg, rewards=None, rate=None):
+def evaluate(policy, tokenizer, problems, cfg, rewards=None, rewards_of=None):
     """How the policy fares on held-out problems -> {name: [value, low, high]}, 95 % intervals.
 
     Sampled at temperature 1, and greedy: the exact match (last_number) where all answers are
-    numbers, and the rewards where they say something else. Without rewards: the nats that a
-    demonstration costs (SFT), or rate(rows) -> (B, K), where the best completion comes first and
-    should be rated highest. The random numbers are the same in every evaluation, and those of the
-    run do not depend on them.
+    numbers, and the rewards where they say something else. Without rewards, the completions in the
+    data are measured: minus their log-prob in nats (SFT), or, where the best one of K comes first,
+    whether rewards_of(problems) -> (B, K) is highest for it. Every evaluation uses the same random
+    numbers and has its own generator, so it does not change the run.
     """
     results = {"n": len(problems)}
     if policy.can_generate():  # a reward model cannot
@@ -101,18 +101,18 @@ def evaluate(policy, tokenizer, problems, cfg, rewards=None, rate=None):
         results["length"] = interval(sampled["lengths"])
     rows = [problem for problem in problems if "targets" in problem]
     if rows and rewards is None:
-        results.update(offline(policy, rows, cfg, rate))
+        results.update(offline(policy, rows, cfg, rewards_of))
     return results
 
 
-def offline(policy, rows, cfg, rate):
+def offline(policy, rows, cfg, rewards_of):
     """What evaluate() says of the completions in the data."""
-    if rate is None:
+    if rewards_of is None:
         batch = make_batch([row["ids"] for row in rows], [row["targets"][0] for row in rows],
                            policy.device)
         logprobs = all_logprobs(policy, batch, cfg.micro_batch_size, 1.0)
         return {"nats": interval((-logprobs.sum(1)).tolist())}
-    found = [preference_stats(rewards[None]) for rewards in rate(rows)]
+    found = [preference_stats(rewards[None]) for rewards in rewards_of(rows)]
     return {"n_rated": len(rows), "accuracy": wilson([row["accuracy"].item() for row in found]),
             "margin": interval([row["margin"].item() for row in found])}
 

@@ -178,17 +178,18 @@ def judge(name, reward, problems, texts, finished, completion_ids, when=""):
 
 
 def score(rewards, problems, batch, tokenizer, step=None):
-    """Judge a batch of completions, completion i as an answer to problems[i // K].
+    """Score a batch of completions, completion i as an answer to problems[i // K].
 
-    -> texts (N strings), scores (N,) summed over the rewards, and of several each one's mean.
+    -> texts (N strings), scores (N,), which are the sum of the rewards, and the mean of each reward
+    as a dict for the log; it is empty if there is one reward only.
     """
-    texts, asked = to_texts(tokenizer, batch), [problems[i] for i in batch.owner.tolist()]
+    texts, owners = to_texts(tokenizer, batch), [problems[i] for i in batch.owner.tolist()]
     ids = [row[mask.bool()].tolist() for row, mask in zip(batch.completions, batch.mask)]
     when = " in an evaluation" if step is None else f" in step {step + 1}"
     finished = batch.finished.tolist()
     each, means = {}, {}
     for name, reward in rewards.items():
-        each[name] = torch.tensor(judge(name, reward, asked, texts, finished, ids, when))
+        each[name] = torch.tensor(judge(name, reward, owners, texts, finished, ids, when))
     if len(each) > 1:
         means = {f"reward_{name}": scores.mean() for name, scores in each.items()}
     return texts, sum(each.values()).to(batch.mask.device), means

@@ -121,10 +121,10 @@ class Run:
         flags = (field.name for field in fields(cfg) if field.init)
         print(f"{name}: " + " ".join(f"{k}={getattr(cfg, k)}" for k in flags), flush=True)
 
-    def open(self, policy, tokenizer, validation, test, rewards=None, rate=None, **trained):
+    def open(self, policy, tokenizer, validation, test, rewards=None, rewards_of=None, **trained):
         """Make the folder; with --resume, load the checkpoint; look at the test problems.
 
-        rewards, rate: see evaluate(). trained: what else a checkpoint holds the state of, such as
+        rewards, rewards_of: see evaluate(). trained: what else a checkpoint holds the state of, as
         optimizer=optimizer, critic=critic. -> {}, or with --resume the whole checkpoint.
         """
         self.folder = find_folder(self.cfg, self.name)  # again: loading may have taken a while
@@ -151,7 +151,7 @@ class Run:
               f"{how}, into {self.folder}", flush=True)
         self.validation, self.test = validation, test
         self.evaluate = lambda problems: evaluate(policy, tokenizer, problems, self.cfg, rewards,
-                                                  rate)
+                                                  rewards_of)
         state = self.load()
         self.before = state.get("before") or self.evaluate(test)
         return state
@@ -211,16 +211,16 @@ class Run:
     def speaks(self, step):
         return (step + 1) % self.cfg.log_every == 0 or step + 1 == self.cfg.steps
 
-    def show(self, step, asked, texts, scores, **more):
+    def show(self, step, problems, texts, scores, **more):
         """Every --log_every steps: some completions into samples.jsonl, the first on the screen."""
         if self.speaks(step):
             for i in range(0, len(texts), max(1, len(texts) // 4)):
-                problem = asked[i * len(asked) // len(texts)]
+                problem = problems[i * len(problems) // len(texts)]
                 self.write("samples.jsonl", step, prompt=problem["prompt"], completion=texts[i],
                            score=scores[i].item(), **{key: value(i) for key, value in more.items()},
                            row=problem["row"])
             prompt, text = (t if len(t) < 300 else t[:300] + "..."
-                            for t in (repr(asked[0]["prompt"]), repr(texts[0])))
+                            for t in (repr(problems[0]["prompt"]), repr(texts[0])))
             self.bar.write(f"    {prompt} -> {text} scores {scores[0].item():g}")
 
     def write(self, name, step, **fields):

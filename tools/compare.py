@@ -1,16 +1,22 @@
 """
-All scripts from one starting policy, on the same budget: the table of docs/results.md.
+All scripts from one starting policy, on the same budget: the tables of docs/results.md.
 
-    python -m tools.compare --seeds 1 2 3                     the toy: about 20 minutes on 2 cores
+    python -m tools.compare --seeds 1 2 3 4 5                 the toy: about an hour on 2 cores
     python -m tools.compare --scripts rloo grpo --kl_coef 0   other flags go to every script
 
-Each run is a process of its own, one after the other, in runs/compare; one that is there already,
-with the same flags, is not repeated. All start from the toy's policy, or from --model; a seed is
-the order of the prompts and all sampling. ReMax spends half of its completions on greedy decoding.
-DPO and ORPO sample nothing while they learn: theirs are those that their data was made of.
+Each run is a process of its own, one after the other, in runs/compare. A run that is there already,
+with the same flags, is not repeated, so that the same command goes on where it was stopped. All
+runs start from the toy's policy, or from --model; a seed is the order of the prompts and all
+sampling. ReMax spends half of its completions on greedy decoding. DPO and ORPO do not sample while
+they learn: their completions are those that their data was made of.
+
+The trained model of each run then answers each test problem DRAWS times. Two scripts are compared
+by how often their models were right, on the same problems and the same seeds: a paired bootstrap.
 """
 import argparse
+import contextlib
 import importlib
+import itertools
 import json
 import shutil
 import subprocess
@@ -19,30 +25,40 @@ import zlib
 from dataclasses import fields
 from pathlib import Path
 
+import torch
+from tqdm import tqdm
+
+from plumbing.data import load_problems
 from plumbing.flags import fail
+from plumbing.model import load_policy
 from plumbing.preferences import SAMPLES
+from plumbing.rewards import last_number, score
+from plumbing.rollout import sample, step_generator
 
 SCRIPTS = ("reinforce", "reinforce_pp", "trpo", "ppo", "remax", "rloo", "grpo", "prime", "raft",
            "dpo", "orpo")
+DRAWS = 8           # answers to each test problem
+RESAMPLES = 20_000  # of the bootstrap
 
 
 def run(script, seed, flags):
-    """Train, unless that was done before -> what the run's folder says."""
+    """Train and draw, unless that was done before -> what the run's folder says."""
     same = f"{zlib.crc32(' '.join(flags).encode()):08x}"
     folder = Path("runs", "compare", same, f"{script}-seed{seed}")
     if not (folder / "test.json").exists():
-        print(f"{script}, seed {seed}: {folder}", file=sys.stderr)
         command = [sys.executable, Path(__file__).parents[1] / f"{script}.py", *flags]
         command += ["--seed", str(seed), "--out_dir", folder]
         if (folder / "checkpoint.pt").exists():
             command.append("--resume")
         else:
             shutil.rmtree(folder, ignore_errors=True)  # stopped before there was anything to keep
-        if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
-            sys.exit(f"error: {script}.py failed; what it printed is above")
+        done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        if done.returncode:
+            sys.exit(f"error: {script}.py failed: {done.stderr.strip()[-500:]}")
+    if not (folder / "solved.json").exists():
+        (folder / "solved.json").write_text(json.dumps(draw(script, folder)))
     test = json.loads((folder / "test.json").read_text())
     log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    (before, *_), after = test["before"]["sampled"], test["after"]["sampled"]
     seconds = [sum(row.get(key, 0) for row in log)
                for key in ("time_sample", "time_score", "time_update")]
     cfg = json.loads((folder / "config.json").read_text())
@@ -52,23 +68,90 @@ def run(script, seed, flags):
         completions = cfg["prompts"] * SAMPLES
     reference = cfg.get("kl_coef") or script == "prime"
     measured = [row["kl"] for row in log[-5:]] if reference else []
-    return dict(completions=completions, before=before, after=after[0], low=after[1], high=after[2],
+    return dict(completions=completions, before=test["before"]["sampled"][0],
+                solved=json.loads((folder / "solved.json").read_text()),
                 greedy=test["after"]["greedy"][0], length=test["after"]["length"][0],
                 kl=sum(measured) / len(measured) if measured else None, seconds=seconds,
                 memory=test["peak_memory"] / 1e6)
 
 
-def line(script, runs):
+def draw(script, folder):
+    """The run's model answers each test problem -> a list of DRAWS zeros and ones for each."""
+    cfg, known = importlib.import_module(script).Config(), json.loads(
+        (folder / "config.json").read_text())
+    for field in fields(cfg):
+        setattr(cfg, field.name, known[field.name])
+    with contextlib.redirect_stdout(sys.stderr):  # the tables are all that goes to stdout
+        _, _, problems = load_problems(cfg)
+    policy, tokenizer = load_policy(str(folder), cfg.device)
+    solved, generator = [], step_generator(0, "compare")
+    for i in range(0, len(problems), 64):
+        part = problems[i : i + 64]
+        batch = sample(policy, tokenizer, [problem["ids"] for problem in part], DRAWS,
+                       cfg.max_new_tokens, 1.0, generator)
+        _, scores, _ = score({"last_number": last_number}, part, batch, tokenizer)
+        solved += scores.view(-1, DRAWS).int().tolist()
+    return solved
+
+
+def bootstrap(solved):
+    """(A scripts, S seeds, n problems), the share of right answers -> (RESAMPLES, A), mean shares.
+
+    In each resample, S seeds and n problems are drawn with replacement, the same ones for all
+    scripts: so the difference of two columns is that of paired runs.
+    """
+    _, S, n = solved.shape
+    generator = torch.Generator().manual_seed(0)
+    means = []
+    for _ in range(RESAMPLES):
+        seeds = torch.randint(S, (S,), generator=generator)
+        problems = torch.randint(n, (n,), generator=generator).bincount(minlength=n)
+        means.append((solved[:, seeds].mean(1) * problems).sum(1) / n)
+    return torch.stack(means)
+
+
+def interval(values, level):
+    """The middle `level` of numbers (R,) -> (low, high)."""
+    tail = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=values.dtype)
+    return values.quantile(tail).tolist()
+
+
+def line(script, runs, low, high):
     """One row: means over the seeds, and what each seed gave."""
     def mean(key):
         return sum(r[key] for r in runs) / len(runs)
-    each = ", ".join(f"{r['after']:.3f}" for r in runs)
+    after = [torch.tensor(r["solved"]).double().mean().item() for r in runs]
+    each = ", ".join(f"{share:.3f}" for share in after)
     sample, score, update = (sum(r["seconds"][i] for r in runs) / len(runs) for i in range(3))
     kl = "" if runs[0]["kl"] is None else f"{mean('kl'):.2f}"
     return (f"| {script}.py | {mean('completions'):,.0f} | {mean('before'):.3f} "
-            f"| **{mean('after'):.3f}** ({each}) | {mean('low'):.3f}-{mean('high'):.3f} "
+            f"| **{sum(after) / len(after):.3f}** ({each}) | {low:.3f}-{high:.3f} "
             f"| {mean('greedy'):.3f} | {kl} | {mean('length'):.1f} | {sample:.0f} | {score:.0f} "
             f"| {update:.0f} | {mean('memory'):.0f} |")
+
+
+def pairs(scripts, means, resampled):
+    """A table of the differences, best script first; means (A,), resampled (RESAMPLES, A)."""
+    order = means.argsort(descending=True).tolist()
+    count = len(scripts) * (len(scripts) - 1) // 2
+    print(f"\nShare of right answers, row minus column, in thousandths; {count} comparisons. *: the "
+          f"95 % interval excludes 0.\n**: so does the interval of 100 - 5 / {count} %, so that all "
+          "the ** together are right with 95 % confidence.\n")
+    print("| | " + " | ".join(scripts[j] for j in order[1:]) + " |\n" + "|---" * len(order) + "|")
+    for i, j in itertools.pairwise(range(len(order) + 1)):
+        cells = []
+        for other in order[1:]:
+            if other in order[:j]:
+                cells.append("")
+                continue
+            apart = resampled[:, order[i]] - resampled[:, other]
+            stars = ""
+            for level in (0.95, 1 - 0.05 / count):
+                low, high = interval(apart, level)
+                stars += "*" * (low > 0 or high < 0)
+            cells.append(f"{1000 * (means[order[i]] - means[other]):+.0f}{stars}")
+        if i < len(order) - 1:
+            print(f"| {scripts[order[i]]} | " + " | ".join(cells) + " |")
 
 
 def main():
@@ -84,13 +167,19 @@ def main():
             if flag[2:].partition("=")[0].replace("-", "_") not in known:
                 fail(f"{flag}: {script}.py has no such flag; name --scripts that have it")
     found = {script: [] for script in args.scripts}
-    for seed in args.seeds:  # the scripts take turns: a busy hour of the machine hits all of them
-        for script in args.scripts:
-            found[script].append(run(script, seed, flags))
+    bar = tqdm(itertools.product(args.seeds, args.scripts), dynamic_ncols=True,
+               total=len(args.seeds) * len(args.scripts))
+    for seed, script in bar:  # the scripts take turns: a busy hour of the machine hits all of them
+        bar.set_description(f"{script}, seed {seed}")
+        found[script].append(run(script, seed, flags))
+    solved = torch.tensor([[r["solved"] for r in runs] for runs in found.values()]).double().mean(3)
+    resampled = bootstrap(solved)
     print("| script | completions | before | after: mean (each seed) | its 95 % interval | greedy "
           "| KL | length | s sampling | s scoring | s updating | peak MB |\n" + "|---" * 12 + "|")
-    for script, runs in found.items():
-        print(line(script, runs))
+    for i, (script, runs) in enumerate(found.items()):
+        print(line(script, runs, *interval(resampled[:, i], 0.95)))
+    if len(found) > 1:
+        pairs(list(found), solved.mean((1, 2)), resampled)
 
 
 if __name__ == "__main__":
