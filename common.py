@@ -1,6 +1,6 @@
 """
-The mathematics that the scripts share. Every function takes tensors and numbers and returns
-tensors. Any of them can be pasted elsewhere; some need masked_mean() beside them.
+The mathematics that the scripts share: functions of tensors and numbers. Any of them can be pasted
+elsewhere; some need masked_mean() beside them.
 
 Letters: B prompts, K completions of each prompt, N = B K completions, n completions of a
 micro-batch; C completion tokens, P prompt tokens. The K completions of a prompt are neighbouring
@@ -37,14 +37,14 @@ def kl_estimate(logprobs, ref_logprobs, kind="k1"):
 
     With r = pi_ref / pi (Schulman, "Approximating KL divergence", joschu.net/blog/kl-approx.html):
       k1 = -log r         is unbiased and can be negative. It belongs in the reward. As a loss it
-                          does nothing, because its expected gradient is 0.
+                          only adds noise, because its expected gradient is 0.
       k2 = (log r)^2 / 2  is biased. As a loss, its expected gradient is that of KL(pi || pi_ref).
       k3 = r - 1 - log r  is unbiased and never negative. As a loss, its expected gradient is that
                           of the other KL, KL(pi_ref || pi).
-    The gradients of k2 and k3 are those of one state at a time: they leave out that a token also
-    decides which states come next. k1 in the reward counts that (docs/gradients.md says how far
-    apart they are). They hold while pi is the policy that drew the tokens. After an update they
-    hold approximately.
+    A state is the prompt and the tokens so far. The gradients of k2 and k3 are those of each state
+    by itself: they leave out that a token also decides which states come next. k1 in the reward
+    counts this; docs/gradients.md says how far apart they are. All of this is exact while pi is the
+    policy that drew the tokens, and approximate after an update.
     This function takes no mask: what it returns on padding means nothing.
     """
     log_r = ref_logprobs - logprobs
@@ -60,9 +60,10 @@ def kl_estimate(logprobs, ref_logprobs, kind="k1"):
 def normalize_rewards(scores, clip):
     """(score - mean) / std over the batch, clipped to [-clip, clip]: (N,) -> (N,).
 
-    The std divides by N - 1, because N is small enough to matter. Equal scores give exactly 0.
+    The std divides by N - 1, which is torch's default; with hundreds of completions it makes no
+    difference. 1e-8 is added to it. Equal scores give exactly 0.
     """
-    if scores.max() == scores.min():  # their std may be a rounding error, which would be divided by
+    if scores.max() == scores.min():  # or else their std may be a rounding error, and not 0
         return torch.zeros_like(scores)
     return ((scores - scores.mean()) / (scores.std() + 1e-8)).clamp(-clip, clip)
 
@@ -89,9 +90,9 @@ def ppo_clip_loss(logprobs, old_logprobs, advantages, mask, clip_eps=0.2):
     """-min(ratio * A, clip(ratio, 1 - eps, 1 + eps) * A), all (N, C) -> (loss, clip_frac), scalars.
 
     The mean over valid tokens of PPO's objective (arXiv 1707.06347, eq. 7), negated, because
-    optimizers minimise. clip_frac is the part of the tokens whose clipped value counts; they have
-    no gradient. While each ratio is 1, the loss is minus the mean of A: about 0 if a baseline was
-    subtracted, however good or bad the policy is. Only its gradient matters.
+    optimizers minimise. clip_frac is the fraction of the tokens for which the clipped value is
+    taken; they have no gradient. While each ratio is 1, the loss is minus the mean of A. If a mean
+    of the same batch was the baseline, that is about 0, however good the policy is.
     """
     ratio = torch.where(mask.bool(), logprobs - old_logprobs, 0).exp()
     unclipped = -advantages * ratio
@@ -108,7 +109,7 @@ def learning_rate(step, steps, warmup_steps, peak):
 
 
 def mini_batches(n, minibatch_size, group_size, epochs, generator):
-    """Shuffles whole groups of the n completions, `epochs` times -> yields row indices.
+    """Shuffles whole groups of the step's n completions, `epochs` times -> yields row indices.
 
     A mini-batch has at most minibatch_size rows, or one group if a group has more.
     """

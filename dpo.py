@@ -1,7 +1,7 @@
 """
 DPO, direct preference optimization (Rafailov et al., arXiv 2305.18290). The data are pairs of
-completions of a prompt x, of which one was preferred. The policy pi is trained on them directly:
-there is no reward model, and nothing is sampled. pi_ref is the policy before the training.
+completions of a prompt x, of which one was preferred. The policy pi is trained on them directly,
+without a reward model and without sampling. pi_ref is the policy before the training.
 
     log pi(y | x) = sum_t log pi(y_t | x, y_<t)               over the tokens of y, EOS included
     h(x, y) = beta * (log pi(y | x) - log pi_ref(y | x))      implicit reward of y
@@ -11,16 +11,17 @@ Why: let r(x, y) be a reward, and P = sigmoid(r(x, chosen) - r(x, rejected)) the
 chosen is preferred (Bradley-Terry model). The policy with the highest mean r - beta * KL(pi ||
 pi_ref) is
 
-    pi(y | x) = pi_ref(y | x) exp(r(x, y) / beta) / Z(x)      Z(x): the sum over all y that makes
-                                                              this a distribution
-Solved for r, this is r(x, y) = h(x, y) + beta log Z(x). In the difference of two completions of the
-same prompt Z(x) cancels, and the loss is -log P. So the KL has no term in the loss; it is in h. A
-larger beta reaches the same P with a policy that is closer to pi_ref.
+    pi(y | x) = pi_ref(y | x) exp(r(x, y) / beta) / Z(x)
+    Z(x)      = sum_y pi_ref(y | x) exp(r(x, y) / beta)       sum over all completions y of x
 
-At the start pi = pi_ref, so h is 0 and the loss is ln 2; its derivatives by log pi(chosen) and
-log pi(rejected) are -beta / 2 and +beta / 2. During the training both h may fall: chosen and
-rejected share tokens, so what makes one less likely often reaches the other. Watch the margin,
-h(chosen) - h(rejected), on held-out pairs.
+Solved for r, this is r(x, y) = h(x, y) + beta log Z(x). Put into P, the term with Z(x) cancels,
+because it is the same for both completions, and -log P is the loss. So the loss has no term for the
+KL: pi_ref and beta in h do its work. With a larger beta, the same P needs less distance to pi_ref.
+
+At the start pi = pi_ref, so every h is 0 and the loss is ln 2. The derivatives of a pair's loss
+with respect to log pi(chosen) and log pi(rejected) are then -beta / 2 and +beta / 2. During the
+training both h may fall: the two completions are often alike, so an update that makes one less
+likely reaches the other. Watch the margin, h(chosen) - h(rejected), on held-out pairs.
 
 --loss plackett_luce learns from rankings y_1, ..., y_K, best first (appendix A.3). The probability
 of a ranking is that of drawing the best of all, then the best of the rest, and so on:
@@ -29,9 +30,10 @@ of a ranking is that of drawing the best of all, then the best of the rest, and 
 
 Compared with sft.py:
   - each prompt has a better and a worse completion, and the loss compares them;
-  - log-probs count relative to pi_ref. pi_ref's are computed once, so no second model is kept.
+  - the loss has log-probs relative to those of pi_ref. These are computed once, before the
+    training, so no second model is kept.
 
-    python dpo.py                                      the toy, without a network: half a minute
+    python dpo.py                                      the toy, needs no internet: half a minute
     python dpo.py --model Qwen/Qwen2.5-0.5B-Instruct --data trl-lib/ultrafeedback_binarized
 
 What to expect of the toy, whose pairs are a right and a wrong answer of the toy's policy: before
@@ -60,7 +62,7 @@ class Config(RunConfig):  # more flags, such as --steps and --seed, are in plumb
     steps: Optional[int] = HfArg(default=None, help="training steps; None: --epochs decides")
     lr: float = HfArg(default=4e-4, help="AdamW learning rate at its peak")
     minibatch_size: int = HfArg(default=64, help="pairs per optimizer step")
-    micro_batch_size: int = HfArg(default=64, help="pairs per pass: memory, not results")
+    micro_batch_size: int = HfArg(default=64, help="pairs per pass; changes no result")
     epochs: int = HfArg(default=1, help="passes over the data, unless --steps is given")
     prompts: int = HfArg(default=1920, help="toy, words: prompts to sample pairs for")
     beta: float = HfArg(default=0.5, help="the larger, the closer to the reference policy")
@@ -68,14 +70,14 @@ class Config(RunConfig):  # more flags, such as --steps and --seed, are in plumb
         default="bradley_terry", help="for pairs, or for rankings (column completions, best first)")
 
 
-# The defaults above are the toy's. These are a real model's on a GPU; on a CPU they are smaller.
+# The defaults above are for the toy, these for a real model on a GPU; a CPU gets smaller ones.
 REAL = dict(lr=1e-6, micro_batch_size=4, max_new_tokens=512, eval_prompts=256, prompts=1024,
             beta=0.1)
 
 
 def dpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps,
              beta):
-    """Four sums of log-probs, (B,) each -> losses, h(chosen), h(rejected), (B,) each. DPO, eq. 7."""
+    """Four log pi(y | x), each (B,) -> losses, h(chosen), h(rejected), each (B,). DPO, eq. 7."""
     chosen_rewards = beta * (policy_chosen_logps - ref_chosen_logps)
     rejected_rewards = beta * (policy_rejected_logps - ref_rejected_logps)
     losses = -F.logsigmoid(chosen_rewards - rejected_rewards)
@@ -83,7 +85,7 @@ def dpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_r
 
 
 def plackett_luce_loss(policy_logps, ref_logps, beta):
-    """Sums of log-probs of K completions, best first: (B, K), (B, K) -> (B,). DPO, eq. 20."""
+    """log pi(y | x) of K completions, best first: (B, K), (B, K) -> losses (B,). DPO, eq. 20."""
     rewards = beta * (policy_logps - ref_logps)
     rest = rewards.flip(1).logcumsumexp(1).flip(1)  # (B, K), log sum_{j >= k} exp h_j
     return (rest - rewards).sum(1)
@@ -103,13 +105,13 @@ def train(cfg):
         return for_all_completions(lambda batch: all_logprobs(
             policy, batch, cfg.micro_batch_size, temperature=1.0).sum(1), problems, cfg)
 
-    # All that this run will see: the steps draw from one shuffled order, so one long draw has it.
+    # All that this run will use: its steps take one shuffled order in pieces, this takes it whole.
     seen = draw_problems(problems, 0, min(cfg.steps * cfg.minibatch_size, len(problems)), cfg.seed)
     seen += [problem for problem in validation + test if "targets" in problem]
     for problem, ref_logps in zip(seen, data_logps(seen).tolist()):
-        problem["ref_logps"] = ref_logps  # K numbers, before run.open() may load other weights
+        problem["ref_logps"] = ref_logps  # K numbers; with --resume, run.open() changes the weights
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.99),
-                                  weight_decay=cfg.weight_decay, fused=True)  # 0.99: short runs
+                                  weight_decay=cfg.weight_decay, fused=True)  # 0.99 for short runs
 
     def rewards_of(problems):  # (B, K), h, the implicit rewards
         ref_logps = torch.tensor([problem["ref_logps"] for problem in problems]).to(cfg.device)
@@ -117,14 +119,14 @@ def train(cfg):
     run.open(policy, tokenizer, validation, test, rewards_of=rewards_of, optimizer=optimizer)
 
     for step in run.steps():
-        # 1. Batch: the completions of this step, from the data. Nothing is sampled or scored.
+        # 1. Batch: the completions of this step, from the data. Nothing is sampled.
         step_problems = draw_problems(problems, step, cfg.minibatch_size, cfg.seed)
         batch = make_batch([problem["ids"] for problem in step_problems],
                            sum((problem["targets"] for problem in step_problems), []), cfg.device)
         mask = batch.mask  # (N, C); rows i K to i K + K - 1 are the completions of prompt i
         ref_logps = torch.tensor([problem["ref_logps"] for problem in step_problems]).to(cfg.device)
 
-        # 2. Update. by_row: a micro-batch's part of the batch's rows, which is its weight.
+        # 2. Update. by_row: a micro-batch's fraction of the batch's rows, the weight of its mean.
         stats = Means()
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg.steps, cfg.warmup_steps, cfg.lr)
         optimizer.zero_grad()

@@ -1,24 +1,28 @@
 """
 GRPO, group relative policy optimization (DeepSeekMath, arXiv 2402.03300). The policy pi answers
-each prompt K times, and each completion gets a score. Its advantage says by how many standard
-deviations it is better than the mean of the prompt's K completions. If that is above 0 it becomes
-more likely, else less likely. pi_ref is a copy of the policy from before the training.
+each prompt K times, and each completion gets a score. The advantage of a completion says by how
+many standard deviations its score is above the mean of the prompt's K scores. If the advantage is
+above 0 the completion becomes more likely, if it is below 0 less likely. pi_ref is a copy of the
+policy from before the training; the KL keeps the policy near it.
 
     A_i  = (score_i - mean) / (std + 1e-4)                    over the K completions of the prompt
     ratio_t = pi / pi_old                                     of token t; pi_old sampled the batch
     k3_t = r_t - 1 - log r_t,  r_t = pi_ref / pi              an estimate of KL(pi || pi_ref)
     loss = mean_i mean_t [-min(ratio_t A_i, clip(ratio_t, 1 - eps, 1 + eps) A_i) + kl_coef * k3_t]
-           first over the tokens of a completion, then over completions
+           mean_t: over the tokens of a completion, then mean_i: over the mini-batch's completions
 
-Both divisions change the direction of the gradient. With the std, a prompt whose K scores nearly
-agree counts as much as any other. With the mean over its tokens, a token of a long completion
-counts less than one of a short completion: it is pushed up less if A > 0, and down less if A < 0.
-k3 estimates KL(pi || pi_ref), but its gradient is that of KL(pi_ref || pi); see kl_estimate().
+Two divisions, by the std and by the number of tokens, turn the gradient away from that of the mean
+score. Because of the std, a prompt whose K scores nearly agree counts as much as any other. Because
+of mean_t, a token of a long completion counts less than one of a short completion: it is pushed up
+less if A > 0, and down less if A < 0. docs/gradients.md says how far the gradient turns.
+k3 estimates KL(pi || pi_ref), but its expected gradient is that of KL(pi_ref || pi): see
+kl_estimate() in common.py.
 
---process: process supervision. Each reasoning step of a completion has a reward too, which is
-normalised over all reasoning steps of the prompt's K completions. A_t is the sum of these rewards
-from the reasoning step of token t on. The reward of the last one is the score. If a right last
-step were paid as such, an answer that stops after its first right step would be paid in full.
+--process, process supervision: each reasoning step of a completion has a reward, 0 or 1. These are
+normalised over all reasoning steps of the prompt's K completions, and A_t is the sum of the
+normalised rewards of the reasoning step of token t and of later ones. The reward of the last step
+is the score of the completion. If it were 1 for any right step, a completion that stops after one
+right step would get the best rewards.
 
 Compared with rloo.py:
   - the baseline is the mean of all K, the completion itself included;
@@ -26,12 +30,12 @@ Compared with rloo.py:
   - the KL is in the loss, as k3, and not in the reward;
   - each completion counts the same in the loss, however long it is.
 
-    python grpo.py                                      the toy, without a network: half a minute
+    python grpo.py                                      the toy, needs no internet: half a minute
     python grpo.py --model Qwen/Qwen2.5-0.5B-Instruct   a real model, on one CUDA GPU
 
-What to expect of the toy: asked 8+9-5=, it answers 12, or shows its work, 8+9=17,17-5=12. Before
-the training 0.6 of its answers to held-out problems are right and half of them show the work. After
-it 0.95 are right and nearly all show the work.
+What to expect of the toy: asked 8+9-5=, it writes 12, or shows its work and writes 8+9=17,17-5=12.
+Before the training, 0.6 of all answers to held-out problems are right, and half of all answers
+show the work. After it, 0.95 of all are right, and nearly all show the work.
 """
 import copy
 from dataclasses import dataclass
@@ -64,7 +68,7 @@ class Config(RunConfig):  # more flags, such as --steps and --seed, are in plumb
     process: bool = HfArg(default=False, help="also a reward for each reasoning step (only toy)")
 
 
-# The defaults above are the toy's. These are a real model's on a GPU; on a CPU they are smaller.
+# The defaults above are for the toy, these for a real model on a GPU; a CPU gets smaller ones.
 REAL = dict(steps=200, lr=1e-6, minibatch_size=128, micro_batch_size=8, max_new_tokens=256,
             kl_coef=0.04, eval_prompts=256)
 
@@ -72,7 +76,7 @@ REAL = dict(steps=200, lr=1e-6, minibatch_size=128, micro_batch_size=8, max_new_
 def group_advantages(scores, group_size):
     """(score - mean) / (std + 1e-4) of its group: (N,) -> (N,). DeepSeekMath, section 4.1.2.
 
-    The std divides by K - 1, and 1e-4 is added to it, as in TRL; the paper says neither. If all
+    The std divides by K - 1, and 1e-4 is added to it, both as in TRL; the paper has neither. If all
     scores of a group are equal, the result is exactly 0, and not a rounding error divided by 1e-4.
     """
     groups = scores.view(-1, group_size)
@@ -92,8 +96,9 @@ def process_advantages(step_rewards, step_ends, mask, group_size):
         steps = [(i, end, reward) for i in range(first, first + group_size)
                  for end, reward in zip(step_ends[i], step_rewards[i])]
         rewards = torch.tensor([reward for _, _, reward in steps], dtype=advantages.dtype)
-        for (i, end, _), A in zip(steps, group_advantages(rewards, max(len(steps), 1)).tolist()):
-            advantages[i, : end + 1] += A
+        normalized = group_advantages(rewards, max(len(steps), 1)).tolist()
+        for (i, end, _), reward in zip(steps, normalized):
+            advantages[i, : end + 1] += reward
     return torch.where(mask.bool(), advantages, 0)
 
 
@@ -107,11 +112,11 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, clip_eps, 
               aggregate=response_mean):
     """The loss above, from tensors (N, C), advantages (N,) or (N, C) -> (loss, clip_frac), scalars.
 
-    aggregate makes one number of the tokens' losses; masked_mean is DAPO's. clip_frac is the part
-    of the tokens whose clipped value counts; their only gradient is that of k3.
+    aggregate makes one number of the tokens' losses; the variant DAPO takes masked_mean. clip_frac
+    is the fraction of the tokens for which the clipped value is taken.
     """
     A = advantages if advantages.dim() == 2 else advantages[:, None]
-    logprobs, old_logprobs, ref_logprobs = (  # now, or nan on padding would reach the gradient
+    logprobs, old_logprobs, ref_logprobs = (  # first, or nan on padding would reach the gradient
         torch.where(mask.bool(), x, 0) for x in (logprobs, old_logprobs, ref_logprobs))
     ratio = (logprobs - old_logprobs).exp()
     unclipped, clipped = -A * ratio, -A * ratio.clamp(1 - clip_eps, 1 + clip_eps)
@@ -123,14 +128,14 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, clip_eps, 
 
 def train(cfg):
     if cfg.process and cfg.data != "toy":
-        fail(f"--process: --data {cfg.data} cannot tell whether a step is right; leave it out")
+        fail(f"--process: --data {cfg.data} can't say whether a step is right; leave --process out")
     run = Run(cfg, "grpo")
     problems, validation, test = load_problems(cfg)
     rewards = load_rewards(cfg, problems + validation + test)
     policy, tokenizer = load_policy(cfg.model, cfg.device)
     ref_model = copy.deepcopy(policy).requires_grad_(False) if cfg.kl_coef else None
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.99),
-                                  weight_decay=cfg.weight_decay, fused=True)  # 0.99: short runs
+                                  weight_decay=cfg.weight_decay, fused=True)  # 0.99 for short runs
     run.open(policy, tokenizer, validation, test, rewards, optimizer=optimizer)
 
     for step in run.steps():
@@ -148,21 +153,22 @@ def train(cfg):
         texts, scores, reward_means = score(rewards, step_problems, batch, tokenizer, step)
         ref_logprobs = old_logprobs if ref_model is None else all_logprobs(
             ref_model, batch, cfg.micro_batch_size, cfg.temperature)  # without a reference, kl is 0
-        kl = kl_estimate(old_logprobs, ref_logprobs, "k1")  # (N, C), log(pi_old / pi_ref)
+        kl = kl_estimate(old_logprobs, ref_logprobs, "k1")  # (N, C); both are 0 on padding
         if step == 0:
             check_first_step(policy, batch, scores, kl, cfg)  # warns if ratio != 1 or kl != 0
         run.lap("score")
 
-        # 3. Advantages: how much better than the baseline is each completion? Without gradient.
+        # 3. Advantages: how far above the baseline is each return? No gradient flows through them.
         if cfg.process:
             step_rewards, step_ends = score_steps(step_problems, batch, texts, scores, tokenizer)
             advantages = process_advantages(step_rewards, step_ends, mask, cfg.group_size)
         else:
             advantages = group_advantages(scores, cfg.group_size)
 
-        # 4. Update, once per mini-batch. The tensors above are fixed for this step; logprobs are
-        # computed again, with gradient. old_logprobs are the sampler's, so until the first update
-        # each ratio is 1. by_token, by_row: a micro-batch's part of the mini-batch's tokens, rows.
+        # 4. Update, once per mini-batch. All tensors above stay fixed; only logprobs are computed
+        # again, with gradient. Until the first update of the step, the weights are those that
+        # sampled, so each ratio is 1. by_token is a micro-batch's fraction of the mini-batch's
+        # tokens, by_row of its rows: with these weights, its parts add up to the mini-batch's mean.
         stats = Means()
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg.steps, cfg.warmup_steps, cfg.lr)
         for minibatch in mini_batches(len(scores), cfg.minibatch_size, cfg.group_size, cfg.epochs,

@@ -1,24 +1,28 @@
 """
 ORPO, odds ratio preference optimization (Hong et al., arXiv 2403.07691). The data are pairs of
-completions of a prompt x, of which one was preferred. The policy pi is trained on the preferred one
-as in SFT, and a second term makes the other one less likely. There is no reference policy.
+completions of a prompt x, chosen and rejected. The policy pi is trained on chosen as in SFT, and a
+second term pushes the odds of chosen above those of rejected. There is no reference policy, and SFT
+and preference learning are one stage.
 
     p(y)    = exp(mean_t log pi(y_t | x, y_<t))               mean over y's tokens, EOS included
     odds(y) = p(y) / (1 - p(y))
     OR      = odds(chosen) / odds(rejected)                   odds ratio
     loss    = -log p(chosen) - beta * log sigmoid(log OR)     eq. 6 and 7; beta is lambda there
 
-The first term is SFT's. In a batch, it is a mean over the tokens of all chosen completions; the
-second term is a mean over the pairs. The tokens of the prompt are not targets, as in the paper's
-text; TRL includes them. The gradient of the second term has the factor 1 / (1 + OR), which becomes
-small once chosen is well ahead. p is a mean per token because the probability of a long text is
-nearly 0, and then its odds are no different from it.
+The first term is SFT's. In a batch, it is a mean over the tokens of all chosen completions, so a
+long one counts more; the second term is a mean over the pairs. The tokens of the prompt are not
+targets, as in the paper; TRL includes them. log p is a mean over tokens: the probability of a whole
+long text is nearly 0, so 1 - p would be 1, and the odds would be the probability.
+
+Why odds: the derivative of the second term with respect to log p(chosen) is -beta / (1 + OR) /
+(1 - p(chosen)). The factor 1 / (1 + OR) becomes small once chosen is well ahead. The factor
+1 / (1 - p) makes it large for tokens that are nearly certain.
 
 Compared with dpo.py:
-  - odds take the place of the log-probs relative to pi_ref, which is not needed;
+  - the loss has odds, in the place of log-probs relative to pi_ref, so no pi_ref is needed;
   - SFT's loss is a part of the loss.
 
-    python orpo.py                                      the toy, without a network: half a minute
+    python orpo.py                                      the toy, needs no internet: half a minute
     python orpo.py --model Qwen/Qwen2.5-0.5B --data trl-lib/ultrafeedback_binarized
 
 What to expect of the toy, whose pairs are a right and a wrong answer of the toy's policy: before
@@ -48,21 +52,21 @@ class Config(RunConfig):  # more flags, such as --steps and --seed, are in plumb
     steps: Optional[int] = HfArg(default=None, help="training steps; None: --epochs decides")
     lr: float = HfArg(default=3e-4, help="AdamW learning rate at its peak")
     minibatch_size: int = HfArg(default=64, help="pairs per optimizer step")
-    micro_batch_size: int = HfArg(default=64, help="pairs per pass: memory, not results")
+    micro_batch_size: int = HfArg(default=64, help="pairs per pass; changes no result")
     epochs: int = HfArg(default=1, help="passes over the data, unless --steps is given")
     prompts: int = HfArg(default=1920, help="toy, words: prompts to sample pairs for")
     beta: float = HfArg(default=0.1, help="weight of the odds ratio term, lambda in the paper")
 
 
-# The defaults above are the toy's. These are a real model's on a GPU; on a CPU they are smaller.
+# The defaults above are for the toy, these for a real model on a GPU; a CPU gets smaller ones.
 REAL = dict(lr=5e-6, micro_batch_size=4, max_new_tokens=512, eval_prompts=256, prompts=1024)
 
 
 def odds_ratio_loss(chosen_mean_logps, rejected_mean_logps):
-    """-log sigmoid(log OR) of the mean log-probs log p: (B,), (B,) -> (B,). ORPO, eq. 7.
+    """log p of chosen and of rejected, (B,) each -> -log sigmoid(log OR), (B,). ORPO, eq. 7.
 
     log(1 - p) is computed as log(-expm1(log p)), which keeps its digits where p is near 1. At p = 1
-    it would be -inf, so log p is kept one rounding step below 0.
+    it would be -inf, so p is kept at least one rounding step below 1.
     """
     def log_odds(logps):
         logps = logps.clamp(max=-torch.finfo(logps.dtype).eps)
@@ -77,7 +81,7 @@ def train(cfg):
     cfg.steps = cfg.steps or math.ceil(cfg.epochs * len(problems) / cfg.minibatch_size)
     policy, tokenizer = load_policy(cfg.model, cfg.device)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.99),
-                                  weight_decay=cfg.weight_decay, fused=True)  # 0.99: short runs
+                                  weight_decay=cfg.weight_decay, fused=True)  # 0.99 for short runs
 
     def rewards_of(problems):  # (B, K), log p of their completions, without gradient
         return for_all_completions(lambda batch: all_logprobs(
@@ -86,13 +90,13 @@ def train(cfg):
     run.open(policy, tokenizer, validation, test, rewards_of=rewards_of, optimizer=optimizer)
 
     for step in run.steps():
-        # 1. Batch: the completions of this step, from the data. Nothing is sampled or scored.
+        # 1. Batch: the completions of this step, from the data. Nothing is sampled.
         step_problems = draw_problems(problems, step, cfg.minibatch_size, cfg.seed)
         batch = make_batch([problem["ids"] for problem in step_problems],
                            sum((problem["targets"] for problem in step_problems), []), cfg.device)
         mask = batch.mask  # (N, C); rows i K to i K + K - 1 are the completions of prompt i
 
-        # 2. Update. by_row: a micro-batch's part of the batch's rows, which is its weight.
+        # 2. Update. by_row: a micro-batch's fraction of the batch's rows, the weight of its mean.
         stats = Means()
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg.steps, cfg.warmup_steps, cfg.lr)
         optimizer.zero_grad()
@@ -100,18 +104,18 @@ def train(cfg):
                                              K * cfg.micro_batch_size):
             logprobs = token_logprobs(policy, batch, rows, temperature=1.0)        # (n, C)
             mean_logps = (logprobs.sum(dim=1) / mask[rows].sum(dim=1)).view(-1, K)  # (n / K, K)
-            # This micro-batch's part of both means. Rows 0, K, 2 K, ... and column 0 are chosen.
+            # mask is the whole batch's, so this is a part of its mean. Row 0 of each K is chosen.
             nll = -logprobs[::K].sum() / mask[::K].sum()
             loss = nll + by_row * cfg.beta * odds_ratio_loss(*mean_logps.T).mean()
             loss.backward()
-            stats.add_parts(1, loss=loss)
+            stats.add_parts(1, loss=loss)  # both terms have their weights already
             stats.add_parts(by_row, **preference_stats(mean_logps))
         grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm,
                                                    error_if_nonfinite=True)
         optimizer.step()
         stats.end_minibatch(grad_norm=grad_norm, lr=optimizer.param_groups[0]["lr"])
 
-        # 3. Log. The loss falls, like SFT's.
+        # 3. Log. The loss shows progress: it falls.
         run.log(step, **stats())
         run.end_step(step)  # validation, checkpoint, when due
 

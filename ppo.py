@@ -1,40 +1,44 @@
 """
 PPO (Schulman et al., arXiv 1707.06347) as it is used on language models. The policy pi answers
 prompts x with completions y, and each completion gets a score. A second network, the critic V,
-predicts before each token how much reward is still to come. A token becomes more likely if more
-came than V predicted, else less likely. pi_ref is a copy of the policy from before the training.
+predicts before each token how much reward is still to come. What comes minus what V predicted is
+the advantage of the token. Tokens with an advantage above the batch's mean become more likely, the
+others less likely. pi_ref is a copy of the policy from before the training.
 
     kl_t = log(pi_old / pi_ref)                               of token t; pi_old sampled the batch
-    r_t  = [t is the last token] * score - kl_coef * kl_t     reward of token t; the score is raw
-    delta_t = r_t + gamma * V_old_{t+1} - V_old_t             what came minus what V_old predicted
+    r_t  = [t is the last token] * score - kl_coef * kl_t     reward; the score is not normalised
+    delta_t = r_t + gamma * V_old_{t+1} - V_old_t             V_old is 0 after the last token
     A_t  = delta_t + gamma * lam * A_{t+1}                    advantage by GAE
     R_t  = A_t + V_old_t                                      return, which V learns to predict
     A'_t = (A_t - mean) / std                                 over all tokens of the batch
-    ratio_t = pi / pi_old                                     of token t; 1 before the first update
-    loss = -mean_t min(ratio_t A'_t, clip(ratio_t, 1 - eps, 1 + eps) A'_t)
+    ratio_t = pi / pi_old                                     of token t
+    loss = -mean_t min(ratio_t A'_t, clip(ratio_t, 1 - eps, 1 + eps) A'_t)   over the mini-batch
     V'_t = clip(V_t, V_old_t - v, V_old_t + v)                v: value_clip
     value_loss = mean_t max((V_t - R_t)^2, (V'_t - R_t)^2) / 2
 
 pi_old, V_old, A and R are computed once per step; pi and V change with every mini-batch.
 
-V_t is read where the policy chooses y_t. So it depends on x and y_<t and not on y_t, which makes it
-a valid baseline. With lam = 1, A_t is the sum of the rewards from t on, minus V_old_t: it is right
-on average, but noisy. With lam = 0, A_t is delta_t: it is less noisy, but wrong where V is wrong.
-The critic starts as a copy of the policy with a new head, which gives one number, at first 0. Then
-it shares nothing with the policy. It has its own learning rate, and it costs as much again as the
-policy in memory and in the time of an update.
+V_t is read where the policy chooses y_t. So it depends on x and y_<t and not on y_t, and therefore
+subtracting it does not bias the gradient. With lam = 1, A_t is the (discounted) sum of the rewards
+from t on, minus V_old_t: it is right on average, but noisy. With lam = 0, A_t is delta_t: it is
+less noisy, but biased where V is wrong.
+
+The critic is a copy of the policy with a new head, which gives one number, at first 0. It shares no
+weights with the policy. It has its own learning rate, and costs as much again as the policy in
+memory and in the time of an update. Clipping the values is not in the paper, but in its authors'
+code.
 
 Compared with reinforce_pp.py:
   - the critic is the baseline, instead of the mean return of the batch;
   - lam sets how far ahead A_t looks;
   - the scores are not normalised, because V learns their size.
 
-    python ppo.py                                      the toy, without a network: a minute
+    python ppo.py                                      the toy, needs no internet: a minute
     python ppo.py --model Qwen/Qwen2.5-0.5B-Instruct   a real model, on one CUDA GPU
 
-What to expect of the toy: asked 8+9-5=, it answers 12, or shows its work, 8+9=17,17-5=12. Before
-the training 0.6 of its answers to held-out problems are right and half of them show the work. After
-it 0.95 are right and nearly all show the work.
+What to expect of the toy: asked 8+9-5=, it writes 12, or shows its work and writes 8+9=17,17-5=12.
+Before the training, 0.6 of all answers to held-out problems are right, and half of all answers
+show the work. After it, 0.95 of all are right, and nearly all show the work.
 """
 import copy
 from dataclasses import dataclass
@@ -71,7 +75,7 @@ class Config(RunConfig):  # more flags, such as --steps and --seed, are in plumb
     critic_warmup: int = HfArg(default=0, help="first steps, in which only the critic learns")
 
 
-# The defaults above are the toy's. These are a real model's on a GPU; on a CPU they are smaller.
+# The defaults above are for the toy, these for a real model on a GPU; a CPU gets smaller ones.
 REAL = dict(steps=200, lr=1e-6, minibatch_size=128, micro_batch_size=8, max_new_tokens=256,
             kl_coef=0.001, eval_prompts=256, critic_lr=1e-5)
 
@@ -119,8 +123,8 @@ def value_loss(values, old_values, returns, mask, value_clip):
 def explained_variance(values, returns, mask):
     """1 - Var(returns - V) / Var(returns), over valid tokens: (N, C) -> scalar.
 
-    Take returns_to_go() and not GAE's returns, which have V in them. 1: V predicted them exactly;
-    0: V is no better than a constant, or all returns are equal; below 0: V is worse than that.
+    Take returns_to_go() and not GAE's returns, which have V in them. 1: V predicted them, up to a
+    constant; 0: V is no better than a constant, or all are equal; below 0: V is worse than that.
     """
     def variance(x):
         return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
@@ -137,7 +141,7 @@ def train(cfg):
     policy, tokenizer = load_policy(cfg.model, cfg.device)
     ref_model = copy.deepcopy(policy).requires_grad_(False) if cfg.kl_coef else None
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.99),
-                                  weight_decay=cfg.weight_decay, fused=True)  # 0.99: short runs
+                                  weight_decay=cfg.weight_decay, fused=True)  # 0.99 for short runs
     critic = make_critic(policy)
     optimizer.add_param_group(dict(params=critic.parameters()))  # param_groups[1]
     run.open(policy, tokenizer, validation, test, rewards, optimizer=optimizer, critic=critic)
@@ -157,21 +161,22 @@ def train(cfg):
         texts, scores, reward_means = score(rewards, step_problems, batch, tokenizer, step)
         ref_logprobs = old_logprobs if ref_model is None else all_logprobs(
             ref_model, batch, cfg.micro_batch_size, cfg.temperature)  # without a reference, kl is 0
-        kl = kl_estimate(old_logprobs, ref_logprobs, "k1")  # (N, C), log(pi_old / pi_ref)
+        kl = kl_estimate(old_logprobs, ref_logprobs, "k1")  # (N, C); both are 0 on padding
         old_values = all_values(critic, batch, cfg.micro_batch_size)             # (N, C)
         if step == 0:
             check_first_step(policy, batch, scores, kl, cfg)  # warns if ratio != 1 or kl != 0
         run.lap("score")
 
-        # 3. Advantages: how much better than the baseline is each completion? Without gradient.
+        # 3. Advantages: how far above the baseline is each return? No gradient flows through them.
         shaped = token_rewards(scores, kl, mask, cfg.kl_coef)                    # (N, C)
         advantages, returns = gae(shaped, old_values, mask, cfg.gamma, cfg.lam)
-        advantages = whiten(advantages, mask)  # after the returns, which V learns, were made of it
+        advantages = whiten(advantages, mask)  # only now, because the returns are A + V_old
         explained = explained_variance(old_values, returns_to_go(shaped, mask, cfg.gamma), mask)
 
-        # 4. Update, once per mini-batch. The tensors above are fixed for this step; logprobs are
-        # computed again, with gradient. old_logprobs are the sampler's, so until the first update
-        # each ratio is 1. by_token, by_row: a micro-batch's part of the mini-batch's tokens, rows.
+        # 4. Update, once per mini-batch. All tensors above stay fixed; only logprobs are computed
+        # again, with gradient. Until the first update of the step, the weights are those that
+        # sampled, so each ratio is 1. by_token is a micro-batch's fraction of the mini-batch's
+        # tokens, by_row of its rows: with these weights, its parts add up to the mini-batch's mean.
         stats = Means()
         stats.add(1, explained_var=explained)
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg.steps, cfg.warmup_steps, cfg.lr)
@@ -190,10 +195,9 @@ def train(cfg):
                 stats.add_parts(by_token, clip_frac=clip_frac)
                 (loss * by_token).backward()
                 stats.add_parts(by_token, loss=loss)
-                values = token_values(critic, batch, rows)                       # (n, C)
-                error, clipped = value_loss(values, old_values[rows], returns[rows], mask[rows],
-                                            cfg.value_clip)
-                (error * by_token).backward()  # after the policy's, whose activations are freed
+                error, clipped = value_loss(token_values(critic, batch, rows), old_values[rows],
+                                            returns[rows], mask[rows], cfg.value_clip)
+                (error * by_token).backward()  # after the policy's, which freed its activations
                 stats.add_parts(by_token, value_loss=error, value_clip_frac=clipped)
             grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm,
                                                        error_if_nonfinite=True)

@@ -1,42 +1,47 @@
 """
 PRIME (Cui et al., arXiv 2502.01456): a reward for every token, learned from the scores of whole
 completions. The policy pi answers each prompt K times, and each completion gets a score from 0
-(wrong) to 1 (right). A second network, the implicit reward model prm, starts as a copy of the
-reference pi_ref, the policy before the training. It learns to tell right completions from wrong
-ones by what it finds more likely than pi_ref does, and that difference is each token's reward.
+(wrong) to 1 (right). A second network, the process reward model prm, starts as a copy of the
+reference pi_ref, the policy before the training. It is trained to give right completions a higher
+probability than pi_ref does, and wrong ones a lower one. The reward of a token is beta times the
+difference of the two log-probs.
 
     q_t  = beta * log(prm / pi_ref)                           implicit reward of token t
     p_i  = sigmoid(sum_t q_t)                                 prm's probability that i is right
-    prm_loss = -mean_i [score_i log p_i + (1 - score_i) log(1 - p_i)]
+    prm_loss = -mean_i [score_i log p_i + (1 - score_i) log(1 - p_i)]        over the mini-batch
     Q_j  = mean_t q_t                                         over the tokens of completion j
     A_t  = sum_{u >= t} gamma^(u - t) (q_u - mean of Q_j over the prompt's other K - 1)
            + score_i - mean of score_j over the prompt's other K - 1
     ratio_t = pi / pi_old                                     of token t; pi_old sampled the batch
-    loss = -mean_t min(ratio_t A_t, clip(ratio_t, 1 - eps, 1 + eps) A_t)     over the batch's tokens
+    loss = -mean_t min(ratio_t A_t, clip(ratio_t, 1 - eps, 1 + eps) A_t)     over the mini-batch
 
-q is that of prm before its update in this step, so it is 0 in the first step.
+q is that of prm before its updates in this step, so it is 0 in the first step. If the mean of the
+others' Q_j is above 0, a token with a lower q has a negative part in A_t, so shorter completions
+can be better.
 
-A single q_t means something, although only the sum is trained (arXiv 2412.01981). Suppose pi_ref
-writes the rest of a completion. Given the tokens up to t, the mean of exp(sum of all q / beta) is
-then exp((q_1 + ... + q_t) / beta), because the mean of prm / pi_ref under pi_ref is 1. So q_1 + ...
-+ q_t is a soft mean of the final sum, and q_t is the change that token t made in it. If the mean of
-the others' Q_j is above 0, each further token costs that much, and completions become shorter.
+Only the sum of q is trained, but a single q_t has a meaning too (arXiv 2412.01981):
 
-A_t is eq. 5 of the paper. The authors' code has (q_t - mean of all K means) * K / (K - 1) instead.
-For scores both are the same. For q_t theirs also multiplies the differences within a completion by
-K / (K - 1). Their code also discounts the score and normalises A_t; the paper and this script do
-neither.
+    q_1 + ... + q_t = beta * log E[exp((q_1 + ... + q_C) / beta)]            C: the last token
+
+where E is over completions that pi_ref continues after token t. This holds because the mean of
+prm / pi_ref under pi_ref is 1. So the sum up to t is a soft mean of the final sum, and q_t is the
+change that token t made in it.
+
+A_t is eq. 5 of the paper. The authors' code has (q_t - mean of all K means) * K / (K - 1) in place
+of q_t - mean of Q_j, which is larger by (q_t - Q_i) / (K - 1). For the scores the two formulas are
+the same. Their code also discounts the score, if gamma < 1, and normalises A_t; the paper and this
+script do neither.
 
 Compared with rloo.py:
   - every token has a reward of its own, from prm, in addition to the score;
-  - no KL: pi_ref is needed for q.
+  - there is no KL penalty; pi_ref is needed for q.
 
-    python prime.py                                      the toy, without a network: a minute
+    python prime.py                                      the toy, needs no internet: a minute
     python prime.py --model Qwen/Qwen2.5-0.5B-Instruct   a real model, on one CUDA GPU
 
-What to expect of the toy: asked 8+9-5=, it answers 12, or shows its work, 8+9=17,17-5=12. Before
-the training 0.6 of its answers to held-out problems are right and half of them show the work. After
-it 0.95 are right and nearly all show the work.
+What to expect of the toy: asked 8+9-5=, it writes 12, or shows its work and writes 8+9=17,17-5=12.
+Before the training, 0.6 of all answers to held-out problems are right, and half of all answers
+show the work. After it, 0.95 of all are right, and nearly all show the work.
 """
 import copy
 from dataclasses import dataclass
@@ -72,7 +77,7 @@ class Config(RunConfig):  # more flags, such as --steps and --seed, are in plumb
     accuracy_filter: float = HfArg(default=0.0, help="drop prompts of mean score < it or > 1 - it")
 
 
-# The defaults above are the toy's. These are a real model's on a GPU; on a CPU they are smaller.
+# The defaults above are for the toy, these for a real model on a GPU; a CPU gets smaller ones.
 REAL = dict(steps=200, lr=5e-7, minibatch_size=128, micro_batch_size=8, max_new_tokens=256,
             eval_prompts=256, prm_lr=1e-6)
 
@@ -94,10 +99,10 @@ def implicit_reward_loss(prm_logprobs, ref_logprobs, mask, labels, beta):
 def prime_advantages(process_rewards, scores, mask, group_size, gamma=1.0):
     """A_t, of q (N, C), scores (N,), mask (N, C) -> (N, C). PRIME, eq. 5."""
     q = torch.where(mask.bool(), process_rewards, 0)
-    means = q.sum(dim=1) / mask.sum(dim=1).clamp(min=1)                           # (N,)
+    means = q.sum(dim=1) / mask.sum(dim=1).clamp(min=1)                           # (N,), Q
     # leave_one_out_advantages(x) is x - the mean of the others' x.
-    others = means - leave_one_out_advantages(means, group_size)                  # (N,)
-    process = returns_to_go(q - others[:, None], mask, gamma)
+    others_mean = means - leave_one_out_advantages(means, group_size)             # (N,)
+    process = returns_to_go(q - others_mean[:, None], mask, gamma)
     outcome = leave_one_out_advantages(scores, group_size)
     return torch.where(mask.bool(), process + outcome[:, None], 0)
 
@@ -111,8 +116,9 @@ def filter_by_accuracy(scores, group_size, margin):
 def prm_stats(q, scores, step_rewards=(), step_ends=()):
     """For the log: q (N, C), scores (N,), and two lists of N from score_steps() -> dict of scalars.
 
-    They say of each reasoning step whether it is right (1) or not (0), and where it ends. Of wrong
-    answers of several steps, step_found: how often the first wrong step has the lowest sum of q.
+    step_rewards and step_ends say of each reasoning step whether it is right, 1 or 0, and where it
+    ends. step_found is how often, in wrong answers of several steps, the first wrong step has the
+    lowest sum of q, and step_chance how often a random step would be the first wrong one.
     """
     found, chance = [], []
     for sums, right, ends in zip(q.cumsum(dim=1), step_rewards, step_ends):
@@ -140,7 +146,7 @@ def train(cfg):
     policy, tokenizer = load_policy(cfg.model, cfg.device)
     ref_model, prm = copy.deepcopy(policy).requires_grad_(False), copy.deepcopy(policy)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.99),
-                                  weight_decay=cfg.weight_decay, fused=True)  # 0.99: short runs
+                                  weight_decay=cfg.weight_decay, fused=True)  # 0.99 for short runs
     optimizer.add_param_group(dict(params=prm.parameters()))  # param_groups[1]
     run.open(policy, tokenizer, validation, test, rewards, optimizer=optimizer, prm=prm)
 
@@ -159,25 +165,25 @@ def train(cfg):
         texts, scores, reward_means = score(rewards, step_problems, batch, tokenizer, step)
         if scores.min() < 0 or scores.max() > 1:
             fail(f"--reward {cfg.reward}: PRIME takes scores from 0 to 1; scale it, or use rloo.py")
-        ref_logprobs, prm_logprobs = (all_logprobs(                              # (N, C)
-            model, batch, cfg.micro_batch_size, cfg.temperature) for model in (ref_model, prm))
-        kl = kl_estimate(old_logprobs, ref_logprobs, "k1")  # (N, C), log(pi_old / pi_ref)
-        q = implicit_rewards(prm_logprobs, ref_logprobs, cfg.beta)               # (N, C)
-        reward_means.update(prm_stats(q, scores))
-        if cfg.data == "toy":  # which step is wrong is only logged: PRIME is not trained on it
-            step_labels = score_steps(step_problems, batch, texts, scores, tokenizer)
-            reward_means.update(prm_stats(q, scores, *step_labels))
+        ref_logprobs = all_logprobs(ref_model, batch, cfg.micro_batch_size, cfg.temperature)
+        prm_logprobs = all_logprobs(prm, batch, cfg.micro_batch_size, cfg.temperature)
+        kl = kl_estimate(old_logprobs, ref_logprobs, "k1")  # (N, C); both are 0 on padding
+        q = implicit_rewards(prm_logprobs, ref_logprobs, cfg.beta)  # (N, C); 0 on padding
+        step_labels = () if cfg.data != "toy" else score_steps(  # only for the log: not trained on
+            step_problems, batch, texts, scores, tokenizer)
+        reward_means.update(prm_stats(q, scores, *step_labels))
         if step == 0:
             check_first_step(policy, batch, scores, kl, cfg)  # warns if ratio != 1 or kl != 0
         run.lap("score")
 
-        # 3. Advantages: how much better than the baseline is each completion? Without gradient.
+        # 3. Advantages: how far above the baseline is each return? No gradient flows through them.
         advantages = prime_advantages(q, scores, mask, cfg.group_size, cfg.gamma)
         kept = filter_by_accuracy(scores, cfg.group_size, cfg.accuracy_filter).cpu()
 
-        # 4. Update, once per mini-batch. The tensors above are fixed for this step; logprobs are
-        # computed again, with gradient. old_logprobs are the sampler's, so until the first update
-        # each ratio is 1. by_token, by_row: a micro-batch's part of the mini-batch's tokens, rows.
+        # 4. Update, once per mini-batch. All tensors above stay fixed; only logprobs are computed
+        # again, with gradient. Until the first update of the step, the weights are those that
+        # sampled, so each ratio is 1. by_token is a micro-batch's fraction of the mini-batch's
+        # tokens, by_row of its rows: with these weights, its parts add up to the mini-batch's mean.
         stats = Means()
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg.steps, cfg.warmup_steps, cfg.lr)
         optimizer.param_groups[1]["lr"] = learning_rate(step, cfg.steps, cfg.warmup_steps,
@@ -192,13 +198,12 @@ def train(cfg):
                                                 mask[rows], cfg.clip_eps)
                 stats.add(by_token, **ratio_stats(logprobs, old_logprobs[rows], mask[rows]))
                 stats.add_parts(by_token, clip_frac=clip_frac)
-                (loss * by_token).backward()  # now, which frees the policy's activations
+                (loss * by_token).backward()  # now: this frees the policy's activations
                 stats.add_parts(by_token, loss=loss)
-                new = token_logprobs(prm, batch, rows, cfg.temperature)          # (n, C)
-                prm_loss = implicit_reward_loss(new, ref_logprobs[rows], mask[rows], scores[rows],
-                                                cfg.beta)
-                (prm_loss * by_row).backward()  # by_row, because it is a mean over completions
-                stats.add_parts(by_row, prm_loss=prm_loss)
+                error = implicit_reward_loss(token_logprobs(prm, batch, rows, cfg.temperature),
+                                             ref_logprobs[rows], mask[rows], scores[rows], cfg.beta)
+                (error * by_row).backward()  # by_row, because this loss is a mean over completions
+                stats.add_parts(by_row, prm_loss=error)
             grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm,
                                                        error_if_nonfinite=True)
             torch.nn.utils.clip_grad_norm_(prm.parameters(), cfg.max_grad_norm,

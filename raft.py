@@ -1,9 +1,9 @@
 """
 RAFT (Dong et al., arXiv 2304.06767), also called best-of-K fine-tuning. The policy pi answers each
-prompt K times, a reward scores the completions, and the policy is trained on the best one by
-supervised fine-tuning. These three are repeated in every step.
+prompt x K times, a reward scores the completions, and the policy is trained on the best one by
+supervised fine-tuning. Each step of the training does all of this.
 
-    y*   = argmax of the scores of the prompt's K completions y_1, ..., y_K
+    y*   = the completion with the highest score of the prompt's K completions
     loss = -mean_t log pi(y*_t | x, y*_<t)        over the tokens of all y* of a mini-batch
 
 A prompt whose K scores are all equal has no best completion and is left out; frac_zero_std in the
@@ -12,16 +12,16 @@ log is the part of the prompts for which this happened. (The paper keeps one of 
 Compared with sft.py:
   - the policy writes the demonstrations itself, and a reward chooses them.
 Compared with rloo.py:
-  - no advantage: the best completion becomes more likely, however little better it is, and the
-    others have no loss, so none is pushed down;
-  - no ratio and no KL, so no reference policy is kept.
+  - there is no advantage. The best completion has the weight 1, however little better it is, and
+    the others have the weight 0;
+  - there is no ratio, and no KL and therefore no reference policy.
 
-    python raft.py                                      the toy, without a network: half a minute
+    python raft.py                                      the toy, needs no internet: half a minute
     python raft.py --model Qwen/Qwen2.5-0.5B-Instruct   a real model, on one CUDA GPU
 
-What to expect of the toy: asked 8+9-5=, it answers 12, or shows its work, 8+9=17,17-5=12. Before
-the training 0.6 of its answers to held-out problems are right and half of them show the work. After
-it 0.9 are right and nearly all show the work.
+What to expect of the toy: asked 8+9-5=, it writes 12, or shows its work and writes 8+9=17,17-5=12.
+Before the training, 0.6 of all answers to held-out problems are right, and half of all answers
+show the work. After it, 0.9 of all are right, and nearly all show the work.
 """
 from dataclasses import dataclass
 
@@ -49,7 +49,7 @@ class Config(RunConfig):  # more flags, such as --steps and --seed, are in plumb
     epochs: int = HfArg(default=1, help="passes over the best completions of a step")
 
 
-# The defaults above are the toy's. These are a real model's on a GPU; on a CPU they are smaller.
+# The defaults above are for the toy, these for a real model on a GPU; a CPU gets smaller ones.
 REAL = dict(steps=200, lr=1e-6, minibatch_size=128, micro_batch_size=8, max_new_tokens=256,
             eval_prompts=256)
 
@@ -69,7 +69,7 @@ def train(cfg):
     rewards = load_rewards(cfg, problems + validation + test)
     policy, tokenizer = load_policy(cfg.model, cfg.device)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.99),
-                                  weight_decay=cfg.weight_decay, fused=True)  # 0.99: short runs
+                                  weight_decay=cfg.weight_decay, fused=True)  # 0.99 for short runs
     run.open(policy, tokenizer, validation, test, rewards, optimizer=optimizer)
 
     for step in run.steps():
@@ -85,21 +85,22 @@ def train(cfg):
         # 2. Score the completions.
         # score() returns texts, scores (N,) and, if there are several rewards, their means.
         texts, scores, reward_means = score(rewards, step_problems, batch, tokenizer, step)
-        kl = torch.zeros_like(mask)  # not measured, because there is no reference
+        kl = torch.zeros_like(mask)  # for the log: without a reference, kl is 0
         if step == 0:
             check_first_step(policy, batch, scores, kl, cfg)  # warns if ratio != 1 or kl != 0
         run.lap("score")
 
         # 3. Select the best completion of each group in which the scores differ.
         groups = scores.view(-1, cfg.group_size)
-        best = best_of_k(scores, cfg.group_size)[groups.amax(1) > groups.amin(1)].cpu()
+        best = best_of_k(scores, cfg.group_size)[groups.amax(1) > groups.amin(1)].cpu()  # rows
 
-        # 4. Update, once per mini-batch. The tensors above are fixed for this step; logprobs are
-        # computed again, with gradient. old_logprobs are the sampler's, so until the first update
-        # each ratio is 1. by_token, by_row: a micro-batch's part of the mini-batch's tokens, rows.
+        # 4. Update, once per mini-batch. All tensors above stay fixed; only logprobs are computed
+        # again, with gradient. Until the first update of the step, the weights are those that
+        # sampled, so each ratio is 1. by_token is a micro-batch's fraction of the mini-batch's
+        # tokens, by_row of its rows: with these weights, its parts add up to the mini-batch's mean.
         stats = Means()
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg.steps, cfg.warmup_steps, cfg.lr)
-        size = cfg.minibatch_size // cfg.group_size  # one of K is kept, so a K-th of a mini-batch
+        size = cfg.minibatch_size // cfg.group_size  # of each K completions, only one is left
         for minibatch in mini_batches(len(best), size, group_size=1, epochs=cfg.epochs,
                                       generator=generator):
             optimizer.zero_grad()
@@ -116,9 +117,9 @@ def train(cfg):
             optimizer.step()
             stats.end_minibatch(grad_norm=grad_norm, lr=optimizer.param_groups[0]["lr"])
 
-        # 5. Log. The score shows progress. The loss does not: the policy wrote these texts itself.
+        # 5. Log. The score shows progress. The loss does not: these are the policy's own texts.
         run.log(step, **batch_stats(scores, kl, batch, cfg.group_size), **reward_means,
-                **{"loss": 0.0, **stats()})  # 0 if no group has a best
+                **{"loss": 0.0, **stats()})  # 0.0: no group had a best
         run.show(step, step_problems, texts, scores)
         run.end_step(step)  # validation, checkpoint, when due
 

@@ -1,30 +1,33 @@
 """
 REINFORCE (Williams, 1992). The policy pi answers prompts x with completions y, and each completion
-gets a score. A completion that scored above a baseline is made more likely, one below it less
-likely. pi_ref is a copy of the policy from before the training; the KL keeps the policy near it.
+gets a score. A completion is made more likely if it scored above a baseline, and less likely if it
+scored below. pi_ref is a copy of the policy from before the training; the KL keeps pi near it.
 
     kl_t = log(pi(y_t | x, y_<t) / pi_ref(y_t | x, y_<t))     of each token of the completion
-    A_i  = score_i - kl_coef * sum_t kl_t - b                 advantage of completion i; b: baseline
+    A_i  = score_i - kl_coef * sum_t kl_t - b                 advantage, a constant; b: the baseline
     loss = -mean_i A_i * sum_t log pi(y_t | x, y_<t)          mean over the completions of the batch
 
-The gradient of this loss is, on average, minus that of the objective, mean score - kl_coef * KL(pi
-|| pi_ref). That is so for every b that does not depend on the batch, because E[b * grad log pi] =
-b * grad sum_y pi(y) = b * grad 1 = 0. A good b makes the gradient less noisy. Here b is 0 in the
-first step, and after each step it becomes one of
+On average, a step down this loss is a step up the objective
 
-    ema             decay * b + (1 - decay) * mean score of the batch; after step 1: that mean
-    running_mean    the mean of all scores so far
+    J    = E[score] - kl_coef * KL(pi || pi_ref)              mean over prompts and completions
+
+A b that does not depend on the batch changes nothing in that, because E[b * grad log pi(y)] = b *
+sum_y pi(y) grad log pi(y) = b * grad sum_y pi(y) = b * grad 1 = 0. But a good b makes the gradient
+less noisy. Here b is 0 in the first step. At the end of each step it is updated, by --baseline:
+
+    ema             b = decay * b + (1 - decay) * mean score of the batch; the first time, that mean
+    running_mean    b = mean of all scores so far
 
 There is one update per batch, because the loss needs completions of the policy as it is now. After
-an update they are those of an older policy. reinforce_pp.py and ppo.py correct for that with a
-ratio, and make several updates. This script makes fewer, so its learning rate is larger.
+the update they are those of an older policy. reinforce_pp.py and ppo.py correct for that, token by
+token, with a ratio, and make several updates. This script makes one, with a larger learning rate.
 
-    python reinforce.py                                      the toy, without a network: 1/2 minute
+    python reinforce.py                                      the toy, needs no internet: 1/2 minute
     python reinforce.py --model Qwen/Qwen2.5-0.5B-Instruct   a real model, on one CUDA GPU
 
-What to expect of the toy: asked 8+9-5=, it answers 12, or shows its work, 8+9=17,17-5=12. Before
-the training 0.6 of its answers to held-out problems are right and half of them show the work. After
-it 0.96 are right and nearly all show the work.
+What to expect of the toy: asked 8+9-5=, it writes 12, or shows its work and writes 8+9=17,17-5=12.
+Before the training, 0.6 of all answers to held-out problems are right, and half of all answers
+show the work. After it, 0.96 of all are right, and nearly all show the work.
 """
 import copy
 from dataclasses import dataclass, field
@@ -58,7 +61,7 @@ class Config(RunConfig):  # more flags, such as --steps and --seed, are in plumb
     decay: float = HfArg(default=0.9, help="ema: how much of the old baseline stays in the new one")
 
 
-# The defaults above are the toy's. These are a real model's on a GPU; on a CPU they are smaller.
+# The defaults above are for the toy, these for a real model on a GPU; a CPU gets smaller ones.
 REAL = dict(steps=200, lr=2e-6, micro_batch_size=8, max_new_tokens=256, kl_coef=0.001,
             eval_prompts=256)
 
@@ -87,9 +90,9 @@ def train(cfg):
     policy, tokenizer = load_policy(cfg.model, cfg.device)
     ref_model = copy.deepcopy(policy).requires_grad_(False) if cfg.kl_coef else None
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.99),
-                                  weight_decay=cfg.weight_decay, fused=True)  # 0.99: short runs
+                                  weight_decay=cfg.weight_decay, fused=True)  # 0.99 for short runs
     state = run.open(policy, tokenizer, validation, test, rewards, optimizer=optimizer)
-    baseline, count = state.get("baseline"), state.get("count", 0)
+    baseline, count = state.get("baseline"), state.get("count", 0)  # as saved, with --resume
 
     for step in run.steps():
         # 1. Sample K completions of each prompt of this step from softmax(logits / temperature).
@@ -106,21 +109,22 @@ def train(cfg):
         texts, scores, reward_means = score(rewards, step_problems, batch, tokenizer, step)
         ref_logprobs = old_logprobs if ref_model is None else all_logprobs(
             ref_model, batch, cfg.micro_batch_size, cfg.temperature)  # without a reference, kl is 0
-        kl = kl_estimate(old_logprobs, ref_logprobs, "k1")  # (N, C), log(pi_old / pi_ref)
+        kl = kl_estimate(old_logprobs, ref_logprobs, "k1")  # (N, C); both are 0 on padding
         if step == 0:
             check_first_step(policy, batch, scores, kl, cfg)  # warns if ratio != 1 or kl != 0
         run.lap("score")
 
-        # 3. Advantages: how much better than the baseline is each completion? Without gradient.
+        # 3. Advantages: how far above the baseline is each return? No gradient flows through them.
         advantages = scores - cfg.kl_coef * kl.sum(dim=1) - (baseline or 0)      # (N,)
         if cfg.baseline == "ema":
             baseline = ema_baseline(baseline, scores, cfg.decay)
         else:
             baseline, count = running_mean_baseline(baseline or 0, count, scores)
 
-        # 4. Update, once per mini-batch. The tensors above are fixed for this step; logprobs are
-        # computed again, with gradient. old_logprobs are the sampler's, so until the first update
-        # each ratio is 1. by_token, by_row: a micro-batch's part of the mini-batch's tokens, rows.
+        # 4. Update, once per mini-batch. All tensors above stay fixed; only logprobs are computed
+        # again, with gradient. Until the first update of the step, the weights are those that
+        # sampled, so each ratio is 1. by_token is a micro-batch's fraction of the mini-batch's
+        # tokens, by_row of its rows: with these weights, its parts add up to the mini-batch's mean.
         stats = Means()
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg.steps, cfg.warmup_steps, cfg.lr)
         for minibatch in mini_batches(len(scores), len(scores), cfg.group_size, 1,

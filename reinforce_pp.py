@@ -1,8 +1,9 @@
 """
 REINFORCE++ (Jian Hu et al., arXiv 2501.03262): REINFORCE with the clipped loss of PPO, and without
-PPO's critic. The policy pi answers prompts with completions, and each completion gets a score. Each
-token becomes more likely if what came from it on was better than the mean of the batch, else less
-likely. pi_ref is a copy of the policy from before the training; the KL keeps the policy near it.
+PPO's critic, a second network. The policy pi answers prompts with completions, and each completion
+gets a score. A token becomes more likely if the return from it on is above the mean return of the
+batch's tokens, and less likely if it is below. pi_ref is a copy of the policy from before the
+training; the KL keeps the policy near it.
 
     s    = clip((score - mean) / std, -c, c)                  over the N completions; c: reward_clip
     kl_t = log(pi_old / pi_ref)                               of token t; pi_old sampled the batch
@@ -10,36 +11,41 @@ likely. pi_ref is a copy of the policy from before the training; the KL keeps th
     G_t  = r_t + gamma * G_{t+1}                              return: all reward from token t on
     A_t  = (G_t - mean) / std                                 advantage; over all the batch's tokens
     ratio_t = pi / pi_old                                     of token t; 1 before the first update
-    loss = -mean_t min(ratio_t A_t, clip(ratio_t, 1 - eps, 1 + eps) A_t)      over tokens, like A_t
+    loss = -mean_t min(ratio_t A_t, clip(ratio_t, 1 - eps, 1 + eps) A_t)     over the mini-batch
 
-The first normalisation sets the size of the scores compared with the KL, whatever the reward. The
-second one subtracts the baseline, the mean of G_t, and sets the size of the gradient. It comes
-after the sum over t: a mean taken from each r_t would add up, and early tokens would get more of
-it. A completion of 30 tokens counts ten times as much as one of 3, in that mean and in the loss.
+The scores are normalised so that their size, compared with the KL, does not depend on the reward.
+The returns are normalised to subtract the baseline, which is their mean, and to fix the size of the
+gradient. With gamma = 1 this cancels the first mean. It comes after the sum over t, because a mean
+subtracted from each r_t would add up, and early tokens would get more of it. A completion of 30
+tokens counts ten times as much as one of 3 in this mean, in this std and in the loss.
 
-The scores are divided by their std, the KL is not. If 95 % of 0/1 scores are right, their std is
-0.22, and kl_coef weighs 4.6 times less than with raw scores. If all scores are equal, s is 0, and
-A_t is the KL alone, scaled up to a std of 1. That step pulls towards pi_ref at full strength. Where
-the KL is 0 as well, it follows rounding errors. docs/gradients.md has a figure of this.
+The scores are divided by their std, the KL is not. If 95 % of 0/1 scores are 1, their std is 0.22,
+and kl_coef weighs 4.6 times less than with raw scores. If all scores are equal, s is 0, and A_t is
+the KL alone, scaled up to a std of 1: that step pulls towards pi_ref at full strength. If the KL is
+0 as well, rounding errors are left, and AdamW takes a full step on them. docs/gradients.md has a
+figure of this.
 
-The paper's second variant stands beside this one: REINFORCE++ with baseline, here --group_baseline.
+The paper has a second variant, REINFORCE++ with baseline, here --group_baseline. It needs K > 1
+completions of each prompt; K is 4 unless --group_size is given:
 
-    A    = (d - mean) / std, over the batch's tokens          d = score - mean score of the prompt's
-    loss = the same + kl_coef * mean_t k2_t                   K; k2 = log(pi / pi_ref)^2 / 2
+    d_i  = score_i - mean score of the K completions of the prompt
+    A_i  = (d_i - mean) / std                                 over all the batch's tokens
+    loss = the loss above + kl_coef * mean_t k2_t             k2 = log(pi / pi_ref)^2 / 2
 
 Compared with reinforce.py:
-  - a token is charged for the KL of itself and of later tokens, not of the whole completion;
+  - the return of a token has the KL of this and of later tokens, not of the whole completion;
   - the baseline is the mean return of this batch, not a mean of past scores;
-  - the ratio corrects for updates since the sampling, so that several per batch are possible; once
-    it has passed 1 + eps (if A_t > 0) or 1 - eps (if A_t < 0), the clip ends the token's gradient;
+  - scores and returns are divided by their std;
+  - the ratio corrects for updates since the sampling, so several updates per batch are possible;
+    once it has passed 1 + eps (if A_t > 0) or 1 - eps (if A_t < 0), the token has no gradient;
   - the loss is a mean over tokens, not over completions.
 
-    python reinforce_pp.py                                      the toy, without a network: 1/2 min
+    python reinforce_pp.py                                      the toy, needs no internet: 1/2 min
     python reinforce_pp.py --model Qwen/Qwen2.5-0.5B-Instruct   a real model, on one CUDA GPU
 
-What to expect of the toy: asked 8+9-5=, it answers 12, or shows its work, 8+9=17,17-5=12. Before
-the training 0.6 of its answers to held-out problems are right and half of them show the work. After
-it 0.95 are right and nearly all show the work.
+What to expect of the toy: asked 8+9-5=, it writes 12, or shows its work and writes 8+9=17,17-5=12.
+Before the training, 0.6 of all answers to held-out problems are right, and half of all answers
+show the work. After it, 0.95 of all are right, and nearly all show the work.
 """
 import copy
 from dataclasses import dataclass
@@ -74,7 +80,7 @@ class Config(RunConfig):  # more flags, such as --steps and --seed, are in plumb
     group_baseline: bool = HfArg(default=False, help="variant: baseline is the prompt's mean score")
 
 
-# The defaults above are the toy's. These are a real model's on a GPU; on a CPU they are smaller.
+# The defaults above are for the toy, these for a real model on a GPU; a CPU gets smaller ones.
 REAL = dict(steps=200, lr=1e-6, minibatch_size=128, micro_batch_size=8, max_new_tokens=256,
             kl_coef=0.001, eval_prompts=256)
 
@@ -100,7 +106,7 @@ def train(cfg):
     policy, tokenizer = load_policy(cfg.model, cfg.device)
     ref_model = copy.deepcopy(policy).requires_grad_(False) if cfg.kl_coef else None
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.99),
-                                  weight_decay=cfg.weight_decay, fused=True)  # 0.99: short runs
+                                  weight_decay=cfg.weight_decay, fused=True)  # 0.99 for short runs
     run.open(policy, tokenizer, validation, test, rewards, optimizer=optimizer)
 
     for step in run.steps():
@@ -118,21 +124,22 @@ def train(cfg):
         texts, scores, reward_means = score(rewards, step_problems, batch, tokenizer, step)
         ref_logprobs = old_logprobs if ref_model is None else all_logprobs(
             ref_model, batch, cfg.micro_batch_size, cfg.temperature)  # without a reference, kl is 0
-        kl = kl_estimate(old_logprobs, ref_logprobs, "k1")  # (N, C), log(pi_old / pi_ref)
+        kl = kl_estimate(old_logprobs, ref_logprobs, "k1")  # (N, C); both are 0 on padding
         if step == 0:
             check_first_step(policy, batch, scores, kl, cfg)  # warns if ratio != 1 or kl != 0
         run.lap("score")
 
-        # 3. Advantages: how much better than the baseline is each completion? Without gradient.
+        # 3. Advantages: how far above the baseline is each return? No gradient flows through them.
         if cfg.group_baseline:
             advantages = reinforce_pp_baseline_advantages(scores, mask, cfg.group_size)
         else:
             normalized = normalize_rewards(scores, cfg.reward_clip) if cfg.reward_clip else scores
             advantages = reinforce_pp_advantages(normalized, kl, mask, cfg.kl_coef, cfg.gamma)
 
-        # 4. Update, once per mini-batch. The tensors above are fixed for this step; logprobs are
-        # computed again, with gradient. old_logprobs are the sampler's, so until the first update
-        # each ratio is 1. by_token, by_row: a micro-batch's part of the mini-batch's tokens, rows.
+        # 4. Update, once per mini-batch. All tensors above stay fixed; only logprobs are computed
+        # again, with gradient. Until the first update of the step, the weights are those that
+        # sampled, so each ratio is 1. by_token is a micro-batch's fraction of the mini-batch's
+        # tokens, by_row of its rows: with these weights, its parts add up to the mini-batch's mean.
         stats = Means()
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg.steps, cfg.warmup_steps, cfg.lr)
         for minibatch in mini_batches(len(scores), cfg.minibatch_size, cfg.group_size, cfg.epochs,

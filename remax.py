@@ -1,25 +1,25 @@
 """
 ReMax (Li et al., arXiv 2310.10505). The policy pi answers each prompt twice: once sampled, once
 greedily, which means with the most likely token each time. The sampled completion becomes more
-likely if its score is higher than that of the greedy one, else less likely. pi_ref is a copy of the
-policy from before the training; the KL keeps the policy near it.
+likely if its score is above that of the greedy one, and less likely if it is below. pi_ref is a
+copy of the policy from before the training; the KL keeps the policy near it.
 
     kl_t = log(pi_old / pi_ref)                               of token t; pi_old sampled the batch
     r_t  = [t is the last token] * score - kl_coef * kl_t     reward of token t
     G_t  = r_t + G_{t+1}                                      return: all reward from token t on
     A_t  = G_t - score of the greedy completion               the same baseline for all t
     ratio_t = pi / pi_old                                     of token t; 1 before the first update
-    loss = -mean_t min(ratio_t A_t, clip(ratio_t, 1 - eps, 1 + eps) A_t)     over the batch's tokens
+    loss = -mean_t min(ratio_t A_t, clip(ratio_t, 1 - eps, 1 + eps) A_t)     over the mini-batch
 
-This baseline b is unbiased: it depends on the prompt and the weights and not on the sampled y, so
-the mean of b * grad log pi(y) is b * E[grad log pi(y)], and that is 0, because the probabilities of
-all y sum to 1. Two things are not covered: the mean over tokens divides by their number, which is
-random, and after the first mini-batch the ratio and the clip come in. Where the sample is the
-greedy completion, only the KL is left in A_t: a policy that is nearly certain learns little.
+The baseline b, the greedy score, leaves the gradient unbiased. It depends on the prompt and the
+weights and not on the sampled y, and E[b * grad log pi(y)] = b * grad sum_y pi(y) = b * grad 1 = 0.
+This proof leaves out two things: the mean over tokens divides by their number, which is random, and
+after the first update the ratio and the clip act. If the sample is the greedy completion, only the
+KL is left in A_t, so a policy that is nearly certain learns little.
 
-The greedy completion is the baseline and nothing else: it has no KL and no loss. It takes half of
-the sampling, so the defaults have half as many completions as rloo.py. With --group_size K > 1, the
-K sampled completions of a prompt share one greedy completion.
+The greedy completion is the baseline and nothing else: it has no KL and no loss. With one sample
+per prompt it is half of what is generated, so the defaults have half as many samples as rloo.py.
+With --group_size K > 1, the K samples of a prompt share one greedy completion.
 
 These are the formulas of the library verl. The authors' code differs: A_t has the KL of token t
 alone, the score is discounted by 0.95 per token, score - greedy score is clipped to +-5, and there
@@ -27,14 +27,14 @@ is one update per batch, without a ratio.
 
 Compared with rloo.py:
   - the baseline is the score of the greedy completion, not the mean reward of other samples;
-  - a token is charged for the KL of itself and of later tokens, not of the whole completion.
+  - the return of a token has the KL of this and of later tokens, not of the whole completion.
 
-    python remax.py                                      the toy, without a network: half a minute
+    python remax.py                                      the toy, needs no internet: half a minute
     python remax.py --model Qwen/Qwen2.5-0.5B-Instruct   a real model, on one CUDA GPU
 
-What to expect of the toy: asked 8+9-5=, it answers 12, or shows its work, 8+9=17,17-5=12. Before
-the training 0.6 of its answers to held-out problems are right and half of them show the work. After
-it 0.94 are right and most show the work.
+What to expect of the toy: asked 8+9-5=, it writes 12, or shows its work and writes 8+9=17,17-5=12.
+Before the training, 0.6 of all answers to held-out problems are right, and half of all answers
+show the work. After it, 0.94 of all are right, and most show the work.
 """
 import copy
 from dataclasses import dataclass
@@ -66,16 +66,14 @@ class Config(RunConfig):  # more flags, such as --steps and --seed, are in plumb
     clip_eps: float = HfArg(default=0.2, help="the ratio is clipped to 1 +- this")
 
 
-# The defaults above are the toy's. These are a real model's on a GPU; on a CPU they are smaller.
+# The defaults above are for the toy, these for a real model on a GPU; a CPU gets smaller ones.
 REAL = dict(steps=200, lr=1e-6, minibatch_size=64, micro_batch_size=8, max_new_tokens=256,
             kl_coef=0.001, eval_prompts=256)
 
 
 def remax_advantages(scores, greedy_scores, kl, mask, kl_coef):
-    """A_t = G_t - greedy score: (N,), (N,), (N, C), (N, C) -> (N, C).
-
-    The baseline is one number for all t, because the two completions have different tokens.
-    """
+    """A_t = G_t - greedy score, the same for all t: (N,), (N,), (N, C), (N, C) -> (N, C)."""
+    # Not token by token: token t of the sample has no counterpart in the greedy completion.
     returns = returns_to_go(token_rewards(scores, kl, mask, kl_coef), mask)
     return torch.where(mask.bool(), returns - greedy_scores[:, None], 0)
 
@@ -87,7 +85,7 @@ def train(cfg):
     policy, tokenizer = load_policy(cfg.model, cfg.device)
     ref_model = copy.deepcopy(policy).requires_grad_(False) if cfg.kl_coef else None
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.99),
-                                  weight_decay=cfg.weight_decay, fused=True)  # 0.99: short runs
+                                  weight_decay=cfg.weight_decay, fused=True)  # 0.99 for short runs
     run.open(policy, tokenizer, validation, test, rewards, optimizer=optimizer)
 
     for step in run.steps():
@@ -109,24 +107,25 @@ def train(cfg):
         greedy_scores = per_prompt.repeat_interleave(cfg.group_size)             # (N,)
         ref_logprobs = old_logprobs if ref_model is None else all_logprobs(
             ref_model, batch, cfg.micro_batch_size, cfg.temperature)  # without a reference, kl is 0
-        kl = kl_estimate(old_logprobs, ref_logprobs, "k1")  # (N, C), log(pi_old / pi_ref)
+        kl = kl_estimate(old_logprobs, ref_logprobs, "k1")  # (N, C); both are 0 on padding
         if step == 0:
             check_first_step(policy, batch, scores, kl, cfg)  # warns if ratio != 1 or kl != 0
         run.lap("score")
 
-        # 3. Advantages: how much better than the baseline is each completion? Without gradient.
+        # 3. Advantages: how far above the baseline is each return? No gradient flows through them.
         advantages = remax_advantages(scores, greedy_scores, kl, mask, cfg.kl_coef)  # (N, C)
 
-        # 4. Update, once per mini-batch. The tensors above are fixed for this step; logprobs are
-        # computed again, with gradient. old_logprobs are the sampler's, so until the first update
-        # each ratio is 1. by_token, by_row: a micro-batch's part of the mini-batch's tokens, rows.
+        # 4. Update, once per mini-batch. All tensors above stay fixed; only logprobs are computed
+        # again, with gradient. Until the first update of the step, the weights are those that
+        # sampled, so each ratio is 1. by_token is a micro-batch's fraction of the mini-batch's
+        # tokens, by_row of its rows: with these weights, its parts add up to the mini-batch's mean.
         stats = Means()
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg.steps, cfg.warmup_steps, cfg.lr)
         for minibatch in mini_batches(len(scores), cfg.minibatch_size, cfg.group_size, cfg.epochs,
                                       generator):
             optimizer.zero_grad()
             for rows, by_token, by_row in micro_batches(batch, minibatch, cfg.micro_batch_size,
-                                                        advantages):  # skips rows where A is 0
+                                                        advantages):  # skips rows where all A are 0
                 logprobs = token_logprobs(policy, batch, rows, cfg.temperature)  # (n, C)
                 loss, clip_frac = ppo_clip_loss(logprobs, old_logprobs[rows], advantages[rows],
                                                 mask[rows], cfg.clip_eps)

@@ -5,19 +5,20 @@ higher for the preferred completion. Scripts that need a score for every complet
 python ppo.py --reward FOLDER, where FOLDER is this script's run folder.
 
     P(chosen is preferred) = sigmoid(s(x, chosen) - s(x, rejected))        Bradley-Terry model
-    loss = -log P = -log sigmoid(s(x, chosen) - s(x, rejected))            mean over the pairs
+    loss = -mean log P                                                     mean over the pairs
 
-The loss has only differences between completions of the same prompt. So scores of completions of
-two different prompts cannot be compared, and a constant may be added to all.
+The loss depends only on differences between completions of the same prompt. If a constant is added
+to all scores of a prompt, the loss stays the same. So the data does not say how the scores of two
+prompts compare.
 
-The network is the policy's, with a new head that turns the hidden state of the last token into one
-number. The head starts at 0, so all scores are 0 and the loss is ln 2, that of a guess.
+The network is a copy of the policy's, with a new head that turns the hidden state of the last token
+into one number. The head starts at 0, so all scores are 0 and the loss is ln 2.
 
 Compared with dpo.py:
-  - the score is the output of a classifier; DPO's is a log-prob of a policy, divided by another;
+  - the score is the output of a new head; DPO's is beta * log(pi / pi_ref), of the policy itself;
   - no reference policy is needed.
 
-    python reward_model.py                                      the toy, without a network: 1/2 min
+    python reward_model.py                                      the toy, needs no internet: 1/2 min
     python reward_model.py --model Qwen/Qwen2.5-0.5B-Instruct --data trl-lib/ultrafeedback_binarized
 
 What to expect of the toy, whose pairs are a right and a wrong answer of the toy's policy: in 0.9 of
@@ -48,18 +49,18 @@ class Config(RunConfig):  # more flags, such as --steps and --seed, are in plumb
     steps: Optional[int] = HfArg(default=None, help="training steps; None: --epochs decides")
     lr: float = HfArg(default=1e-3, help="AdamW learning rate at its peak")
     minibatch_size: int = HfArg(default=64, help="pairs per optimizer step")
-    micro_batch_size: int = HfArg(default=64, help="pairs per pass: memory, not results")
+    micro_batch_size: int = HfArg(default=64, help="pairs per pass; changes no result")
     epochs: int = HfArg(default=1, help="passes over the data, unless --steps is given")
     prompts: int = HfArg(default=1920, help="toy, words: prompts to sample pairs for")
 
 
-# The defaults above are the toy's. These are a real model's on a GPU; on a CPU they are smaller.
+# The defaults above are for the toy, these for a real model on a GPU; a CPU gets smaller ones.
 REAL = dict(lr=1e-5, micro_batch_size=4, max_new_tokens=512, eval_prompts=256, prompts=1024)
 
 
 def bradley_terry_loss(chosen_scores, rejected_scores):
     """-log sigmoid(s(chosen) - s(rejected)): (B,), (B,) -> (B,). arXiv 2203.02155, eq. 1, K = 2."""
-    return -F.logsigmoid(chosen_scores - rejected_scores)  # log(sigmoid(x)) would round to log(0)
+    return -F.logsigmoid(chosen_scores - rejected_scores)  # log(sigmoid(x)) could round to log(0)
 
 
 def make_scorer(policy, tokenizer, name):
@@ -73,7 +74,7 @@ def make_scorer(policy, tokenizer, name):
     except (ValueError, AttributeError, RuntimeError):  # no such class, head, or backbone
         fail(f"--model {name}: transformers has no sequence classifier for {config.model_type} "
              "with a head called score; choose another model")
-    if scorer.config.pad_token_id is None:  # for transformers' own forward, which we do not use
+    if scorer.config.pad_token_id is None:  # for those who load the saved model in transformers
         scorer.config.pad_token_id = tokenizer.pad_token_id or tokenizer.eos_token_id
     return remove_dropout(scorer).to(policy.device)
 
@@ -85,9 +86,9 @@ def train(cfg):
     cfg.steps = cfg.steps or math.ceil(cfg.epochs * len(problems) / cfg.minibatch_size)
     policy, tokenizer = load_policy(cfg.model, cfg.device)
     scorer = make_scorer(policy, tokenizer, cfg.model)
-    del policy  # its weights are now the scorer's
+    del policy  # the scorer has a copy of its weights
     optimizer = torch.optim.AdamW(scorer.parameters(), lr=cfg.lr, betas=(0.9, 0.99),
-                                  weight_decay=cfg.weight_decay, fused=True)  # 0.99: short runs
+                                  weight_decay=cfg.weight_decay, fused=True)  # 0.99 for short runs
 
     def rewards_of(problems):  # (B, K), scores of their completions, without gradient
         return for_all_completions(lambda batch: all_scores(
@@ -95,13 +96,13 @@ def train(cfg):
     run.open(scorer, tokenizer, validation, test, rewards_of=rewards_of, optimizer=optimizer)
 
     for step in run.steps():
-        # 1. Batch: the completions of this step, from the data. Nothing is sampled or scored.
+        # 1. Batch: the completions of this step, from the data. Nothing is sampled.
         step_problems = draw_problems(problems, step, cfg.minibatch_size, cfg.seed)
         batch = make_batch([problem["ids"] for problem in step_problems],
                            sum((problem["targets"] for problem in step_problems), []), cfg.device)
         mask = batch.mask  # (N, C); rows i K to i K + K - 1 are the completions of prompt i
 
-        # 2. Update. by_row: a micro-batch's part of the batch's rows, which is its weight.
+        # 2. Update. by_row: a micro-batch's fraction of the batch's rows, the weight of its mean.
         stats = Means()
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg.steps, cfg.warmup_steps, cfg.lr)
         optimizer.zero_grad()

@@ -1,35 +1,35 @@
 """
 RLOO, REINFORCE leave one out (Ahmadian et al., arXiv 2402.14740). The policy pi answers each prompt
-K times, and each completion gets a score. A completion becomes more likely if it did better than
-the mean of the prompt's other K - 1 completions, else less likely. pi_ref is a copy of the policy
-from before the training; the KL keeps the policy near it.
+K times, and each completion gets a score. A completion becomes more likely if its reward, the score
+minus a KL penalty, is above the mean reward of the prompt's other K - 1 completions, and less
+likely if it is below. pi_ref is a copy of the policy from before the training.
 
     kl_t = log(pi_old / pi_ref)                               of token t; pi_old sampled the batch
     R_i  = score_i - kl_coef * sum_t kl_t                     reward of completion i
     A_i  = R_i - mean of R_j over the other K - 1             advantage of completion i's tokens
     ratio_t = pi / pi_old                                     of token t; 1 before the first update
-    loss = -mean_t min(ratio_t A_i, clip(ratio_t, 1 - eps, 1 + eps) A_i)     over the batch's tokens
+    loss = -mean_t min(ratio_t A_i, clip(ratio_t, 1 - eps, 1 + eps) A_i)     over the mini-batch
 
-This baseline is unbiased: the others do not depend on completion i, so the mean of
-(mean of R_j) * grad log pi(y_i) is (mean of R_j) * E[grad log pi(y_i)], and that is 0, because the
-probabilities of all y sum to 1. If R_i itself were in the mean, A would be (K - 1) / K as large.
-Two things are not covered: the mean over tokens divides by their number, which is random, and after
-the first mini-batch the ratio and the clip come in.
+The baseline b = mean of R_j leaves the gradient unbiased. For given other completions it is a
+constant, and E[b * grad log pi(y_i)] = b * grad sum_y pi(y) = b * grad 1 = 0. If R_i itself were in
+the mean, A would be (K - 1) / K as large. This proof leaves out two things: the mean over tokens
+divides by their number, which is random, and after the first update the ratio and the clip act.
 
 The paper makes one update per batch, and needs no ratio. For several updates, each token has its
-own ratio here, as in verl and OpenRLHF. With --sequence_ratio each completion has one, as in TRL.
+own ratio here, as in verl and OpenRLHF. With --sequence_ratio each completion has one, and the loss
+is a mean over completions, as in TRL.
 
 Compared with reinforce_pp.py:
   - each prompt is answered K times, and the other completions are the baseline;
   - the KL of the whole completion is in its one reward, so all its tokens have the same advantage;
   - nothing is divided by a std.
 
-    python rloo.py                                      the toy, without a network: half a minute
+    python rloo.py                                      the toy, needs no internet: half a minute
     python rloo.py --model Qwen/Qwen2.5-0.5B-Instruct   a real model, on one CUDA GPU
 
-What to expect of the toy: asked 8+9-5=, it answers 12, or shows its work, 8+9=17,17-5=12. Before
-the training 0.6 of its answers to held-out problems are right and half of them show the work. After
-it 0.95 are right and nearly all show the work.
+What to expect of the toy: asked 8+9-5=, it writes 12, or shows its work and writes 8+9=17,17-5=12.
+Before the training, 0.6 of all answers to held-out problems are right, and half of all answers
+show the work. After it, 0.95 of all are right, and nearly all show the work.
 """
 import copy
 from dataclasses import dataclass
@@ -61,7 +61,7 @@ class Config(RunConfig):  # more flags, such as --steps and --seed, are in plumb
     sequence_ratio: bool = HfArg(default=False, help="one ratio per completion, not per token")
 
 
-# The defaults above are the toy's. These are a real model's on a GPU; on a CPU they are smaller.
+# The defaults above are for the toy, these for a real model on a GPU; a CPU gets smaller ones.
 REAL = dict(steps=200, lr=1e-6, minibatch_size=128, micro_batch_size=8, max_new_tokens=256,
             kl_coef=0.001, eval_prompts=256)
 
@@ -75,16 +75,16 @@ def leave_one_out_advantages(rewards, group_size):
 
 
 def sequence_ratio_loss(logprobs, old_logprobs, advantages, mask, clip_eps):
-    """PPO's loss with one ratio per completion: three (N, C) and (N,) -> (loss, clip_frac).
+    """PPO's loss with one ratio per completion; advantages (N,) or (N, 1) -> (loss, clip_frac).
 
-    It is the product of the tokens' ratios: 1.005 for each of 1000 tokens makes 147. So a long
-    completion is soon clipped, without gradient; if A < 0 it is not, and counts 147 times.
+    It is the product of the tokens' ratios: 1.005 for each of 1000 tokens makes 147. Then there is
+    no gradient if A > 0; if A < 0, the gradient is 147 times as large.
     """
     ratio = torch.where(mask.bool(), logprobs - old_logprobs, 0).sum(dim=1).exp()     # (N,)
-    unclipped = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1 - clip_eps, 1 + clip_eps)
-    active = (clipped > unclipped)[:, None].expand_as(mask).to(ratio.dtype)
-    return torch.maximum(unclipped, clipped).mean(), masked_mean(active, mask)
+    unclipped = -advantages.flatten() * ratio
+    clipped = -advantages.flatten() * ratio.clamp(1 - clip_eps, 1 + clip_eps)
+    is_clipped = (clipped > unclipped)[:, None].expand_as(mask).to(ratio.dtype)
+    return torch.maximum(unclipped, clipped).mean(), masked_mean(is_clipped, mask)
 
 
 def train(cfg):
@@ -94,7 +94,7 @@ def train(cfg):
     policy, tokenizer = load_policy(cfg.model, cfg.device)
     ref_model = copy.deepcopy(policy).requires_grad_(False) if cfg.kl_coef else None
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.99),
-                                  weight_decay=cfg.weight_decay, fused=True)  # 0.99: short runs
+                                  weight_decay=cfg.weight_decay, fused=True)  # 0.99 for short runs
     run.open(policy, tokenizer, validation, test, rewards, optimizer=optimizer)
 
     for step in run.steps():
@@ -110,22 +110,23 @@ def train(cfg):
         # 2. Score the completions, and measure how far each token is from the reference policy.
         # score() returns texts, scores (N,) and, if there are several rewards, their means.
         texts, scores, reward_means = score(rewards, step_problems, batch, tokenizer, step)
-        if cfg.sequence_ratio:  # the sampler's bf16 rounding errors would add up over the tokens
+        if cfg.sequence_ratio:  # the sampler's bf16 rounding errors would add up in the ratio
             old_logprobs = all_logprobs(policy, batch, cfg.micro_batch_size, cfg.temperature)
         ref_logprobs = old_logprobs if ref_model is None else all_logprobs(
             ref_model, batch, cfg.micro_batch_size, cfg.temperature)  # without a reference, kl is 0
-        kl = kl_estimate(old_logprobs, ref_logprobs, "k1")  # (N, C), log(pi_old / pi_ref)
+        kl = kl_estimate(old_logprobs, ref_logprobs, "k1")  # (N, C); both are 0 on padding
         if step == 0:
             check_first_step(policy, batch, scores, kl, cfg)  # warns if ratio != 1 or kl != 0
         run.lap("score")
 
-        # 3. Advantages: how much better than the baseline is each completion? Without gradient.
+        # 3. Advantages: how far above the baseline is each return? No gradient flows through them.
         R = scores - cfg.kl_coef * kl.sum(dim=1)                                 # (N,)
         advantages = leave_one_out_advantages(R, cfg.group_size)[:, None]        # (N, 1)
 
-        # 4. Update, once per mini-batch. The tensors above are fixed for this step; logprobs are
-        # computed again, with gradient. old_logprobs are the sampler's, so until the first update
-        # each ratio is 1. by_token, by_row: a micro-batch's part of the mini-batch's tokens, rows.
+        # 4. Update, once per mini-batch. All tensors above stay fixed; only logprobs are computed
+        # again, with gradient. Until the first update of the step, the weights are those that
+        # sampled, so each ratio is 1. by_token is a micro-batch's fraction of the mini-batch's
+        # tokens, by_row of its rows: with these weights, its parts add up to the mini-batch's mean.
         stats = Means()
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg.steps, cfg.warmup_steps, cfg.lr)
         for minibatch in mini_batches(len(scores), cfg.minibatch_size, cfg.group_size, cfg.epochs,
@@ -136,12 +137,12 @@ def train(cfg):
                 logprobs = token_logprobs(policy, batch, rows, cfg.temperature)  # (n, C)
                 loss, clip_frac = ppo_clip_loss(logprobs, old_logprobs[rows], advantages[rows],
                                                 mask[rows], cfg.clip_eps)
-                if cfg.sequence_ratio:  # instead
+                if cfg.sequence_ratio:  # the loss above is then not used
                     loss, clip_frac = sequence_ratio_loss(
-                        logprobs, old_logprobs[rows], advantages[rows, 0], mask[rows], cfg.clip_eps)
+                        logprobs, old_logprobs[rows], advantages[rows], mask[rows], cfg.clip_eps)
                 stats.add(by_token, **ratio_stats(logprobs, old_logprobs[rows], mask[rows]))
                 stats.add_parts(by_token, clip_frac=clip_frac)
-                weight = by_row if cfg.sequence_ratio else by_token  # what the loss is a mean of
+                weight = by_row if cfg.sequence_ratio else by_token  # a mean over rows or tokens?
                 (loss * weight).backward()
                 stats.add_parts(weight, loss=loss)
             grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm,

@@ -1,21 +1,22 @@
 """
-SFT, supervised fine-tuning: the policy pi is trained to write demonstrated completions y of prompts
-x, one token after the other.
+SFT, supervised fine-tuning: the policy pi is trained on demonstrated completions y of prompts x. At
+each position it sees the prompt and the demonstration so far, and learns to predict the next token.
 
     loss = -mean_t log pi(y_t | x, y_<t)        over all completion tokens of a batch, EOS included
 
-The tokens of the prompt and the padding are not targets. The EOS is one, because the model would
-not learn to stop without it.
+The tokens of the prompt and the padding are not targets. The EOS is a target, because the model
+would not learn to stop without it.
 
-Without --model, this script trains a small model from random weights. The policy in
-plumbing/toy_policy/, from which all other scripts start, was made in this way.
+Without --model, this script trains a small model from random weights on the toy's demonstrations.
+plumbing/toy_policy/, from which the other scripts start without --model, was made in this way. With
+--model, name your demonstrations with --data; the default is the toy's problems in English.
 
     python sft.py                                 the toy model, from random weights: one minute
     python sft.py --model Qwen/Qwen2.5-0.5B       a real model, on one CUDA GPU
 
-What to expect of the toy: its answers to held-out problems are right in 0.6 of the cases when they
-are sampled, and in 0.9 when they are greedy. Half of the demonstrations show their work and half
-name the result alone, and so do the answers of the trained policy.
+What to expect of the toy: 0.6 of its sampled and 0.9 of its greedy answers to held-out problems are
+right. Half of the demonstrations show their work, the other half give only the result. So do the
+sampled answers of the trained policy.
 """
 from dataclasses import dataclass
 
@@ -37,10 +38,10 @@ class Config(RunConfig):  # more flags, such as --steps and --seed, are in plumb
     steps: int = HfArg(default=1200, help="training steps")
     lr: float = HfArg(default=4e-3, help="AdamW learning rate at its peak")
     warmup_steps: int = HfArg(default=20, help="steps in which the learning rate rises to its peak")
-    micro_batch_size: int = HfArg(default=32, help="completions per pass: memory, not results")
+    micro_batch_size: int = HfArg(default=32, help="completions per pass; changes no result")
 
 
-# The defaults above are the toy's. These are a real model's on a GPU; on a CPU they are smaller.
+# The defaults above are for the toy, these for a real model on a GPU; a CPU gets smaller ones.
 REAL = dict(steps=200, lr=1e-5, warmup_steps=0, micro_batch_size=8, max_new_tokens=256,
             eval_prompts=256)
 
@@ -53,7 +54,7 @@ def train(cfg):
     else:
         policy, tokenizer = toy.make_model(cfg.seed).to(cfg.device), toy.make_tokenizer()
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.98),
-                                  weight_decay=cfg.weight_decay, fused=True)  # 0.98: short runs
+                                  weight_decay=cfg.weight_decay, fused=True)  # 0.98 for short runs
     run.open(policy, tokenizer, validation, test, optimizer=optimizer)
 
     for step in run.steps():
@@ -63,7 +64,7 @@ def train(cfg):
                            [problem["targets"][0] for problem in step_problems], cfg.device)
         mask = batch.mask                                                          # (N, C)
 
-        # 2. Update. by_token: a micro-batch's part of the batch's tokens, which is its weight.
+        # 2. Update. by_token: a micro-batch's fraction of the batch's tokens, its mean's weight.
         stats = Means()
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg.steps, cfg.warmup_steps, cfg.lr)
         optimizer.zero_grad()

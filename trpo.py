@@ -1,7 +1,7 @@
 """
 TRPO (Schulman et al., arXiv 1502.05477). The policy pi answers prompts with completions, and each
-completion gets a score. One step per batch raises the objective L as far as possible while the
-policy stays within a distance delta of pi_old, the policy that sampled the batch.
+completion gets a score. One update per batch raises the objective L as far as it can while the KL
+to pi_old, the policy that sampled the batch, stays at most delta.
 
     s    = clip((score - mean) / std, -c, c)                  over the N completions; c: reward_clip
     kl_t = log(pi_old / pi_ref)                               of token t; pi_ref: before training
@@ -9,35 +9,36 @@ policy stays within a distance delta of pi_old, the policy that sampled the batc
     A_t  = (G_t - mean) / std                                 advantage; over all the batch's tokens
     L    = mean_t ratio_t A_t                                 ratio_t = pi / pi_old, of token t
     KL   = mean_t KL(pi_old || pi)                            exact, over the whole vocabulary
-    g    = gradient of L, F = Hessian of KL                   both at pi = pi_old
+    g    = gradient of L                                      at pi = pi_old, over the batch
+    F    = Hessian of KL                                      there, over its first fisher_fraction
     x    = (F + damping)^-1 g                                 approximate, by conjugate gradients
     full = sqrt(2 delta / x^T (F + damping) x) x              the full step of the parameters
-    step = the first of full, backtrack * full, backtrack^2 * full, ... with KL <= delta and with L
-           above what it was; after max_tries of them there is no step
+    step = the first of full, backtrack * full, backtrack^2 * full, ... for which KL <= delta and L
+           has grown, both over the whole batch; if max_tries of them fail, there is no step
 
-Why: for a small step s, L grows by g . s. KL is 0 at pi_old and has no slope there, so it becomes
-s^T F s / 2. Of all steps with s^T (F + damping) s / 2 = delta, `full` gains most. The damping uses
-up a part of delta, so the KL of the full step is below delta, as far as these two terms hold.
+Why: let d be a small change of the parameters. L grows by g . d. KL is 0 at pi_old, its gradient
+is 0 there, and so it becomes d^T F d / 2. Of all d with d^T (F + damping) d / 2 = delta, `full`
+gains most. The damping uses up a part of delta, so the KL of `full` tends to be below delta.
 
 F has a row and a column for each parameter, and is never built. Conjugate gradients only need
-products F v. At pi_old the gradient of KL is 0, and along v it changes at the rate F v, so F v is
-the gradient of (gradient of KL) . v. F is the Fisher matrix: as a function of pi, KL(pi_old || pi)
-is -E_old[log pi] plus a constant, and the Hessian of that, at pi_old, is the mean of
-grad log pi (grad log pi)^T. So F has no negative direction, and the root exists.
+products F v, and F v is the gradient of the number (gradient of KL) . v. F is the Fisher matrix: as
+a function of pi, KL(pi_old || pi) is -E_old[log pi] plus a constant, and the Hessian of that, at
+pi_old, is E_old[grad log pi (grad log pi)^T]. So v^T F v >= 0 for every v, and the root exists.
 
-The price of the second derivatives: attention that is not fused, fp32 throughout, 11 products F v
-of two backward passes each over a part of the batch, and 59 bytes of memory per parameter.
+The price of the second derivatives: attention that is not fused; fp32 in all passes of the update;
+11 products F v, 10 for x and one for `full`, each with two backward passes over a part of the
+batch; and 59 bytes of memory per parameter (docs/memory.md).
 
 Compared with reinforce_pp.py:
-  - there is one step per batch, without AdamW and a learning rate;
-  - the KL to pi_old limits its length, instead of the clip.
+  - there is one update per batch, with no AdamW and no learning rate;
+  - the KL to pi_old limits its length, and not the clip of the ratio.
 
-    python trpo.py                                      the toy, without a network: a minute
+    python trpo.py                                      the toy, needs no internet: a minute
     python trpo.py --model Qwen/Qwen2.5-0.5B-Instruct   a real model, on one CUDA GPU
 
-What to expect of the toy: asked 8+9-5=, it answers 12, or shows its work, 8+9=17,17-5=12. Before
-the training 0.6 of its answers to held-out problems are right and half of them show the work. After
-it 0.93 are right and nearly all show the work.
+What to expect of the toy: asked 8+9-5=, it writes 12, or shows its work and writes 8+9=17,17-5=12.
+Before the training, 0.6 of all answers to held-out problems are right, and half of all answers
+show the work. After it, 0.93 of all are right, and nearly all show the work.
 """
 import copy
 from dataclasses import dataclass, field
@@ -59,7 +60,7 @@ from reinforce_pp import reinforce_pp_advantages
 @dataclass
 class Config(RunConfig):  # more flags, such as --steps and --seed, are in plumbing/flags.py
     steps: int = HfArg(default=30, help="training steps")
-    lr: None = field(default=None, init=False)  # init=False: these five are no flags of this script
+    lr: None = field(default=None, init=False)  # init=False: these five are not flags here
     warmup_steps: None = field(default=None, init=False)
     weight_decay: None = field(default=None, init=False)
     max_grad_norm: None = field(default=None, init=False)
@@ -76,10 +77,10 @@ class Config(RunConfig):  # more flags, such as --steps and --seed, are in plumb
     fisher_fraction: float = HfArg(default=0.0625, help="part of the completions that F is made of")
     cg_iterations: int = HfArg(default=10, help="iterations of conjugate gradients, at most")
     backtrack: float = HfArg(default=0.8, help="a step that fails is made shorter by this factor")
-    max_tries: int = HfArg(default=10, help="steps that are tried before none is made")
+    max_tries: int = HfArg(default=10, help="shorter and shorter steps to try before none is made")
 
 
-# The defaults above are the toy's. These are a real model's on a GPU; on a CPU they are smaller.
+# The defaults above are for the toy, these for a real model on a GPU; a CPU gets smaller ones.
 REAL = dict(steps=200, prompts_per_step=256, micro_batch_size=4, max_new_tokens=256, kl_coef=0.001,
             eval_prompts=256, delta=0.001, damping=0.1, fisher_fraction=0.125)
 
@@ -100,7 +101,7 @@ def mean_kl(old_logits, logits, mask):
 def fisher_vector_product(kl, parameters, vector, damping):
     """(F + damping) v: scalar with graph, list of tensors, (D,), float -> (D,). TRPO, appendix C.
 
-    F is the Hessian of kl by the D parameters. The graph of kl is kept, for another vector.
+    F is the Hessian of kl with respect to the D parameters. kl may be used again, its graph stays.
     """
     gradient = torch.autograd.grad(kl, parameters, create_graph=True, materialize_grads=True)
     slope = torch.cat([g.flatten() for g in gradient]).dot(vector)
@@ -135,7 +136,7 @@ def measure_step(policy, old_policy, batch, advantages, cfg):
         A, mask = advantages[rows], batch.mask[rows]
         old_logits, logits = (token_logits(model, batch, rows, cfg.temperature)
                               for model in (old_policy, policy))
-        old_logprobs, logprobs = (pick(x, batch.completions[rows], 1.0)
+        old_logprobs, logprobs = (pick(x, batch.completions[rows], 1.0)  # log softmax at the tokens
                                   for x in (old_logits, logits))
         stats.add(by_token, kl_step=mean_kl(old_logits, logits, mask),
                   **ratio_stats(logprobs, old_logprobs, mask),
@@ -168,12 +169,12 @@ def train(cfg):
         texts, scores, reward_means = score(rewards, step_problems, batch, tokenizer, step)
         ref_logprobs = old_logprobs if ref_model is None else all_logprobs(
             ref_model, batch, cfg.micro_batch_size, cfg.temperature)  # without a reference, kl is 0
-        kl = kl_estimate(old_logprobs, ref_logprobs, "k1")  # (N, C), log(pi_old / pi_ref)
+        kl = kl_estimate(old_logprobs, ref_logprobs, "k1")  # (N, C); both are 0 on padding
         if step == 0:
             check_first_step(policy, batch, scores, kl, cfg)  # warns if ratio != 1 or kl != 0
         run.lap("score")
 
-        # 3. Advantages: how much better than the baseline is each completion? Without gradient.
+        # 3. Advantages: how far above the baseline is each return? No gradient flows through them.
         normalized = normalize_rewards(scores, cfg.reward_clip) if cfg.reward_clip else scores
         advantages = reinforce_pp_advantages(normalized, kl, mask, cfg.kl_coef)
 
@@ -182,11 +183,12 @@ def train(cfg):
         for rows, by_token, _ in micro_batches(batch, everything, cfg.micro_batch_size):
             logits = token_logits(policy, batch, rows, cfg.temperature)  # divided by temperature
             logprobs = pick(logits, batch.completions[rows], 1.0)                # (n, C)
-            L = surrogate(logprobs, logprobs.detach(), advantages[rows], mask[rows])  # at ratio 1
+            # Here pi_old is pi, so its log-probs are taken from logprobs: the ratio is exactly 1.
+            L = surrogate(logprobs, logprobs.detach(), advantages[rows], mask[rows])
             parts = torch.autograd.grad(L * by_token, parameters, materialize_grads=True)
             gradient += torch.cat([part.flatten() for part in parts])            # (D,), uphill
 
-        def matvec(vector):  # (F + damping) v, from the first completions; their order is random
+        def matvec(vector):  # (F + damping) v, from the first completions
             product, part = 0, everything[: max(1, int(cfg.fisher_fraction * len(scores)))]
             for rows, by_token, _ in micro_batches(batch, part, cfg.micro_batch_size):
                 logits = token_logits(policy, batch, rows, cfg.temperature)
@@ -195,7 +197,7 @@ def train(cfg):
             return product  # by_token sums to 1, so the damping is in it once
 
         x = conjugate_gradient(matvec, gradient, cfg.cg_iterations)
-        full = x * (2 * cfg.delta / x.dot(matvec(x)).clamp(min=1e-8)).sqrt()  # 0 where x is 0
+        full = x * (2 * cfg.delta / x.dot(matvec(x)).clamp(min=1e-8)).sqrt()  # not 0 / 0
         if not full.isfinite().all():
             fail(f"in step {step + 1}, no direction is finite; take a larger --damping", code=1)
         old_policy.load_state_dict(policy.state_dict())

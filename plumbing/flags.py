@@ -13,31 +13,32 @@ from transformers.hf_argparser import HfArg
 
 @dataclass
 class RunConfig:
-    """The flags of every script, with the toy's defaults. A real model's: REAL in each script."""
+    """The flags of every script, with defaults for the toy. REAL in each script has a real model's.
+    """
 
-    model: Optional[str] = HfArg(default=None, help="model folder, run folder or hub name; None: "
-                                                    "the toy's")
-    data: str = HfArg(default="toy", help="toy, words, a .jsonl file, a folder, or a hub "
-                                          "name[:configuration]")
+    model: Optional[str] = HfArg(default=None, help="folder of a model or of a run, or name on the "
+                                                    "hub; None: the toy's model")
+    data: str = HfArg(default="toy", help="toy, words, or your own: a .jsonl file, a folder, or a "
+                                          "name[:configuration] on the hub")
     steps: int = HfArg(default=60, help="training steps")
     lr: float = HfArg(default=2e-4, help="AdamW learning rate at its peak")
     warmup_steps: int = HfArg(default=0, help="steps in which the learning rate rises to its peak")
     weight_decay: float = HfArg(default=0.0, help="AdamW weight decay")
     max_grad_norm: float = HfArg(default=1.0, help="gradients are clipped to this norm")
     minibatch_size: int = HfArg(default=64, help="completions per optimizer step")
-    micro_batch_size: int = HfArg(default=64, help="completions per pass: memory, not results")
-    gradient_checkpointing: bool = HfArg(default=False, help="save memory: recompute activations")
+    micro_batch_size: int = HfArg(default=64, help="completions per pass; changes no result")
+    gradient_checkpointing: bool = HfArg(default=False, help="recompute activations: less memory")
     max_new_tokens: int = HfArg(default=32, help="longest completion, in tokens")
-    compile: bool = HfArg(default=False, help="sample with torch.compile, for a GPU")
+    compile: bool = HfArg(default=False, help="sample with torch.compile; for a GPU")
     log_every: int = HfArg(default=5, help="print a line of metrics every so many steps")
-    eval_every: int = HfArg(default=0, help="steps between looks at validation prompts; 0: never")
+    eval_every: int = HfArg(default=0, help="steps between evaluations on validation data; 0: none")
     eval_prompts: int = HfArg(default=512, help="held-out prompts per evaluation")
     save_every: int = HfArg(default=20, help="write the checkpoint every so many steps")
-    seed: int = HfArg(default=1, help="seed of everything random")
+    seed: int = HfArg(default=1, help="seed of all random numbers")
     device: Optional[str] = HfArg(default=None, help="cpu or cuda; None: cuda if present")
-    out_dir: Optional[str] = HfArg(default=None, help="run folder; None: runs/SCRIPT, numbered "
-                                                      "if it is taken")
-    resume: bool = HfArg(default=False, help="go on from the checkpoint in the run folder")
+    out_dir: Optional[str] = HfArg(default=None, help="folder of the run; None: runs/SCRIPT, "
+                                                      "numbered if it exists")
+    resume: bool = HfArg(default=False, help="go on from the checkpoint in the folder of the run")
     data_checksum: Optional[int] = field(default=None, init=False)  # no flag: load_problems sets it
 
 

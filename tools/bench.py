@@ -336,8 +336,8 @@ def show(found, rounds):
             print(f"| {row} | TRL | not installed: pip install -r requirements-dev.txt |")
     pp, ppo = ("REINFORCE++", "ours"), ("PPO", "ours")
     if {pp, ppo} <= found.keys():
-        print(f"\nPPO takes {ratio(found, ppo, pp, rounds)} times as long as REINFORCE++ (in the "
-              "notes 60 h / 42 h, 1.43). TRL 1.16 has neither.")
+        print(f"\nPPO takes {ratio(found, ppo, pp, rounds)} times as long as REINFORCE++. TRL 1.16 "
+              "has neither.")
 
 
 def correctness(args):
@@ -355,7 +355,7 @@ def correctness(args):
         policy.zero_grad()
         (logprobs * weights).sum().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in policy.parameters()]))
-    print(f"\nAgainst a forward of each row alone, log-probs differ by at most "
+    print(f"\nCompared with a forward of each row alone, log-probs differ by at most "
           f"{(batch.logprobs[valid] - plain).abs().max():.1e} in the sampler and "
           f"{(shared - plain).abs().max():.1e} in the shared-prompt pass, whose gradient is off by "
           f"{(gradients[1] - gradients[0]).norm() / gradients[0].norm():.1e} (relative norm).")

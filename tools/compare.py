@@ -134,9 +134,9 @@ def pairs(scripts, means, resampled):
     """A table of the differences, best script first; means (A,), resampled (RESAMPLES, A)."""
     order = means.argsort(descending=True).tolist()
     count = len(scripts) * (len(scripts) - 1) // 2
-    print(f"\nShare of right answers, row minus column, in thousandths; {count} comparisons. *: the "
-          f"95 % interval excludes 0.\n**: so does the interval of 100 - 5 / {count} %, so that all "
-          "the ** together are right with 95 % confidence.\n")
+    print(f"\nShare of right answers, row minus column, in thousandths: {count} comparisons.\n"
+          "*: the 95 % interval of the difference excludes 0. **: so does the interval at "
+          f"100 - 5 / {count} %,\nso that all ** together hold with 95 % confidence.\n")
     print("| | " + " | ".join(scripts[j] for j in order[1:]) + " |\n" + "|---" * len(order) + "|")
     for i, j in itertools.pairwise(range(len(order) + 1)):
         cells = []

@@ -16,33 +16,37 @@ PAGE = Path(__file__).parents[1] / "docs" / "flags.md"
 
 TEXT = """# What flags are there, and what are their defaults?
 
-This page is written by `python -m tools.flags`. The same is said by `--help` of each script. `-`
-and `_` are the same in flags.
+`python SCRIPT.py --help` lists the flags of a script. The table below lists those of all scripts.
+`python -m tools.flags` writes this page. `-` and `_` are the same in flags.
 
-A default with two slashes depends on the model: the first number is for the toy's model, the second
-for a real one on a GPU, the third for a real one on a CPU. A real model is one whose vocabulary is
-not the toy's, whatever `--data` is. Its defaults stand in REAL in each script. On a CPU, one rule
-makes them smaller (`for_a_cpu` in [command_line.py](../plumbing/command_line.py)). A run prints
-what was chosen. A `Config` that is made in Python stands as it is.
+Some defaults have three values: for the toy's model, for a real model on a GPU, and for a real
+model on a CPU. A real model is one with another vocabulary than the toy's, whatever `--data` is.
+Its defaults are in `REAL` in each script. On a CPU, one rule makes them smaller: `for_a_cpu` in
+[command_line.py](../plumbing/command_line.py). A run prints the values that were chosen. A `Config`
+that is made in Python has the toy's defaults.
 
-With another `--group_size`, a step has as many completions as by default, and so fewer or more
-`--prompts_per_step`. With `--group_baseline`, `--group_size` is 4. `--minibatch_size` is rounded
-down to whole groups. The learning rate falls linearly from its peak to a tenth. trpo.py has no
-AdamW, and so none of its flags. dpo.py, orpo.py and reward_model.py take as many `--steps` as
-`--epochs` passes over the data need, and their batches are of pairs.
+- With another `--group_size`, a step still has as many completions as by default. So it has fewer
+  or more `--prompts_per_step`.
+- With `--group_baseline`, `--group_size` is 4 by default, and `--reward_clip` and `--gamma` are not
+  used.
+- `--minibatch_size` is rounded down to whole groups. In raft.py it counts the completions from
+  which the best ones are chosen.
+- The learning rate falls linearly from its peak to a tenth of it.
+- trpo.py does not use AdamW and has none of its flags.
+- dpo.py, orpo.py and reward_model.py make as many steps as `--epochs` passes over the data take.
 
 | flag | meaning | scripts | default |
 |---|---|---|---|
 {rows}
 
-`--compile` needs torch 2.11. Each shape of a batch is compiled once, in half a minute. It gains
-nothing on a CPU. `--out_dir` must not hold a run already, but with `--resume`. In raft.py,
-`--minibatch_size` counts the completions of which the best are taken. `--accuracy_filter` is 0.2 in
-PRIME's paper; 0 leaves nothing out.
+- `--compile` needs torch 2.11. It compiles each shape of a batch once, in half a minute. It gains
+  nothing on a CPU.
+- `--out_dir` must not hold a run already, except with `--resume`.
+- `--accuracy_filter` is 0.2 in PRIME's paper. With 0, no prompt is left out.
 
-Wrong input gets one sentence and exit code 2, before anything is trained or any weights are loaded.
-What a reward does wrong only later stops the run where it is. `trust_remote_code` is off:
-architectures that need code of their own are refused.
+Wrong input gets one sentence and exit code 2, before a model is trained or weights are loaded. If a
+reward does something wrong later, the run stops there. `trust_remote_code` is off, so a model that
+needs code of its own is refused.
 """
 
 

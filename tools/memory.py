@@ -66,7 +66,7 @@ def main():
             fits = next((f", {gpu} GB" for gpu in (24, 80) if 1.1 * recomputed <= gpu), ", neither")
             cells.append(f"{plain:.1f} / {recomputed:.1f}{fits}")
         print(f"| {name} | " + " | ".join(cells) + " |")
-    print("\nFits: a GPU of 24 or of 80 GB, a tenth of it for the allocator.")
+    print("\nIt fits if a GPU of 24 or of 80 GB has it, and a tenth of it more for the allocator.")
 
 
 if __name__ == "__main__":
