@@ -41,9 +41,9 @@ def kl_estimate(logprobs, ref_logprobs, kind="k1"):
       k2 = (log r)^2 / 2  is biased. As a loss, its expected gradient is that of KL(pi || pi_ref).
       k3 = r - 1 - log r  is unbiased and never negative. As a loss, its expected gradient is that
                           of the other KL, KL(pi_ref || pi).
-    A state is the prompt and the tokens so far. The gradients of k2 and k3 are those of each state
-    by itself: they leave out that a token also decides which states come next. k1 in the reward
-    counts this; docs/gradients.md says how far apart they are. All of this is exact while pi is the
+    A state is the prompt and the tokens so far. The gradients of k2 and k3 treat each state
+    alone. They ignore that a token also decides which states come next. k1 in the reward counts
+    this; docs/gradients.md says how far apart they are. All of this is exact while pi is the
     policy that drew the tokens, and approximate after an update.
     This function takes no mask: what it returns on padding means nothing.
     """
@@ -92,7 +92,7 @@ def ppo_clip_loss(logprobs, old_logprobs, advantages, mask, clip_eps=0.2):
     The mean over valid tokens of PPO's objective (arXiv 1707.06347, eq. 7), negated, because
     optimizers minimise. clip_frac is the fraction of the tokens for which the clipped value is
     taken; they have no gradient. While each ratio is 1, the loss is minus the mean of A. If a mean
-    of the same batch was the baseline, that is about 0, however good the policy is.
+    of the same batch was the baseline, the loss is then about 0, however good the policy is.
     """
     ratio = torch.where(mask.bool(), logprobs - old_logprobs, 0).exp()
     unclipped = -advantages * ratio

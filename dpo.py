@@ -14,17 +14,20 @@ pi_ref) is
     pi(y | x) = pi_ref(y | x) exp(r(x, y) / beta) / Z(x)
     Z(x)      = sum_y pi_ref(y | x) exp(r(x, y) / beta)       sum over all completions y of x
 
-Solved for r, this is r(x, y) = h(x, y) + beta log Z(x). Put into P, the term with Z(x) cancels,
-because it is the same for both completions, and -log P is the loss. So the loss has no term for the
-KL: pi_ref and beta in h do its work. With a larger beta, the same P needs less distance to pi_ref.
+Solved for r, this is r(x, y) = h(x, y) + beta log Z(x). When this is put into P, the term with Z(x)
+cancels, because it is the same for both completions, and -log P is the loss. So the loss has no
+term for the KL: pi_ref and beta in h do its work. With a larger beta, the same P needs less
+distance to pi_ref.
 
 At the start pi = pi_ref, so every h is 0 and the loss is ln 2. The derivatives of a pair's loss
 with respect to log pi(chosen) and log pi(rejected) are then -beta / 2 and +beta / 2. During the
-training both h may fall: the two completions are often alike, so an update that makes one less
-likely reaches the other. Watch the margin, h(chosen) - h(rejected), on held-out pairs.
+training both h may fall: the two completions are often alike, so the push down on rejected can
+lower chosen by more than its own push raises it. Watch the margin, h(chosen) - h(rejected), on
+held-out pairs.
 
 --loss plackett_luce learns from rankings y_1, ..., y_K, best first (appendix A.3). The probability
-of a ranking is that of drawing the best of all, then the best of the rest, and so on:
+of a ranking is that of drawing y_1 of all, then y_2 of the rest, and so on, where each is drawn
+with a probability proportional to exp h:
 
     loss = -sum_k log(exp h(x, y_k) / sum_{j >= k} exp h(x, y_j))             mean over the rankings
 
@@ -37,7 +40,7 @@ Compared with sft.py:
     python dpo.py --model Qwen/Qwen2.5-0.5B-Instruct --data trl-lib/ultrafeedback_binarized
 
 What to expect of the toy, whose pairs are a right and a wrong answer of the toy's policy: before
-the training 0.6 of its answers to held-out problems are right, after it 0.9.
+the training 0.6 of its sampled answers to held-out problems are right, after it 0.9.
 """
 import math
 from dataclasses import dataclass
@@ -64,10 +67,10 @@ class Config(RunConfig):  # more flags, such as --steps and --seed, are in plumb
     minibatch_size: int = HfArg(default=64, help="pairs per optimizer step")
     micro_batch_size: int = HfArg(default=64, help="pairs per pass; changes no result")
     epochs: int = HfArg(default=1, help="passes over the data, unless --steps is given")
-    prompts: int = HfArg(default=1920, help="toy, words: prompts to sample pairs for")
+    prompts: int = HfArg(default=1920, help="for toy and words: prompts that get pairs")
     beta: float = HfArg(default=0.5, help="the larger, the closer to the reference policy")
     loss: Literal["bradley_terry", "plackett_luce"] = HfArg(
-        default="bradley_terry", help="for pairs, or for rankings (column completions, best first)")
+        default="bradley_terry", help="for pairs, or for rankings in a column completions")
 
 
 # The defaults above are for the toy, these for a real model on a GPU; a CPU gets smaller ones.
@@ -81,7 +84,7 @@ def dpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_r
     chosen_rewards = beta * (policy_chosen_logps - ref_chosen_logps)
     rejected_rewards = beta * (policy_rejected_logps - ref_rejected_logps)
     losses = -F.logsigmoid(chosen_rewards - rejected_rewards)
-    return losses, chosen_rewards.detach(), rejected_rewards.detach()  # h is only logged
+    return losses, chosen_rewards.detach(), rejected_rewards.detach()  # these h are for the log
 
 
 def plackett_luce_loss(policy_logps, ref_logps, beta):
@@ -105,11 +108,11 @@ def train(cfg):
         return for_all_completions(lambda batch: all_logprobs(
             policy, batch, cfg.micro_batch_size, temperature=1.0).sum(1), problems, cfg)
 
-    # All that this run will use: its steps take one shuffled order in pieces, this takes it whole.
+    # All that this run will use: each step takes a piece of one shuffled order, this takes all.
     seen = draw_problems(problems, 0, min(cfg.steps * cfg.minibatch_size, len(problems)), cfg.seed)
     seen += [problem for problem in validation + test if "targets" in problem]
     for problem, ref_logps in zip(seen, data_logps(seen).tolist()):
-        problem["ref_logps"] = ref_logps  # K numbers; with --resume, run.open() changes the weights
+        problem["ref_logps"] = ref_logps  # of pi_ref: with --resume, run.open() loads other weights
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.99),
                                   weight_decay=cfg.weight_decay, fused=True)  # 0.99 for short runs
 
@@ -126,7 +129,7 @@ def train(cfg):
         mask = batch.mask  # (N, C); rows i K to i K + K - 1 are the completions of prompt i
         ref_logps = torch.tensor([problem["ref_logps"] for problem in step_problems]).to(cfg.device)
 
-        # 2. Update. by_row: a micro-batch's fraction of the batch's rows, the weight of its mean.
+        # 2. Update. by_row, the weight of a micro-batch: its share of the batch's rows.
         stats = Means()
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg.steps, cfg.warmup_steps, cfg.lr)
         optimizer.zero_grad()

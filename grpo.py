@@ -11,18 +11,19 @@ policy from before the training; the KL keeps the policy near it.
     loss = mean_i mean_t [-min(ratio_t A_i, clip(ratio_t, 1 - eps, 1 + eps) A_i) + kl_coef * k3_t]
            mean_t: over the tokens of a completion, then mean_i: over the mini-batch's completions
 
-Two divisions, by the std and by the number of tokens, turn the gradient away from that of the mean
-score. Because of the std, a prompt whose K scores nearly agree counts as much as any other. Because
+Because of two divisions, by the std and by the number of tokens, the gradient does not have the
+direction of the gradient of the mean score; docs/gradients.md measures how far they are apart.
+Because of the std, a prompt whose K scores nearly agree counts about as much as any other. Because
 of mean_t, a token of a long completion counts less than one of a short completion: it is pushed up
-less if A > 0, and down less if A < 0. docs/gradients.md says how far the gradient turns.
+less if A > 0, and down less if A < 0.
 k3 estimates KL(pi || pi_ref), but its expected gradient is that of KL(pi_ref || pi): see
 kl_estimate() in common.py.
 
 --process, process supervision: each reasoning step of a completion has a reward, 0 or 1. These are
 normalised over all reasoning steps of the prompt's K completions, and A_t is the sum of the
 normalised rewards of the reasoning step of token t and of later ones. The reward of the last step
-is the score of the completion. If it were 1 for any right step, a completion that stops after one
-right step would get the best rewards.
+is the score of the completion. If the last step also got 1 just for being right, a completion could
+stop after one right step, without an answer, and have only 1s.
 
 Compared with rloo.py:
   - the baseline is the mean of all K, the completion itself included;
@@ -65,7 +66,7 @@ class Config(RunConfig):  # more flags, such as --steps and --seed, are in plumb
     epochs: int = HfArg(default=1, help="passes over the completions of a step")
     kl_coef: float = HfArg(default=0.01, help="weight of the KL to the reference (beta in papers)")
     clip_eps: float = HfArg(default=0.2, help="the ratio is clipped to 1 +- this")
-    process: bool = HfArg(default=False, help="also a reward for each reasoning step (only toy)")
+    process: bool = HfArg(default=False, help="rewards for reasoning steps (only --data toy)")
 
 
 # The defaults above are for the toy, these for a real model on a GPU; a CPU gets smaller ones.
@@ -88,7 +89,7 @@ def group_advantages(scores, group_size):
 def process_advantages(step_rewards, step_ends, mask, group_size):
     """A_t = sum of the normalised rewards of all reasoning steps that end at or after t -> (N, C).
 
-    step_rewards, step_ends: N lists; of each reasoning step its reward, and the 0-based index of
+    step_rewards, step_ends: N lists; for each reasoning step its reward, and the 0-based index of
     its last token. Mean and std run over all reasoning steps of the group. DeepSeekMath, 4.1.3.
     """
     advantages = torch.zeros_like(mask)                           # (N, C)
@@ -116,7 +117,7 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, clip_eps, 
     is the fraction of the tokens for which the clipped value is taken.
     """
     A = advantages if advantages.dim() == 2 else advantages[:, None]
-    logprobs, old_logprobs, ref_logprobs = (  # first, or nan on padding would reach the gradient
+    logprobs, old_logprobs, ref_logprobs = (  # before exp(), or a nan on padding would spread
         torch.where(mask.bool(), x, 0) for x in (logprobs, old_logprobs, ref_logprobs))
     ratio = (logprobs - old_logprobs).exp()
     unclipped, clipped = -A * ratio, -A * ratio.clamp(1 - clip_eps, 1 + clip_eps)
@@ -128,7 +129,7 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, clip_eps, 
 
 def train(cfg):
     if cfg.process and cfg.data != "toy":
-        fail(f"--process: --data {cfg.data} can't say whether a step is right; leave --process out")
+        fail(f"--process: only toy knows which steps are right, --data {cfg.data} not; drop it")
     run = Run(cfg, "grpo")
     problems, validation, test = load_problems(cfg)
     rewards = load_rewards(cfg, problems + validation + test)
@@ -153,22 +154,22 @@ def train(cfg):
         texts, scores, reward_means = score(rewards, step_problems, batch, tokenizer, step)
         ref_logprobs = old_logprobs if ref_model is None else all_logprobs(
             ref_model, batch, cfg.micro_batch_size, cfg.temperature)  # without a reference, kl is 0
-        kl = kl_estimate(old_logprobs, ref_logprobs, "k1")  # (N, C); both are 0 on padding
+        kl = kl_estimate(old_logprobs, ref_logprobs, "k1")  # (N, C); 0 on padding
         if step == 0:
             check_first_step(policy, batch, scores, kl, cfg)  # warns if ratio != 1 or kl != 0
         run.lap("score")
 
-        # 3. Advantages: how far above the baseline is each return? No gradient flows through them.
+        # 3. Advantages: how much better than the baseline? No gradient flows through them.
         if cfg.process:
             step_rewards, step_ends = score_steps(step_problems, batch, texts, scores, tokenizer)
             advantages = process_advantages(step_rewards, step_ends, mask, cfg.group_size)
         else:
             advantages = group_advantages(scores, cfg.group_size)
 
-        # 4. Update, once per mini-batch. All tensors above stay fixed; only logprobs are computed
-        # again, with gradient. Until the first update of the step, the weights are those that
-        # sampled, so each ratio is 1. by_token is a micro-batch's fraction of the mini-batch's
-        # tokens, by_row of its rows: with these weights, its parts add up to the mini-batch's mean.
+        # 4. Update, once per mini-batch. All tensors above stay fixed; log-probs are now computed
+        # with gradient. Until the first update of the step, the weights are those that sampled, so
+        # each ratio is 1. by_token is a micro-batch's share of the mini-batch's tokens, by_row that
+        # of the rows. Times these, the micro-batches' means add up to the mini-batch's mean.
         stats = Means()
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg.steps, cfg.warmup_steps, cfg.lr)
         for minibatch in mini_batches(len(scores), cfg.minibatch_size, cfg.group_size, cfg.epochs,

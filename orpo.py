@@ -11,23 +11,23 @@ and preference learning are one stage.
 
 The first term is SFT's. In a batch, it is a mean over the tokens of all chosen completions, so a
 long one counts more; the second term is a mean over the pairs. The tokens of the prompt are not
-targets, as in the paper; TRL includes them. log p is a mean over tokens: the probability of a whole
-long text is nearly 0, so 1 - p would be 1, and the odds would be the probability.
+targets, as in the paper; TRL includes them. log p is a mean and not a sum, because the probability
+of a whole long text is nearly 0. Then 1 - p would be 1, and the odds would be the probability.
 
-Why odds: the derivative of the second term with respect to log p(chosen) is -beta / (1 + OR) /
-(1 - p(chosen)). The factor 1 / (1 + OR) becomes small once chosen is well ahead. The factor
-1 / (1 - p) makes it large for tokens that are nearly certain.
+The derivatives of the second term with respect to log p(chosen) and log p(rejected) are
+-beta / (1 + OR) / (1 - p(chosen)) and beta / (1 + OR) / (1 - p(rejected)). The factor 1 / (1 + OR)
+becomes small once chosen is well ahead.
 
 Compared with dpo.py:
-  - the loss has odds, in the place of log-probs relative to pi_ref, so no pi_ref is needed;
+  - the loss has odds in place of log-probs relative to pi_ref, so no pi_ref is needed;
   - SFT's loss is a part of the loss.
 
     python orpo.py                                      the toy, needs no internet: half a minute
     python orpo.py --model Qwen/Qwen2.5-0.5B --data trl-lib/ultrafeedback_binarized
 
 What to expect of the toy, whose pairs are a right and a wrong answer of the toy's policy: before
-the training 0.6 of its answers to held-out problems are right, after it 0.8. chosen and rejected in
-the log are log p.
+the training 0.6 of its sampled answers to held-out problems are right, after it 0.8. The logged
+values chosen and rejected are means of log p.
 """
 import math
 from dataclasses import dataclass
@@ -54,7 +54,7 @@ class Config(RunConfig):  # more flags, such as --steps and --seed, are in plumb
     minibatch_size: int = HfArg(default=64, help="pairs per optimizer step")
     micro_batch_size: int = HfArg(default=64, help="pairs per pass; changes no result")
     epochs: int = HfArg(default=1, help="passes over the data, unless --steps is given")
-    prompts: int = HfArg(default=1920, help="toy, words: prompts to sample pairs for")
+    prompts: int = HfArg(default=1920, help="for toy and words: prompts that get pairs")
     beta: float = HfArg(default=0.1, help="weight of the odds ratio term, lambda in the paper")
 
 
@@ -96,7 +96,7 @@ def train(cfg):
                            sum((problem["targets"] for problem in step_problems), []), cfg.device)
         mask = batch.mask  # (N, C); rows i K to i K + K - 1 are the completions of prompt i
 
-        # 2. Update. by_row: a micro-batch's fraction of the batch's rows, the weight of its mean.
+        # 2. Update. by_row, the weight of a micro-batch: its share of the batch's rows.
         stats = Means()
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg.steps, cfg.warmup_steps, cfg.lr)
         optimizer.zero_grad()
@@ -104,7 +104,7 @@ def train(cfg):
                                              K * cfg.micro_batch_size):
             logprobs = token_logprobs(policy, batch, rows, temperature=1.0)        # (n, C)
             mean_logps = (logprobs.sum(dim=1) / mask[rows].sum(dim=1)).view(-1, K)  # (n / K, K)
-            # mask is the whole batch's, so this is a part of its mean. Row 0 of each K is chosen.
+            # Divided by the whole batch's number of chosen tokens, so that these parts add up.
             nll = -logprobs[::K].sum() / mask[::K].sum()
             loss = nll + by_row * cfg.beta * odds_ratio_loss(*mean_logps.T).mean()
             loss.backward()

@@ -109,8 +109,8 @@ def value_loss(values, old_values, returns, mask, value_clip):
     """Half the squared error of V, all (N, C) -> (loss, clip_frac), scalars; means over tokens.
 
     The larger of two errors counts, that of V and that of V clipped to its old value +- value_clip.
-    So, as with the ratio, there is no gradient once V has moved by value_clip towards its target.
-    clip_frac is the part of the tokens for which that is so.
+    Once V has moved more than value_clip towards its target, the clipped error is the larger one.
+    It is a constant, so V has no gradient. clip_frac is the fraction of the tokens with this.
     """
     values, old_values, returns = (torch.where(mask.bool(), x, 0)
                                    for x in (values, old_values, returns))
@@ -124,7 +124,7 @@ def explained_variance(values, returns, mask):
     """1 - Var(returns - V) / Var(returns), over valid tokens: (N, C) -> scalar.
 
     Take returns_to_go() and not GAE's returns, which have V in them. 1: V predicted them, up to a
-    constant; 0: V is no better than a constant, or all are equal; below 0: V is worse than that.
+    constant; 0: V is no better than a constant, or all returns are equal; below 0: V is worse.
     """
     def variance(x):
         return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
@@ -161,22 +161,22 @@ def train(cfg):
         texts, scores, reward_means = score(rewards, step_problems, batch, tokenizer, step)
         ref_logprobs = old_logprobs if ref_model is None else all_logprobs(
             ref_model, batch, cfg.micro_batch_size, cfg.temperature)  # without a reference, kl is 0
-        kl = kl_estimate(old_logprobs, ref_logprobs, "k1")  # (N, C); both are 0 on padding
+        kl = kl_estimate(old_logprobs, ref_logprobs, "k1")  # (N, C); 0 on padding
         old_values = all_values(critic, batch, cfg.micro_batch_size)             # (N, C)
         if step == 0:
             check_first_step(policy, batch, scores, kl, cfg)  # warns if ratio != 1 or kl != 0
         run.lap("score")
 
-        # 3. Advantages: how far above the baseline is each return? No gradient flows through them.
+        # 3. Advantages: how much better than the baseline? No gradient flows through them.
         shaped = token_rewards(scores, kl, mask, cfg.kl_coef)                    # (N, C)
         advantages, returns = gae(shaped, old_values, mask, cfg.gamma, cfg.lam)
         advantages = whiten(advantages, mask)  # only now, because the returns are A + V_old
         explained = explained_variance(old_values, returns_to_go(shaped, mask, cfg.gamma), mask)
 
-        # 4. Update, once per mini-batch. All tensors above stay fixed; only logprobs are computed
-        # again, with gradient. Until the first update of the step, the weights are those that
-        # sampled, so each ratio is 1. by_token is a micro-batch's fraction of the mini-batch's
-        # tokens, by_row of its rows: with these weights, its parts add up to the mini-batch's mean.
+        # 4. Update, once per mini-batch. All tensors above stay fixed; log-probs are now computed
+        # with gradient. Until the first update of the step, the weights are those that sampled, so
+        # each ratio is 1. by_token is a micro-batch's share of the mini-batch's tokens, by_row that
+        # of the rows. Times these, the micro-batches' means add up to the mini-batch's mean.
         stats = Means()
         stats.add(1, explained_var=explained)
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg.steps, cfg.warmup_steps, cfg.lr)
@@ -197,7 +197,7 @@ def train(cfg):
                 stats.add_parts(by_token, loss=loss)
                 error, clipped = value_loss(token_values(critic, batch, rows), old_values[rows],
                                             returns[rows], mask[rows], cfg.value_clip)
-                (error * by_token).backward()  # after the policy's, which freed its activations
+                (error * by_token).backward()  # now the policy's activations are freed
                 stats.add_parts(by_token, value_loss=error, value_clip_frac=clipped)
             grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm,
                                                        error_if_nonfinite=True)

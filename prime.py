@@ -15,22 +15,22 @@ difference of the two log-probs.
     ratio_t = pi / pi_old                                     of token t; pi_old sampled the batch
     loss = -mean_t min(ratio_t A_t, clip(ratio_t, 1 - eps, 1 + eps) A_t)     over the mini-batch
 
-q is that of prm before its updates in this step, so it is 0 in the first step. If the mean of the
-others' Q_j is above 0, a token with a lower q has a negative part in A_t, so shorter completions
-can be better.
+q is that of prm before its updates in this step, so it is 0 in the first step. Every token whose q
+is below the mean of the others' Q_j adds a negative term to A. A longer completion collects more of
+them, so shorter ones can be better.
 
 Only the sum of q is trained, but a single q_t has a meaning too (arXiv 2412.01981):
 
     q_1 + ... + q_t = beta * log E[exp((q_1 + ... + q_C) / beta)]            C: the last token
 
-where E is over completions that pi_ref continues after token t. This holds because the mean of
-prm / pi_ref under pi_ref is 1. So the sum up to t is a soft mean of the final sum, and q_t is the
-change that token t made in it.
+where E is over completions that begin with these t tokens and are finished by pi_ref. It holds
+because the mean of prm / pi_ref under pi_ref is 1. So the sum up to t is a soft mean of the final
+sum, and q_t is the change that token t made in it.
 
 A_t is eq. 5 of the paper. The authors' code has (q_t - mean of all K means) * K / (K - 1) in place
-of q_t - mean of Q_j, which is larger by (q_t - Q_i) / (K - 1). For the scores the two formulas are
-the same. Their code also discounts the score, if gamma < 1, and normalises A_t; the paper and this
-script do neither.
+of q_t - mean of the others' Q_j. Theirs is larger by (q_t - Q_i) / (K - 1). For the scores the two
+formulas are the same. Their code also discounts the score, if gamma < 1, and normalises A_t; the
+paper and this script do neither.
 
 Compared with rloo.py:
   - every token has a reward of its own, from prm, in addition to the score;
@@ -117,8 +117,8 @@ def prm_stats(q, scores, step_rewards=(), step_ends=()):
     """For the log: q (N, C), scores (N,), and two lists of N from score_steps() -> dict of scalars.
 
     step_rewards and step_ends say of each reasoning step whether it is right, 1 or 0, and where it
-    ends. step_found is how often, in wrong answers of several steps, the first wrong step has the
-    lowest sum of q, and step_chance how often a random step would be the first wrong one.
+    ends. step_found: among wrong answers of several steps, the fraction in which the step with the
+    lowest sum of q is the first wrong one. step_chance: what a random guess would reach.
     """
     found, chance = [], []
     for sums, right, ends in zip(q.cumsum(dim=1), step_rewards, step_ends):
@@ -167,7 +167,7 @@ def train(cfg):
             fail(f"--reward {cfg.reward}: PRIME takes scores from 0 to 1; scale it, or use rloo.py")
         ref_logprobs = all_logprobs(ref_model, batch, cfg.micro_batch_size, cfg.temperature)
         prm_logprobs = all_logprobs(prm, batch, cfg.micro_batch_size, cfg.temperature)
-        kl = kl_estimate(old_logprobs, ref_logprobs, "k1")  # (N, C); both are 0 on padding
+        kl = kl_estimate(old_logprobs, ref_logprobs, "k1")  # (N, C); 0 on padding
         q = implicit_rewards(prm_logprobs, ref_logprobs, cfg.beta)  # (N, C); 0 on padding
         step_labels = () if cfg.data != "toy" else score_steps(  # only for the log: not trained on
             step_problems, batch, texts, scores, tokenizer)
@@ -176,14 +176,14 @@ def train(cfg):
             check_first_step(policy, batch, scores, kl, cfg)  # warns if ratio != 1 or kl != 0
         run.lap("score")
 
-        # 3. Advantages: how far above the baseline is each return? No gradient flows through them.
+        # 3. Advantages: how much better than the baseline? No gradient flows through them.
         advantages = prime_advantages(q, scores, mask, cfg.group_size, cfg.gamma)
         kept = filter_by_accuracy(scores, cfg.group_size, cfg.accuracy_filter).cpu()
 
-        # 4. Update, once per mini-batch. All tensors above stay fixed; only logprobs are computed
-        # again, with gradient. Until the first update of the step, the weights are those that
-        # sampled, so each ratio is 1. by_token is a micro-batch's fraction of the mini-batch's
-        # tokens, by_row of its rows: with these weights, its parts add up to the mini-batch's mean.
+        # 4. Update, once per mini-batch. All tensors above stay fixed; log-probs are now computed
+        # with gradient. Until the first update of the step, the weights are those that sampled, so
+        # each ratio is 1. by_token is a micro-batch's share of the mini-batch's tokens, by_row that
+        # of the rows. Times these, the micro-batches' means add up to the mini-batch's mean.
         stats = Means()
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg.steps, cfg.warmup_steps, cfg.lr)
         optimizer.param_groups[1]["lr"] = learning_rate(step, cfg.steps, cfg.warmup_steps,

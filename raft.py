@@ -14,7 +14,7 @@ Compared with sft.py:
 Compared with rloo.py:
   - there is no advantage. The best completion has the weight 1, however little better it is, and
     the others have the weight 0;
-  - there is no ratio, and no KL and therefore no reference policy.
+  - there is no ratio in the loss, and no KL and therefore no reference policy.
 
     python raft.py                                      the toy, needs no internet: half a minute
     python raft.py --model Qwen/Qwen2.5-0.5B-Instruct   a real model, on one CUDA GPU
@@ -94,13 +94,13 @@ def train(cfg):
         groups = scores.view(-1, cfg.group_size)
         best = best_of_k(scores, cfg.group_size)[groups.amax(1) > groups.amin(1)].cpu()  # rows
 
-        # 4. Update, once per mini-batch. All tensors above stay fixed; only logprobs are computed
-        # again, with gradient. Until the first update of the step, the weights are those that
-        # sampled, so each ratio is 1. by_token is a micro-batch's fraction of the mini-batch's
-        # tokens, by_row of its rows: with these weights, its parts add up to the mini-batch's mean.
+        # 4. Update, once per mini-batch. All tensors above stay fixed; log-probs are now computed
+        # with gradient. Until the first update of the step, the weights are those that sampled, so
+        # each ratio is 1. by_token is a micro-batch's share of the mini-batch's tokens, by_row that
+        # of the rows. Times these, the micro-batches' means add up to the mini-batch's mean.
         stats = Means()
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg.steps, cfg.warmup_steps, cfg.lr)
-        size = cfg.minibatch_size // cfg.group_size  # of each K completions, only one is left
+        size = cfg.minibatch_size // cfg.group_size  # of each K rows, only one is left
         for minibatch in mini_batches(len(best), size, group_size=1, epochs=cfg.epochs,
                                       generator=generator):
             optimizer.zero_grad()
@@ -117,7 +117,7 @@ def train(cfg):
             optimizer.step()
             stats.end_minibatch(grad_norm=grad_norm, lr=optimizer.param_groups[0]["lr"])
 
-        # 5. Log. The score shows progress. The loss does not: these are the policy's own texts.
+        # 5. Log. The score shows progress. The loss only shows how sure the policy is of its texts.
         run.log(step, **batch_stats(scores, kl, batch, cfg.group_size), **reward_means,
                 **{"loss": 0.0, **stats()})  # 0.0: no group had a best
         run.show(step, step_problems, texts, scores)

@@ -4,16 +4,19 @@ gets a score. A completion is made more likely if it scored above a baseline, an
 scored below. pi_ref is a copy of the policy from before the training; the KL keeps pi near it.
 
     kl_t = log(pi(y_t | x, y_<t) / pi_ref(y_t | x, y_<t))     of each token of the completion
-    A_i  = score_i - kl_coef * sum_t kl_t - b                 advantage, a constant; b: the baseline
+    A_i  = score_i - kl_coef * sum_t kl_t - b                 advantage of completion i; b: baseline
     loss = -mean_i A_i * sum_t log pi(y_t | x, y_<t)          mean over the completions of the batch
 
-On average, a step down this loss is a step up the objective
+No gradient flows through A_i. On average, a step down this loss is a step up the objective
 
     J    = E[score] - kl_coef * KL(pi || pi_ref)              mean over prompts and completions
 
-A b that does not depend on the batch changes nothing in that, because E[b * grad log pi(y)] = b *
-sum_y pi(y) grad log pi(y) = b * grad sum_y pi(y) = b * grad 1 = 0. But a good b makes the gradient
-less noisy. Here b is 0 in the first step. At the end of each step it is updated, by --baseline:
+A b that does not depend on the batch does not change this average, because
+
+    E[b * grad log pi(y)] = b * sum_y pi(y) grad log pi(y) = b * grad sum_y pi(y) = b * grad 1 = 0
+
+But a good b makes the gradient less noisy. Here b is 0 in the first step. In each step, after A_i
+is computed, it is updated as --baseline says:
 
     ema             b = decay * b + (1 - decay) * mean score of the batch; the first time, that mean
     running_mean    b = mean of all scores so far
@@ -109,22 +112,22 @@ def train(cfg):
         texts, scores, reward_means = score(rewards, step_problems, batch, tokenizer, step)
         ref_logprobs = old_logprobs if ref_model is None else all_logprobs(
             ref_model, batch, cfg.micro_batch_size, cfg.temperature)  # without a reference, kl is 0
-        kl = kl_estimate(old_logprobs, ref_logprobs, "k1")  # (N, C); both are 0 on padding
+        kl = kl_estimate(old_logprobs, ref_logprobs, "k1")  # (N, C); 0 on padding
         if step == 0:
             check_first_step(policy, batch, scores, kl, cfg)  # warns if ratio != 1 or kl != 0
         run.lap("score")
 
-        # 3. Advantages: how far above the baseline is each return? No gradient flows through them.
+        # 3. Advantages: how much better than the baseline? No gradient flows through them.
         advantages = scores - cfg.kl_coef * kl.sum(dim=1) - (baseline or 0)      # (N,)
         if cfg.baseline == "ema":
             baseline = ema_baseline(baseline, scores, cfg.decay)
         else:
             baseline, count = running_mean_baseline(baseline or 0, count, scores)
 
-        # 4. Update, once per mini-batch. All tensors above stay fixed; only logprobs are computed
-        # again, with gradient. Until the first update of the step, the weights are those that
-        # sampled, so each ratio is 1. by_token is a micro-batch's fraction of the mini-batch's
-        # tokens, by_row of its rows: with these weights, its parts add up to the mini-batch's mean.
+        # 4. Update, once per mini-batch. All tensors above stay fixed; log-probs are now computed
+        # with gradient. Until the first update of the step, the weights are those that sampled, so
+        # each ratio is 1. by_token is a micro-batch's share of the mini-batch's tokens, by_row that
+        # of the rows. Times these, the micro-batches' means add up to the mini-batch's mean.
         stats = Means()
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg.steps, cfg.warmup_steps, cfg.lr)
         for minibatch in mini_batches(len(scores), len(scores), cfg.group_size, 1,

@@ -1,7 +1,7 @@
 """
 REINFORCE++ (Jian Hu et al., arXiv 2501.03262): REINFORCE with the clipped loss of PPO, and without
 PPO's critic, a second network. The policy pi answers prompts with completions, and each completion
-gets a score. A token becomes more likely if the return from it on is above the mean return of the
+gets a score. A token becomes more likely if the return from this token on is above the mean of the
 batch's tokens, and less likely if it is below. pi_ref is a copy of the policy from before the
 training; the KL keeps the policy near it.
 
@@ -10,20 +10,21 @@ training; the KL keeps the policy near it.
     r_t  = [t is the last token] * s - kl_coef * kl_t         reward of token t
     G_t  = r_t + gamma * G_{t+1}                              return: all reward from token t on
     A_t  = (G_t - mean) / std                                 advantage; over all the batch's tokens
-    ratio_t = pi / pi_old                                     of token t; 1 before the first update
+    ratio_t = pi / pi_old                                     of token t
     loss = -mean_t min(ratio_t A_t, clip(ratio_t, 1 - eps, 1 + eps) A_t)     over the mini-batch
 
 The scores are normalised so that their size, compared with the KL, does not depend on the reward.
 The returns are normalised to subtract the baseline, which is their mean, and to fix the size of the
-gradient. With gamma = 1 this cancels the first mean. It comes after the sum over t, because a mean
-subtracted from each r_t would add up, and early tokens would get more of it. A completion of 30
-tokens counts ten times as much as one of 3 in this mean, in this std and in the loss.
+gradient. With gamma = 1, this mean also removes the mean that was subtracted in s. The mean is
+taken from G_t and not from r_t: a constant subtracted from each r_t would be summed, many times in
+the G_t of an early token and seldom in that of a late one. A completion of 30 tokens counts ten
+times as much as one of 3 in this mean, in this std and in the loss.
 
 The scores are divided by their std, the KL is not. If 95 % of 0/1 scores are 1, their std is 0.22,
 and kl_coef weighs 4.6 times less than with raw scores. If all scores are equal, s is 0, and A_t is
-the KL alone, scaled up to a std of 1: that step pulls towards pi_ref at full strength. If the KL is
-0 as well, rounding errors are left, and AdamW takes a full step on them. docs/gradients.md has a
-figure of this.
+minus the KL, scaled up to a std of 1: that step pulls towards pi_ref at full strength. If pi still
+equals pi_ref, the computed KL is only rounding errors, and AdamW takes a full step on them.
+docs/gradients.md shows this in a picture.
 
 The paper has a second variant, REINFORCE++ with baseline, here --group_baseline. It needs K > 1
 completions of each prompt; K is 4 unless --group_size is given:
@@ -33,7 +34,7 @@ completions of each prompt; K is 4 unless --group_size is given:
     loss = the loss above + kl_coef * mean_t k2_t             k2 = log(pi / pi_ref)^2 / 2
 
 Compared with reinforce.py:
-  - the return of a token has the KL of this and of later tokens, not of the whole completion;
+  - the return of a token has the KL of this token and the later ones, not of the whole completion;
   - the baseline is the mean return of this batch, not a mean of past scores;
   - scores and returns are divided by their std;
   - the ratio corrects for updates since the sampling, so several updates per batch are possible;
@@ -124,22 +125,22 @@ def train(cfg):
         texts, scores, reward_means = score(rewards, step_problems, batch, tokenizer, step)
         ref_logprobs = old_logprobs if ref_model is None else all_logprobs(
             ref_model, batch, cfg.micro_batch_size, cfg.temperature)  # without a reference, kl is 0
-        kl = kl_estimate(old_logprobs, ref_logprobs, "k1")  # (N, C); both are 0 on padding
+        kl = kl_estimate(old_logprobs, ref_logprobs, "k1")  # (N, C); 0 on padding
         if step == 0:
             check_first_step(policy, batch, scores, kl, cfg)  # warns if ratio != 1 or kl != 0
         run.lap("score")
 
-        # 3. Advantages: how far above the baseline is each return? No gradient flows through them.
+        # 3. Advantages: how much better than the baseline? No gradient flows through them.
         if cfg.group_baseline:
             advantages = reinforce_pp_baseline_advantages(scores, mask, cfg.group_size)
         else:
             normalized = normalize_rewards(scores, cfg.reward_clip) if cfg.reward_clip else scores
             advantages = reinforce_pp_advantages(normalized, kl, mask, cfg.kl_coef, cfg.gamma)
 
-        # 4. Update, once per mini-batch. All tensors above stay fixed; only logprobs are computed
-        # again, with gradient. Until the first update of the step, the weights are those that
-        # sampled, so each ratio is 1. by_token is a micro-batch's fraction of the mini-batch's
-        # tokens, by_row of its rows: with these weights, its parts add up to the mini-batch's mean.
+        # 4. Update, once per mini-batch. All tensors above stay fixed; log-probs are now computed
+        # with gradient. Until the first update of the step, the weights are those that sampled, so
+        # each ratio is 1. by_token is a micro-batch's share of the mini-batch's tokens, by_row that
+        # of the rows. Times these, the micro-batches' means add up to the mini-batch's mean.
         stats = Means()
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg.steps, cfg.warmup_steps, cfg.lr)
         for minibatch in mini_batches(len(scores), cfg.minibatch_size, cfg.group_size, cfg.epochs,

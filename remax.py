@@ -8,26 +8,29 @@ copy of the policy from before the training; the KL keeps the policy near it.
     r_t  = [t is the last token] * score - kl_coef * kl_t     reward of token t
     G_t  = r_t + G_{t+1}                                      return: all reward from token t on
     A_t  = G_t - score of the greedy completion               the same baseline for all t
-    ratio_t = pi / pi_old                                     of token t; 1 before the first update
+    ratio_t = pi / pi_old                                     of token t
     loss = -mean_t min(ratio_t A_t, clip(ratio_t, 1 - eps, 1 + eps) A_t)     over the mini-batch
 
 The baseline b, the greedy score, leaves the gradient unbiased. It depends on the prompt and the
-weights and not on the sampled y, and E[b * grad log pi(y)] = b * grad sum_y pi(y) = b * grad 1 = 0.
+weights and not on the sampled y, so that
+
+    E[b * grad log pi(y)] = b * sum_y pi(y) grad log pi(y) = b * grad sum_y pi(y) = b * grad 1 = 0
+
 This proof leaves out two things: the mean over tokens divides by their number, which is random, and
 after the first update the ratio and the clip act. If the sample is the greedy completion, only the
-KL is left in A_t, so a policy that is nearly certain learns little.
+KL is left in A_t, so a policy that is nearly certain learns little from the scores.
 
 The greedy completion is the baseline and nothing else: it has no KL and no loss. With one sample
 per prompt it is half of what is generated, so the defaults have half as many samples as rloo.py.
 With --group_size K > 1, the K samples of a prompt share one greedy completion.
 
-These are the formulas of the library verl. The authors' code differs: A_t has the KL of token t
-alone, the score is discounted by 0.95 per token, score - greedy score is clipped to +-5, and there
+These are the formulas of the library verl. The authors' code differs: A_t has only the KL of token
+t, the score is discounted by 0.95 per token, score - greedy score is clipped to +-5, and there
 is one update per batch, without a ratio.
 
 Compared with rloo.py:
   - the baseline is the score of the greedy completion, not the mean reward of other samples;
-  - the return of a token has the KL of this and of later tokens, not of the whole completion.
+  - the return of a token has the KL of this token and the later ones, not of the whole completion.
 
     python remax.py                                      the toy, needs no internet: half a minute
     python remax.py --model Qwen/Qwen2.5-0.5B-Instruct   a real model, on one CUDA GPU
@@ -72,8 +75,8 @@ REAL = dict(steps=200, lr=1e-6, minibatch_size=64, micro_batch_size=8, max_new_t
 
 
 def remax_advantages(scores, greedy_scores, kl, mask, kl_coef):
-    """A_t = G_t - greedy score, the same for all t: (N,), (N,), (N, C), (N, C) -> (N, C)."""
-    # Not token by token: token t of the sample has no counterpart in the greedy completion.
+    """A_t = G_t - score of the greedy completion: (N,), (N,), (N, C), (N, C) -> (N, C)."""
+    # All t have the same baseline: token t of the sample has no counterpart in the greedy one.
     returns = returns_to_go(token_rewards(scores, kl, mask, kl_coef), mask)
     return torch.where(mask.bool(), returns - greedy_scores[:, None], 0)
 
@@ -107,18 +110,18 @@ def train(cfg):
         greedy_scores = per_prompt.repeat_interleave(cfg.group_size)             # (N,)
         ref_logprobs = old_logprobs if ref_model is None else all_logprobs(
             ref_model, batch, cfg.micro_batch_size, cfg.temperature)  # without a reference, kl is 0
-        kl = kl_estimate(old_logprobs, ref_logprobs, "k1")  # (N, C); both are 0 on padding
+        kl = kl_estimate(old_logprobs, ref_logprobs, "k1")  # (N, C); 0 on padding
         if step == 0:
             check_first_step(policy, batch, scores, kl, cfg)  # warns if ratio != 1 or kl != 0
         run.lap("score")
 
-        # 3. Advantages: how far above the baseline is each return? No gradient flows through them.
+        # 3. Advantages: how much better than the baseline? No gradient flows through them.
         advantages = remax_advantages(scores, greedy_scores, kl, mask, cfg.kl_coef)  # (N, C)
 
-        # 4. Update, once per mini-batch. All tensors above stay fixed; only logprobs are computed
-        # again, with gradient. Until the first update of the step, the weights are those that
-        # sampled, so each ratio is 1. by_token is a micro-batch's fraction of the mini-batch's
-        # tokens, by_row of its rows: with these weights, its parts add up to the mini-batch's mean.
+        # 4. Update, once per mini-batch. All tensors above stay fixed; log-probs are now computed
+        # with gradient. Until the first update of the step, the weights are those that sampled, so
+        # each ratio is 1. by_token is a micro-batch's share of the mini-batch's tokens, by_row that
+        # of the rows. Times these, the micro-batches' means add up to the mini-batch's mean.
         stats = Means()
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg.steps, cfg.warmup_steps, cfg.lr)
         for minibatch in mini_batches(len(scores), cfg.minibatch_size, cfg.group_size, cfg.epochs,

@@ -7,20 +7,24 @@ likely if it is below. pi_ref is a copy of the policy from before the training.
     kl_t = log(pi_old / pi_ref)                               of token t; pi_old sampled the batch
     R_i  = score_i - kl_coef * sum_t kl_t                     reward of completion i
     A_i  = R_i - mean of R_j over the other K - 1             advantage of completion i's tokens
-    ratio_t = pi / pi_old                                     of token t; 1 before the first update
+    ratio_t = pi / pi_old                                     of token t
     loss = -mean_t min(ratio_t A_i, clip(ratio_t, 1 - eps, 1 + eps) A_i)     over the mini-batch
 
-The baseline b = mean of R_j leaves the gradient unbiased. For given other completions it is a
-constant, and E[b * grad log pi(y_i)] = b * grad sum_y pi(y) = b * grad 1 = 0. If R_i itself were in
-the mean, A would be (K - 1) / K as large. This proof leaves out two things: the mean over tokens
-divides by their number, which is random, and after the first update the ratio and the clip act.
+The baseline b = mean of R_j leaves the gradient unbiased. With the other completions fixed, b is a
+constant, and
+
+    E[b * grad log pi(y)] = b * sum_y pi(y) grad log pi(y) = b * grad sum_y pi(y) = b * grad 1 = 0
+
+If R_i itself were in the mean, A would be (K - 1) / K as large. This proof leaves out two things:
+the mean over tokens divides by their number, which is random, and after the first update the ratio
+and the clip act.
 
 The paper makes one update per batch, and needs no ratio. For several updates, each token has its
 own ratio here, as in verl and OpenRLHF. With --sequence_ratio each completion has one, and the loss
 is a mean over completions, as in TRL.
 
 Compared with reinforce_pp.py:
-  - each prompt is answered K times, and the other completions are the baseline;
+  - each prompt is answered K times, and the mean reward of the others is the baseline;
   - the KL of the whole completion is in its one reward, so all its tokens have the same advantage;
   - nothing is divided by a std.
 
@@ -77,8 +81,8 @@ def leave_one_out_advantages(rewards, group_size):
 def sequence_ratio_loss(logprobs, old_logprobs, advantages, mask, clip_eps):
     """PPO's loss with one ratio per completion; advantages (N,) or (N, 1) -> (loss, clip_frac).
 
-    It is the product of the tokens' ratios: 1.005 for each of 1000 tokens makes 147. Then there is
-    no gradient if A > 0; if A < 0, the gradient is 147 times as large.
+    The ratio is the product of the tokens' ratios: 1.005 for each of 1000 tokens makes 147. Then
+    there is no gradient if A > 0, and one 147 times as large as at ratio 1 if A < 0.
     """
     ratio = torch.where(mask.bool(), logprobs - old_logprobs, 0).sum(dim=1).exp()     # (N,)
     unclipped = -advantages.flatten() * ratio
@@ -114,19 +118,19 @@ def train(cfg):
             old_logprobs = all_logprobs(policy, batch, cfg.micro_batch_size, cfg.temperature)
         ref_logprobs = old_logprobs if ref_model is None else all_logprobs(
             ref_model, batch, cfg.micro_batch_size, cfg.temperature)  # without a reference, kl is 0
-        kl = kl_estimate(old_logprobs, ref_logprobs, "k1")  # (N, C); both are 0 on padding
+        kl = kl_estimate(old_logprobs, ref_logprobs, "k1")  # (N, C); 0 on padding
         if step == 0:
             check_first_step(policy, batch, scores, kl, cfg)  # warns if ratio != 1 or kl != 0
         run.lap("score")
 
-        # 3. Advantages: how far above the baseline is each return? No gradient flows through them.
+        # 3. Advantages: how much better than the baseline? No gradient flows through them.
         R = scores - cfg.kl_coef * kl.sum(dim=1)                                 # (N,)
         advantages = leave_one_out_advantages(R, cfg.group_size)[:, None]        # (N, 1)
 
-        # 4. Update, once per mini-batch. All tensors above stay fixed; only logprobs are computed
-        # again, with gradient. Until the first update of the step, the weights are those that
-        # sampled, so each ratio is 1. by_token is a micro-batch's fraction of the mini-batch's
-        # tokens, by_row of its rows: with these weights, its parts add up to the mini-batch's mean.
+        # 4. Update, once per mini-batch. All tensors above stay fixed; log-probs are now computed
+        # with gradient. Until the first update of the step, the weights are those that sampled, so
+        # each ratio is 1. by_token is a micro-batch's share of the mini-batch's tokens, by_row that
+        # of the rows. Times these, the micro-batches' means add up to the mini-batch's mean.
         stats = Means()
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg.steps, cfg.warmup_steps, cfg.lr)
         for minibatch in mini_batches(len(scores), cfg.minibatch_size, cfg.group_size, cfg.epochs,

@@ -15,8 +15,8 @@ plumbing/toy_policy/, from which the other scripts start without --model, was ma
     python sft.py --model Qwen/Qwen2.5-0.5B       a real model, on one CUDA GPU
 
 What to expect of the toy: 0.6 of its sampled and 0.9 of its greedy answers to held-out problems are
-right. Half of the demonstrations show their work, the other half give only the result. So do the
-sampled answers of the trained policy.
+right. Half of the demonstrations show the work, the others give only the result. About half of the
+sampled answers show the work too.
 """
 from dataclasses import dataclass
 
@@ -64,7 +64,7 @@ def train(cfg):
                            [problem["targets"][0] for problem in step_problems], cfg.device)
         mask = batch.mask                                                          # (N, C)
 
-        # 2. Update. by_token: a micro-batch's fraction of the batch's tokens, its mean's weight.
+        # 2. Update. by_token, the weight of a micro-batch: its share of the batch's tokens.
         stats = Means()
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg.steps, cfg.warmup_steps, cfg.lr)
         optimizer.zero_grad()
@@ -79,7 +79,7 @@ def train(cfg):
         optimizer.step()
         stats.end_minibatch(grad_norm=grad_norm, lr=optimizer.param_groups[0]["lr"])
 
-        # 3. Log. The loss shows progress here: it is in nats per token, and it falls.
+        # 3. Log. The loss shows progress: nats per token of the demonstrations.
         run.log(step, **stats())
         run.end_step(step)  # validation, checkpoint, when due
 

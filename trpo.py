@@ -1,7 +1,7 @@
 """
 TRPO (Schulman et al., arXiv 1502.05477). The policy pi answers prompts with completions, and each
 completion gets a score. One update per batch raises the objective L as far as it can while the KL
-to pi_old, the policy that sampled the batch, stays at most delta.
+to pi_old, the policy that sampled the batch, is at most delta.
 
     s    = clip((score - mean) / std, -c, c)                  over the N completions; c: reward_clip
     kl_t = log(pi_old / pi_ref)                               of token t; pi_ref: before training
@@ -9,8 +9,8 @@ to pi_old, the policy that sampled the batch, stays at most delta.
     A_t  = (G_t - mean) / std                                 advantage; over all the batch's tokens
     L    = mean_t ratio_t A_t                                 ratio_t = pi / pi_old, of token t
     KL   = mean_t KL(pi_old || pi)                            exact, over the whole vocabulary
-    g    = gradient of L                                      at pi = pi_old, over the batch
-    F    = Hessian of KL                                      there, over its first fisher_fraction
+    g    = gradient of L at pi = pi_old                       over the batch
+    F    = Hessian of KL at pi = pi_old                       over a fisher_fraction of the batch
     x    = (F + damping)^-1 g                                 approximate, by conjugate gradients
     full = sqrt(2 delta / x^T (F + damping) x) x              the full step of the parameters
     step = the first of full, backtrack * full, backtrack^2 * full, ... for which KL <= delta and L
@@ -22,8 +22,9 @@ gains most. The damping uses up a part of delta, so the KL of `full` tends to be
 
 F has a row and a column for each parameter, and is never built. Conjugate gradients only need
 products F v, and F v is the gradient of the number (gradient of KL) . v. F is the Fisher matrix: as
-a function of pi, KL(pi_old || pi) is -E_old[log pi] plus a constant, and the Hessian of that, at
-pi_old, is E_old[grad log pi (grad log pi)^T]. So v^T F v >= 0 for every v, and the root exists.
+a function of pi, KL(pi_old || pi) is -E_old[log pi] plus a constant. Its Hessian at pi_old is
+E_old[grad log pi (grad log pi)^T], because the other term is the Hessian of sum pi = 1, which is 0.
+So v^T F v >= 0 for every v, and the square root in `full` exists.
 
 The price of the second derivatives: attention that is not fused; fp32 in all passes of the update;
 11 products F v, 10 for x and one for `full`, each with two backward passes over a part of the
@@ -31,7 +32,7 @@ batch; and 59 bytes of memory per parameter (docs/memory.md).
 
 Compared with reinforce_pp.py:
   - there is one update per batch, with no AdamW and no learning rate;
-  - the KL to pi_old limits its length, and not the clip of the ratio.
+  - its length is limited by the KL to pi_old, not by a clip of the ratio.
 
     python trpo.py                                      the toy, needs no internet: a minute
     python trpo.py --model Qwen/Qwen2.5-0.5B-Instruct   a real model, on one CUDA GPU
@@ -113,7 +114,7 @@ def conjugate_gradient(matvec, b, iterations=10, tolerance=1e-10):
     """x with A x = b, for a symmetric, positive definite A given as matvec(v) = A v: (D,) -> (D,).
 
     For any two of the directions d^T A d' = 0, so that none undoes what another has reached. It
-    stops when |b - A x|^2 < tolerance, before a division 0 / 0; if b is 0, it stops at once.
+    stops early when |b - A x|^2 < tolerance, because going on could divide 0 by 0.
     """
     x, residual, direction = torch.zeros_like(b), b, b
     for _ in range(iterations):
@@ -136,7 +137,7 @@ def measure_step(policy, old_policy, batch, advantages, cfg):
         A, mask = advantages[rows], batch.mask[rows]
         old_logits, logits = (token_logits(model, batch, rows, cfg.temperature)
                               for model in (old_policy, policy))
-        old_logprobs, logprobs = (pick(x, batch.completions[rows], 1.0)  # log softmax at the tokens
+        old_logprobs, logprobs = (pick(x, batch.completions[rows], 1.0)  # 1.0: is divided already
                                   for x in (old_logits, logits))
         stats.add(by_token, kl_step=mean_kl(old_logits, logits, mask),
                   **ratio_stats(logprobs, old_logprobs, mask),
@@ -169,12 +170,12 @@ def train(cfg):
         texts, scores, reward_means = score(rewards, step_problems, batch, tokenizer, step)
         ref_logprobs = old_logprobs if ref_model is None else all_logprobs(
             ref_model, batch, cfg.micro_batch_size, cfg.temperature)  # without a reference, kl is 0
-        kl = kl_estimate(old_logprobs, ref_logprobs, "k1")  # (N, C); both are 0 on padding
+        kl = kl_estimate(old_logprobs, ref_logprobs, "k1")  # (N, C); 0 on padding
         if step == 0:
             check_first_step(policy, batch, scores, kl, cfg)  # warns if ratio != 1 or kl != 0
         run.lap("score")
 
-        # 3. Advantages: how far above the baseline is each return? No gradient flows through them.
+        # 3. Advantages: how much better than the baseline? No gradient flows through them.
         normalized = normalize_rewards(scores, cfg.reward_clip) if cfg.reward_clip else scores
         advantages = reinforce_pp_advantages(normalized, kl, mask, cfg.kl_coef)
 
@@ -199,7 +200,7 @@ def train(cfg):
         x = conjugate_gradient(matvec, gradient, cfg.cg_iterations)
         full = x * (2 * cfg.delta / x.dot(matvec(x)).clamp(min=1e-8)).sqrt()  # not 0 / 0
         if not full.isfinite().all():
-            fail(f"in step {step + 1}, no direction is finite; take a larger --damping", code=1)
+            fail(f"in step {step + 1}, the step is not finite; take a larger --damping", code=1)
         old_policy.load_state_dict(policy.state_dict())
         tries, sizes = [], [p.numel() for p in parameters]
         for scale in [cfg.backtrack**i for i in range(cfg.max_tries)] + [0]:  # 0: back to pi_old

@@ -173,7 +173,7 @@ def test_the_better_one_is_pushed_up_and_the_worse_one_down():
 
 def test_the_odds_ratio_by_hand():
     """With p = .8 against .4 the odds are 4 and 2/3, their ratio 6. The weight of the gradient is
-    1 / (1 + 6), and not 1 + 1/6, as the notes have it."""
+    1 / (1 + 6), and not 1 + 1/6."""
     chosen, rejected = (T([math.log(p)]).requires_grad_() for p in (0.8, 0.4))
     loss = odds_ratio_loss(chosen, rejected)
     loss.sum().backward()

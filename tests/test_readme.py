@@ -95,6 +95,15 @@ def test_flags_exist(name):
             assert flag in known, f"{name} speaks of --{flag}"
 
 
+def test_the_tests_that_the_page_of_errors_names_exist():
+    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    rows = re.findall(r"^\|.*\|$", TEXT["errors_in_the_notes"], re.M)
+    named = re.findall(r"`(test_\w+)` \|$", TEXT["errors_in_the_notes"], re.M)
+    assert len(named) == len(rows) - 8 > 25  # four tables, with two lines above each
+    for name in named:
+        assert f"def {name}(" in tests, name
+
+
 def test_every_log_key_is_explained():
     for key in ("score score_std kl entropy length truncated frac_zero_std approx_kl clip_frac "
                 "ratio_max grad_norm lr loss steps_per_s value_loss explained_var chosen rejected "

@@ -18,8 +18,9 @@ averaged over all batches of N = 4 completions, each with its probability, or ov
 batches of N = 16 and of 64, which have standard errors. K is the group size.
 
 prime.py and raft.py have no KL, and are compared with the gradient of E[score]. PRIME's reward
-model is as at the start, so that q = 0. Of trpo.py, g is looked at, from which its step is computed;
-the step has another direction by design. The figure needs matplotlib, in requirements-dev.txt.
+model is as at the start, so that q = 0. The row of trpo.py is g, from which its step is computed;
+the step itself has another direction by design. The figure needs matplotlib, which is in
+requirements-dev.txt.
 """
 import argparse
 import itertools
@@ -91,8 +92,9 @@ def all_completions(world):
     states = torch.cat([STATES, torch.where(STATES < 0, -1, STATES + 7)])             # (30, 3)
     weights = (states[:, None] == states) * probabilities[:, None]                    # (30, 30, 3)
     values = (weights * returns).sum(dim=1) / weights.sum(dim=1)
+    unknown = torch.full_like(scores, math.nan)  # before there is a batch
     return Batch(old_logprobs, ref_logprobs, mask, kl, scores, greedy_scores,
-                 mean_score.expand(30), values, None, None), probabilities
+                 mean_score.expand(30), values, unknown, unknown), probabilities
 
 
 def objective_gradient(world, kl_coef):
@@ -180,7 +182,7 @@ ROWS = [("reinforce", 1, reinforce),
         ("reinforce_pp --group_baseline", 4, group_baseline),
         ("ppo, critic at 0", 1, ppo_at_start),
         ("ppo, exact critic", 1, ppo),
-        ("trpo, g", 1, trpo),
+        ("trpo, its gradient g", 1, trpo),
         ("rloo", 2, rloo), ("rloo", 4, rloo),
         ("grpo", 2, grpo), ("grpo", 4, grpo),
         ("remax", 1, remax),
@@ -220,13 +222,17 @@ def random_batches(world, n, K, count, generator):
 
 def derivatives(world, indices, weights, K, losses):
     """The weighted sum over batches of d loss / d log-probs -> (losses, 30, 3)."""
-    batch = Batch(*(None if x is None else x[indices] for x in all_completions(world)[0]))
-    # vmap, which treats all batches at once, cannot follow an `if` or leave out rows: hence these.
-    z_scores = torch.stack([normalize_rewards(scores, REWARD_CLIP) for scores in batch.scores])
-    groups = batch.scores.view(-1, K)
-    best = best_of_k(batch.scores.flatten(), K)[groups.amax(1) > groups.amin(1)]
-    is_best = torch.zeros(indices.numel()).double().index_fill(0, best, 1).view(indices.shape)
-    batch = batch._replace(z_scores=z_scores, is_best=is_best)
+    batch = Batch(*(x[indices] for x in all_completions(world)[0]))
+    # vmap, below, runs a loss on all batches at once. It can neither follow the `if` in
+    # normalize_rewards nor select rows, so that these two parts of phase 3 stand here.
+    if reinforce_pp in losses or trpo in losses:
+        z_scores = [normalize_rewards(scores, REWARD_CLIP) for scores in batch.scores]
+        batch = batch._replace(z_scores=torch.stack(z_scores))
+    if raft in losses:
+        groups = batch.scores.view(-1, K)
+        best = best_of_k(batch.scores.flatten(), K)[groups.amax(1) > groups.amin(1)]
+        is_best = torch.zeros_like(batch.scores).flatten().index_fill(0, best, 1)
+        batch = batch._replace(is_best=is_best.view_as(batch.scores))
     sums = torch.zeros(len(losses), 30, 3, dtype=torch.float64)
     for i, loss in enumerate(losses):
         of_one_batch = torch.func.grad(lambda logprobs, b: loss(logprobs, b, K))
@@ -243,7 +249,7 @@ def expected_gradients(world, n, K, losses, count=None):
     """
     if count is None:
         indices, weights = all_batches(world, n, K)
-        chunks = zip(indices.split(5000), weights.split(5000))
+        chunks = zip(indices.split(20_000), weights.split(20_000))
         tables = sum(derivatives(world, *chunk, K, losses) for chunk in chunks)[None]
     else:
         generator, size = torch.Generator().manual_seed(n), count // PARTS
@@ -274,8 +280,8 @@ def compare(parts, exact):
 # The tables.
 
 TEXT = """\
-Scores: {scores}. They are {score[0]:.2f} for one prompt and {score[1]:.2f} for the other on average.
-A completion has {tokens:.2f} tokens on average, and its KL is {kl:.2f} nats.
+The scores are {scores}. Their mean is {score[0]:.2f} for one prompt and {score[1]:.2f} for
+the other. A completion has {tokens:.2f} tokens and a KL of {kl:.2f} nats, on average.
 """
 KL_TEXT = """\
 The KL alone, summed over the tokens, compared with the gradient of KL(pi || pi_ref). The columns
@@ -310,7 +316,7 @@ def score_table(kind, count, progress):
 
 def kl_table():
     """The table of the KL, as text. Scores play no part in it."""
-    lines = [["KL"], ["---"], *([name] for name, _ in KL_ROWS)]
+    lines = [["the KL as"], ["---"], *([name] for name, _ in KL_ROWS)]
     for distance in (0.5, 1.5, 3.0):
         world = make_world("binary", distance)
         batch, p = all_completions(world)
