@@ -79,7 +79,7 @@ def test_every_flag_is_read_and_has_help():
 def test_dependencies_are_the_agreed_ones(name):
     known = {"torch", "transformers", "datasets", "tqdm", "tokenizers", "huggingface_hub",
              "plumbing", "tools", *sys.stdlib_module_names, *FILES}
-    if name in ("tools.plot", "tools.bench"):
+    if name in ("tools.plot", "tools.bench", "tools.gradients"):
         known |= {"matplotlib", "trl"}  # requirements-dev.txt
     for module in imported(name):
         assert module.split(".")[0] in known, f"{name} imports {module}"
