@@ -413,4 +413,5 @@ def micro_batches(batch, rows, size, advantages=None):
         order = order[forwarded[order]]
     for part in order.split(size):
         by_token = (lengths[part].sum() / lengths.sum()).item()
-        yield rows[part], by_token, len(part) / len(rows)
+        # One copy to the device here, instead of one for each tensor that is indexed with the rows.
+        yield rows[part].to(batch.mask.device), by_token, len(part) / len(rows)

@@ -260,8 +260,8 @@ def test_a_log_prob_pass_and_its_backward_wait_a_known_number_of_times(folders):
     assert waits(update) == {"item": 1, "unique": 1, "tolist": 1, "copy to GPU": 6}
 
 
-WAITS = dict(sft=30, reinforce=70, reinforce_pp=89, ppo=129, remax=110, rloo=92, grpo=90, trpo=161,
-             prime=140, raft=72, reward_model=22, dpo=25, orpo=24)
+WAITS = dict(sft=22, reinforce=60, reinforce_pp=73, ppo=97, remax=94, rloo=76, grpo=72, trpo=124,
+             prime=108, raft=62, reward_model=19, dpo=21, orpo=20)
 
 
 @on_paper

@@ -3,7 +3,7 @@ Which gradient does each script follow? Most scripts divide by lengths or by sta
 their expected gradient is not exactly that of J = E[score] - kl_coef * KL(pi || pi_ref). This tool
 computes both gradients and prints how they differ, as tables in markdown.
 
-    python -m tools.gradients                  the tables: two minutes
+    python -m tools.gradients                  the tables: three minutes
     python -m tools.gradients --out kl.svg     a figure instead: the KL in REINFORCE++
 
 Each cell is "cosine / length". A cosine of 1 means that the two gradients have the same direction.
@@ -15,12 +15,13 @@ policy: 3 symbols, of which 0 is EOS, and at most 3 tokens, which makes 15 compl
 batch, the loss is composed of the script's functions as train() composes them. The whole batch is
 one mini-batch, and pi = pi_old. The derivatives of the loss with respect to the log-probs are
 averaged over all batches of N = 4 completions, each with its probability, or over --batches random
-batches of N = 16 and of 64, which have standard errors. K is the group size.
+batches of N = 16 and of 64. K is the group size. The last column has the cosine at N = 64 in worlds
+with other random numbers: the median, the lowest and the highest.
 
 prime.py and raft.py have no KL, and are compared with the gradient of E[score]. PRIME's reward
 model is as at the start, so that q = 0. The row of trpo.py is g, from which its step is computed;
-the step itself has another direction by design. The figure needs matplotlib, which is in
-requirements-dev.txt.
+the step itself has another direction by design. In the rows "only", GRPO has one of its differences
+from RLOO and a sum over tokens. The figure needs matplotlib, which is in requirements-dev.txt.
 """
 import argparse
 import itertools
@@ -45,7 +46,8 @@ from rloo import leave_one_out_advantages
 from trpo import surrogate
 
 KL_COEF, CLIP_EPS, REWARD_CLIP = 0.1, 0.2, 5.0
-PARTS = 20  # the random batches are split into so many parts, for the standard errors
+PARTS = 20   # the random batches are split into so many parts, for the standard errors
+OTHERS = 20  # worlds with other random numbers
 PREFIXES = [p for n in range(3) for p in itertools.product((1, 2), repeat=n)]
 SCORES = dict(binary="0 or 1", normal="normally distributed")
 SEQUENCES = [p + (0,) for p in PREFIXES] + list(itertools.product((1, 2), repeat=3))
@@ -61,13 +63,13 @@ Batch = namedtuple("Batch", "old_logprobs ref_logprobs mask kl scores greedy_sco
                             "values z_scores is_best")
 
 
-def make_world(kind, distance=1.5):
+def make_world(kind, distance=1.5, seed=19):
     """kind of scores: "binary", 0 or 1; or "normal". distance: how far the reference is away."""
-    generator = torch.Generator().manual_seed(66)  # with it, 0.95 and 0.49 of the answers are right
+    generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(2, 7, 3, generator=generator, dtype=torch.float64)
     noise = torch.randn(2, 7, 3, generator=generator, dtype=torch.float64)
     uniform = torch.rand(2, 15, generator=generator, dtype=torch.float64)
-    scores = (uniform < torch.tensor([[0.9], [0.4]])).double()
+    scores = (uniform < torch.tensor([[0.75], [0.3]])).double()
     if kind == "normal":
         scores = torch.randn(2, 15, generator=generator, dtype=torch.float64)
     return World(logits, logits + distance * noise, scores.flatten())
@@ -301,7 +303,8 @@ def compare(parts, exact):
 
 TEXT = """\
 The scores are {scores}. Their mean is {score[0]:.2f} for one prompt and {score[1]:.2f} for
-the other. A completion has {tokens:.2f} tokens and a KL of {kl:.2f} nats, on average.
+the other. A completion has {tokens:.2f} tokens and a KL of {kl:.2f} nats, on average. The standard
+errors are at most {errors[0]:.4f} for a cosine and {errors[1]:.3f} for a length.
 """
 KL_TEXT = """\
 The KL alone, summed over the tokens, compared with the gradient of KL(pi || pi_ref). The columns
@@ -309,25 +312,39 @@ differ in the distance from the reference, in nats per completion.
 """
 
 
+def measure(world, rows, n, K, count):
+    """-> cosine and length of each row (rows, 2), and their standard errors (rows, 2)."""
+    gradients = expected_gradients(world, n, K, [loss for _, _, loss in rows], count)
+    found = [compare(gradients[:, i], -objective_gradient(world, 0.0 if loss in NO_KL else KL_COEF))
+             for i, (_, _, loss) in enumerate(rows)]
+    return [torch.stack(part) for part in zip(*found)]
+
+
 def score_table(kind, count, progress):
     """The table of one kind of scores, as text."""
-    world, cells = make_world(kind), {row: [] for row in ROWS}
+    world, cells, largest = make_world(kind), {row: [] for row in ROWS}, torch.zeros(2)
     if kind != "binary":  # prime.py takes scores from 0 to 1
         cells = {row: [] for row in ROWS if row[2] is not prime}
-    for K, n in itertools.product((1, 2, 4), (4, 16, 64)):
+    for K in (1, 2, 4):
         rows = [row for row in cells if row[1] == K]
-        gradients = expected_gradients(world, n, K, [loss for _, _, loss in rows],
-                                       None if n == 4 else count)
-        for i, row in enumerate(rows):
-            exact = -objective_gradient(world, 0.0 if row[2] in NO_KL else KL_COEF)
-            (cosine, length), errors = compare(gradients[:, i], exact)
-            cells[row].append(f"{cosine:.4f} / {length:.3f}" if n == 4 else
-                              f"{cosine:.4f} ± {errors[0]:.4f} / {length:.3f} ± {errors[1]:.3f}")
+        for n in (4, 16, 64):
+            found, errors = measure(world, rows, n, K, None if n == 4 else count)
+            largest = torch.maximum(largest, errors.amax(dim=0))
+            for row, (cosine, length) in zip(rows, found):
+                cells[row].append(f"{cosine:.4f} / {length:.3f}")
+            progress.update()
+        others = torch.stack([measure(make_world(kind, seed=seed), rows, 64, K, count // 20)[0]
+                              for seed in range(100, 100 + OTHERS)])[:, :, 0]
+        for row, cosines in zip(rows, others.T):
+            cells[row].append(f"{cosines.median():.3f} "
+                              f"({cosines.min():.3f} to {cosines.max():.3f})")
         progress.update()
     batch, p = all_completions(world)
     lines = [TEXT.format(scores=SCORES[kind], score=(p * batch.scores).view(2, 15).sum(dim=1),
-                         kl=p @ batch.kl.sum(dim=1) / 2, tokens=p @ batch.mask.sum(dim=1) / 2),
-             "| script | K | kl_coef of J | N = 4 | N = 16 | N = 64 |", "|---|---|---|---|---|---|"]
+                         kl=p @ batch.kl.sum(dim=1) / 2, tokens=p @ batch.mask.sum(dim=1) / 2,
+                         errors=largest),
+             f"| script | K | kl_coef of J | N = 4 | N = 16 | N = 64 | {OTHERS} other worlds |",
+             "|---|---|---|---|---|---|---|"]
     for (name, K, loss), found in cells.items():
         kl_coef = "0" if loss in NO_KL else str(KL_COEF)
         lines.append(f"| {' | '.join([name, str(K), kl_coef, *found])} |")
@@ -412,7 +429,7 @@ def main():
         draw(os.path.expanduser(args.out))
         print(f"wrote {args.out}")
         return
-    with tqdm(total=9 * len(SCORES)) as progress:
+    with tqdm(total=12 * len(SCORES)) as progress:
         tables = [score_table(kind, args.batches, progress) for kind in SCORES]
     print("\n\n".join([*tables, kl_table()]))
 
