@@ -45,7 +45,7 @@ def kl_estimate(logprobs, ref_logprobs, kind="k1"):
     alone. They ignore that a token also decides which states come next. k1 in the reward counts
     this; docs/gradients.md says how far apart they are. All of this is exact while pi is the
     policy that drew the tokens, and approximate after an update.
-    This function takes no mask: what it returns on padding means nothing.
+    This function takes no mask: on padding it returns 0 only if both log-probs are equal there.
     """
     log_r = ref_logprobs - logprobs
     if kind == "k1":
@@ -91,8 +91,8 @@ def ppo_clip_loss(logprobs, old_logprobs, advantages, mask, clip_eps=0.2):
 
     The mean over valid tokens of PPO's objective (arXiv 1707.06347, eq. 7), negated, because
     optimizers minimise. clip_frac is the fraction of the tokens for which the clipped value is
-    taken; they have no gradient. While each ratio is 1, the loss is minus the mean of A. If a mean
-    of the same batch was the baseline, the loss is then about 0, however good the policy is.
+    taken; they have no gradient. While each ratio is 1, the loss is minus the mean of A. If the
+    baseline is a mean of the same batch, that is 0 or near 0, however good the policy is.
     """
     ratio = torch.where(mask.bool(), logprobs - old_logprobs, 0).exp()
     unclipped = -advantages * ratio

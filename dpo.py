@@ -8,22 +8,22 @@ without a reward model and without sampling. pi_ref is the policy before the tra
     loss = -log sigmoid(h(x, chosen) - h(x, rejected))        mean over the pairs (eq. 7)
 
 Why: let r(x, y) be a reward, and P = sigmoid(r(x, chosen) - r(x, rejected)) the probability that
-chosen is preferred (Bradley-Terry model). The policy with the highest mean r - beta * KL(pi ||
-pi_ref) is
+chosen is preferred (Bradley-Terry model). The policy that maximises the mean of r(x, y) under pi,
+minus beta * KL(pi || pi_ref), is
 
     pi(y | x) = pi_ref(y | x) exp(r(x, y) / beta) / Z(x)
     Z(x)      = sum_y pi_ref(y | x) exp(r(x, y) / beta)       sum over all completions y of x
 
 Solved for r, this is r(x, y) = h(x, y) + beta log Z(x). When this is put into P, the term with Z(x)
 cancels, because it is the same for both completions, and -log P is the loss. So the loss has no
-term for the KL: pi_ref and beta in h do its work. With a larger beta, the same P needs less
-distance to pi_ref.
+term for the KL: pi_ref and beta in h do its work. With a larger beta, the same P is reached closer
+to pi_ref.
 
 At the start pi = pi_ref, so every h is 0 and the loss is ln 2. The derivatives of a pair's loss
 with respect to log pi(chosen) and log pi(rejected) are then -beta / 2 and +beta / 2. During the
-training both h may fall: the two completions are often alike, so the push down on rejected can
-lower chosen by more than its own push raises it. Watch the margin, h(chosen) - h(rejected), on
-held-out pairs.
+training both h may fall, for instance because the two completions are alike: pushing rejected down
+can lower chosen by more than pushing chosen up raises it. Watch the margin, h(chosen) -
+h(rejected), on held-out pairs.
 
 --loss plackett_luce learns from rankings y_1, ..., y_K, best first (appendix A.3). The probability
 of a ranking is that of drawing y_1 of all, then y_2 of the rest, and so on, where each is drawn
@@ -36,10 +36,10 @@ Compared with sft.py:
   - the loss has log-probs relative to those of pi_ref. These are computed once, before the
     training, so no second model is kept.
 
-    python dpo.py                                      the toy, needs no internet: half a minute
+    python dpo.py                                      the toy, no internet: half a minute
     python dpo.py --model Qwen/Qwen2.5-0.5B-Instruct --data trl-lib/ultrafeedback_binarized
 
-What to expect of the toy, whose pairs are a right and a wrong answer of the toy's policy: before
+What to expect of the toy, where each pair is a right and a wrong answer of the toy's policy: before
 the training 0.6 of its sampled answers to held-out problems are right, after it 0.9.
 """
 import math
@@ -67,10 +67,10 @@ class Config(RunConfig):  # more flags, such as --steps and --seed, are in plumb
     minibatch_size: int = HfArg(default=64, help="pairs per optimizer step")
     micro_batch_size: int = HfArg(default=64, help="pairs per pass; changes no result")
     epochs: int = HfArg(default=1, help="passes over the data, unless --steps is given")
-    prompts: int = HfArg(default=1920, help="for toy and words: prompts that get pairs")
+    prompts: int = HfArg(default=1920, help="number of prompts, if --data is toy or words")
     beta: float = HfArg(default=0.5, help="the larger, the closer to the reference policy")
     loss: Literal["bradley_terry", "plackett_luce"] = HfArg(
-        default="bradley_terry", help="for pairs, or for rankings in a column completions")
+        default="bradley_terry", help="for pairs, or for rankings (column completions)")
 
 
 # The defaults above are for the toy, these for a real model on a GPU; a CPU gets smaller ones.
@@ -108,13 +108,13 @@ def train(cfg):
         return for_all_completions(lambda batch: all_logprobs(
             policy, batch, cfg.micro_batch_size, temperature=1.0).sum(1), problems, cfg)
 
-    # All that this run will use: each step takes a piece of one shuffled order, this takes all.
+    # All problems that this run will use: its steps take consecutive pieces of one shuffled order.
     seen = draw_problems(problems, 0, min(cfg.steps * cfg.minibatch_size, len(problems)), cfg.seed)
     seen += [problem for problem in validation + test if "targets" in problem]
     for problem, ref_logps in zip(seen, data_logps(seen).tolist()):
-        problem["ref_logps"] = ref_logps  # of pi_ref: with --resume, run.open() loads other weights
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.99),
-                                  weight_decay=cfg.weight_decay, fused=True)  # 0.99 for short runs
+        problem["ref_logps"] = ref_logps  # now, because with --resume run.open() loads weights
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.99),  # short runs
+                                  weight_decay=cfg.weight_decay, fused=True)
 
     def rewards_of(problems):  # (B, K), h, the implicit rewards
         ref_logps = torch.tensor([problem["ref_logps"] for problem in problems]).to(cfg.device)
@@ -129,13 +129,13 @@ def train(cfg):
         mask = batch.mask  # (N, C); rows i K to i K + K - 1 are the completions of prompt i
         ref_logps = torch.tensor([problem["ref_logps"] for problem in step_problems]).to(cfg.device)
 
-        # 2. Update. by_row, the weight of a micro-batch: its share of the batch's rows.
+        # 2. Update. by_row is the weight of a micro-batch: its share of the batch's rows.
         stats = Means()
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg.steps, cfg.warmup_steps, cfg.lr)
         optimizer.zero_grad()
         for rows, _, by_row in micro_batches(batch, torch.arange(len(mask)),
                                              K * cfg.micro_batch_size):
-            logprobs = token_logprobs(policy, batch, rows, temperature=1.0)        # (n, C)
+            logprobs = token_logprobs(policy, batch, rows, temperature=1.0)  # (n, C), 0 on padding
             logps = logprobs.sum(dim=1).view(-1, K)                                # (n / K, K)
             ref = ref_logps[batch.owner[rows[::K]]]  # owner: the prompt of a row    (n / K, K)
             if cfg.loss == "plackett_luce":

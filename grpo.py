@@ -1,9 +1,9 @@
 """
 GRPO, group relative policy optimization (DeepSeekMath, arXiv 2402.03300). The policy pi answers
 each prompt K times, and each completion gets a score. The advantage of a completion says by how
-many standard deviations its score is above the mean of the prompt's K scores. If the advantage is
-above 0 the completion becomes more likely, if it is below 0 less likely. pi_ref is a copy of the
-policy from before the training; the KL keeps the policy near it.
+many standard deviations its score is above the mean of the prompt's K scores. A completion with an
+advantage above 0 becomes more likely, one below 0 less likely. pi_ref is a copy of the policy from
+before the training; the KL keeps the policy near it.
 
     A_i  = (score_i - mean) / (std + 1e-4)                    over the K completions of the prompt
     ratio_t = pi / pi_old                                     of token t; pi_old sampled the batch
@@ -22,8 +22,8 @@ kl_estimate() in common.py.
 --process, process supervision: each reasoning step of a completion has a reward, 0 or 1. These are
 normalised over all reasoning steps of the prompt's K completions, and A_t is the sum of the
 normalised rewards of the reasoning step of token t and of later ones. The reward of the last step
-is the score of the completion. If the last step also got 1 just for being right, a completion could
-stop after one right step, without an answer, and have only 1s.
+is the score of the completion. If a last step got 1 for being right in itself, a completion could
+stop after one right step, without an answer, and all its rewards would be 1.
 
 Compared with rloo.py:
   - the baseline is the mean of all K, the completion itself included;
@@ -31,7 +31,7 @@ Compared with rloo.py:
   - the KL is in the loss, as k3, and not in the reward;
   - each completion counts the same in the loss, however long it is.
 
-    python grpo.py                                      the toy, needs no internet: half a minute
+    python grpo.py                                      the toy, no internet: half a minute
     python grpo.py --model Qwen/Qwen2.5-0.5B-Instruct   a real model, on one CUDA GPU
 
 What to expect of the toy: asked 8+9-5=, it writes 12, or shows its work and writes 8+9=17,17-5=12.
@@ -77,8 +77,8 @@ REAL = dict(steps=200, lr=1e-6, minibatch_size=128, micro_batch_size=8, max_new_
 def group_advantages(scores, group_size):
     """(score - mean) / (std + 1e-4) of its group: (N,) -> (N,). DeepSeekMath, section 4.1.2.
 
-    The std divides by K - 1, and 1e-4 is added to it, both as in TRL; the paper has neither. If all
-    scores of a group are equal, the result is exactly 0, and not a rounding error divided by 1e-4.
+    The std divides by K - 1, and 1e-4 is added to it, both as in TRL; the paper does not say the
+    first and has not the second. If all scores of a group are equal, the result is exactly 0.
     """
     groups = scores.view(-1, group_size)
     mean, std = groups.mean(dim=1, keepdim=True), groups.std(dim=1, keepdim=True)
@@ -135,8 +135,8 @@ def train(cfg):
     rewards = load_rewards(cfg, problems + validation + test)
     policy, tokenizer = load_policy(cfg.model, cfg.device)
     ref_model = copy.deepcopy(policy).requires_grad_(False) if cfg.kl_coef else None
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.99),
-                                  weight_decay=cfg.weight_decay, fused=True)  # 0.99 for short runs
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.99),  # short runs
+                                  weight_decay=cfg.weight_decay, fused=True)
     run.open(policy, tokenizer, validation, test, rewards, optimizer=optimizer)
 
     for step in run.steps():
@@ -168,8 +168,8 @@ def train(cfg):
 
         # 4. Update, once per mini-batch. All tensors above stay fixed; log-probs are now computed
         # with gradient. Until the first update of the step, the weights are those that sampled, so
-        # each ratio is 1. by_token is a micro-batch's share of the mini-batch's tokens, by_row that
-        # of the rows. Times these, the micro-batches' means add up to the mini-batch's mean.
+        # each ratio is 1. by_token is a micro-batch's share of the mini-batch's tokens, by_row its
+        # share of the rows: the means of the micro-batches, times these, add up to the whole mean.
         stats = Means()
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg.steps, cfg.warmup_steps, cfg.lr)
         for minibatch in mini_batches(len(scores), cfg.minibatch_size, cfg.group_size, cfg.epochs,

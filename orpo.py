@@ -1,18 +1,19 @@
 """
 ORPO, odds ratio preference optimization (Hong et al., arXiv 2403.07691). The data are pairs of
-completions of a prompt x, chosen and rejected. The policy pi is trained on chosen as in SFT, and a
-second term pushes the odds of chosen above those of rejected. There is no reference policy, and SFT
-and preference learning are one stage.
+completions of a prompt x, of which one was preferred: chosen and rejected. The policy pi is trained
+on chosen as in SFT, and a second term pushes the odds of chosen above those of rejected. There is
+no reference policy, and SFT and preference learning are one stage.
 
     p(y)    = exp(mean_t log pi(y_t | x, y_<t))               mean over y's tokens, EOS included
     odds(y) = p(y) / (1 - p(y))
     OR      = odds(chosen) / odds(rejected)                   odds ratio
-    loss    = -log p(chosen) - beta * log sigmoid(log OR)     eq. 6 and 7; beta is lambda there
+    loss    = SFT's loss of chosen - beta * mean log sigmoid(log OR)
+              mean over the pairs; eq. 6 and 7, where beta is called lambda
 
-The first term is SFT's. In a batch, it is a mean over the tokens of all chosen completions, so a
-long one counts more; the second term is a mean over the pairs. The tokens of the prompt are not
-targets, as in the paper; TRL includes them. log p is a mean and not a sum, because the probability
-of a whole long text is nearly 0. Then 1 - p would be 1, and the odds would be the probability.
+SFT's loss is minus the mean of log pi(y_t) over the tokens of all chosen completions, so a long one
+counts more. The tokens of the prompt are not targets, as in the paper's text; the authors' code and
+TRL include them. log p is a mean and not a sum, because the probability of a whole long text is
+nearly 0. Then 1 - p would be nearly 1, and the odds would nearly be the probability.
 
 The derivatives of the second term with respect to log p(chosen) and log p(rejected) are
 -beta / (1 + OR) / (1 - p(chosen)) and beta / (1 + OR) / (1 - p(rejected)). The factor 1 / (1 + OR)
@@ -22,10 +23,10 @@ Compared with dpo.py:
   - the loss has odds in place of log-probs relative to pi_ref, so no pi_ref is needed;
   - SFT's loss is a part of the loss.
 
-    python orpo.py                                      the toy, needs no internet: half a minute
+    python orpo.py                                      the toy, no internet: half a minute
     python orpo.py --model Qwen/Qwen2.5-0.5B --data trl-lib/ultrafeedback_binarized
 
-What to expect of the toy, whose pairs are a right and a wrong answer of the toy's policy: before
+What to expect of the toy, where each pair is a right and a wrong answer of the toy's policy: before
 the training 0.6 of its sampled answers to held-out problems are right, after it 0.8. The logged
 values chosen and rejected are means of log p.
 """
@@ -54,7 +55,7 @@ class Config(RunConfig):  # more flags, such as --steps and --seed, are in plumb
     minibatch_size: int = HfArg(default=64, help="pairs per optimizer step")
     micro_batch_size: int = HfArg(default=64, help="pairs per pass; changes no result")
     epochs: int = HfArg(default=1, help="passes over the data, unless --steps is given")
-    prompts: int = HfArg(default=1920, help="for toy and words: prompts that get pairs")
+    prompts: int = HfArg(default=1920, help="number of prompts, if --data is toy or words")
     beta: float = HfArg(default=0.1, help="weight of the odds ratio term, lambda in the paper")
 
 
@@ -80,8 +81,8 @@ def train(cfg):
     K = 2  # chosen, rejected
     cfg.steps = cfg.steps or math.ceil(cfg.epochs * len(problems) / cfg.minibatch_size)
     policy, tokenizer = load_policy(cfg.model, cfg.device)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.99),
-                                  weight_decay=cfg.weight_decay, fused=True)  # 0.99 for short runs
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.99),  # short runs
+                                  weight_decay=cfg.weight_decay, fused=True)
 
     def rewards_of(problems):  # (B, K), log p of their completions, without gradient
         return for_all_completions(lambda batch: all_logprobs(
@@ -96,13 +97,13 @@ def train(cfg):
                            sum((problem["targets"] for problem in step_problems), []), cfg.device)
         mask = batch.mask  # (N, C); rows i K to i K + K - 1 are the completions of prompt i
 
-        # 2. Update. by_row, the weight of a micro-batch: its share of the batch's rows.
+        # 2. Update. by_row is the weight of a micro-batch: its share of the batch's rows.
         stats = Means()
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg.steps, cfg.warmup_steps, cfg.lr)
         optimizer.zero_grad()
         for rows, _, by_row in micro_batches(batch, torch.arange(len(mask)),
                                              K * cfg.micro_batch_size):
-            logprobs = token_logprobs(policy, batch, rows, temperature=1.0)        # (n, C)
+            logprobs = token_logprobs(policy, batch, rows, temperature=1.0)  # (n, C), 0 on padding
             mean_logps = (logprobs.sum(dim=1) / mask[rows].sum(dim=1)).view(-1, K)  # (n / K, K)
             # Divided by the whole batch's number of chosen tokens, so that these parts add up.
             nll = -logprobs[::K].sum() / mask[::K].sum()
@@ -115,7 +116,7 @@ def train(cfg):
         optimizer.step()
         stats.end_minibatch(grad_norm=grad_norm, lr=optimizer.param_groups[0]["lr"])
 
-        # 3. Log. The loss shows progress: it falls.
+        # 3. Log. The loss shows progress: it should fall.
         run.log(step, **stats())
         run.end_step(step)  # validation, checkpoint, when due
 

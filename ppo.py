@@ -1,9 +1,9 @@
 """
 PPO (Schulman et al., arXiv 1707.06347) as it is used on language models. The policy pi answers
 prompts x with completions y, and each completion gets a score. A second network, the critic V,
-predicts before each token how much reward is still to come. What comes minus what V predicted is
-the advantage of the token. Tokens with an advantage above the batch's mean become more likely, the
-others less likely. pi_ref is a copy of the policy from before the training.
+predicts before each token how much reward is still to come. The advantage of a token is the reward
+that comes from it on, minus what V predicted. Tokens with an advantage above the batch's mean
+become more likely, the others less likely. pi_ref is a copy of the policy from before the training.
 
     kl_t = log(pi_old / pi_ref)                               of token t; pi_old sampled the batch
     r_t  = [t is the last token] * score - kl_coef * kl_t     reward; the score is not normalised
@@ -33,12 +33,12 @@ Compared with reinforce_pp.py:
   - lam sets how far ahead A_t looks;
   - the scores are not normalised, because V learns their size.
 
-    python ppo.py                                      the toy, needs no internet: a minute
+    python ppo.py                                      the toy, no internet: a minute
     python ppo.py --model Qwen/Qwen2.5-0.5B-Instruct   a real model, on one CUDA GPU
 
 What to expect of the toy: asked 8+9-5=, it writes 12, or shows its work and writes 8+9=17,17-5=12.
 Before the training, 0.6 of all answers to held-out problems are right, and half of all answers
-show the work. After it, 0.95 of all are right, and nearly all show the work.
+show the work. After it, 0.97 of all are right, and nearly all show the work.
 """
 import copy
 from dataclasses import dataclass
@@ -70,9 +70,9 @@ class Config(RunConfig):  # more flags, such as --steps and --seed, are in plumb
     clip_eps: float = HfArg(default=0.2, help="the ratio is clipped to 1 +- this")
     gamma: float = HfArg(default=1.0, help="discount per token")
     lam: float = HfArg(default=0.95, help="lambda of GAE: 1 relies on rewards, 0 on the critic")
-    value_clip: float = HfArg(default=0.2, help="clip values to old ones +- this (unit: score)")
+    value_clip: float = HfArg(default=0.2, help="the critic may move a value by this (unit: score)")
     critic_lr: float = HfArg(default=2e-3, help="AdamW learning rate of the critic at its peak")
-    critic_warmup: int = HfArg(default=0, help="first steps, in which only the critic learns")
+    critic_warmup: int = HfArg(default=0, help="number of steps at first with the critic alone")
 
 
 # The defaults above are for the toy, these for a real model on a GPU; a CPU gets smaller ones.
@@ -81,7 +81,7 @@ REAL = dict(steps=200, lr=1e-6, minibatch_size=128, micro_batch_size=8, max_new_
 
 
 def make_critic(policy):
-    """V(x, y_<t): a copy of the policy whose head gives one number, at first 0, and no logits."""
+    """V(x, y_<t): a copy of the policy whose head gives one number, at first 0, and not logits."""
     critic, width = copy.deepcopy(policy), policy.get_output_embeddings().weight.shape[1]
     head = torch.nn.Linear(width, 1, device=policy.device)
     torch.nn.init.zeros_(head.weight)
@@ -109,8 +109,8 @@ def value_loss(values, old_values, returns, mask, value_clip):
     """Half the squared error of V, all (N, C) -> (loss, clip_frac), scalars; means over tokens.
 
     The larger of two errors counts, that of V and that of V clipped to its old value +- value_clip.
-    Once V has moved more than value_clip towards its target, the clipped error is the larger one.
-    It is a constant, so V has no gradient. clip_frac is the fraction of the tokens with this.
+    If V has moved more than value_clip towards its target and not past it, that is the second one.
+    It is then a constant, so V has no gradient. clip_frac is the fraction of such tokens.
     """
     values, old_values, returns = (torch.where(mask.bool(), x, 0)
                                    for x in (values, old_values, returns))
@@ -140,8 +140,8 @@ def train(cfg):
     rewards = load_rewards(cfg, problems + validation + test)
     policy, tokenizer = load_policy(cfg.model, cfg.device)
     ref_model = copy.deepcopy(policy).requires_grad_(False) if cfg.kl_coef else None
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.99),
-                                  weight_decay=cfg.weight_decay, fused=True)  # 0.99 for short runs
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.99),  # short runs
+                                  weight_decay=cfg.weight_decay, fused=True)
     critic = make_critic(policy)
     optimizer.add_param_group(dict(params=critic.parameters()))  # param_groups[1]
     run.open(policy, tokenizer, validation, test, rewards, optimizer=optimizer, critic=critic)
@@ -175,8 +175,8 @@ def train(cfg):
 
         # 4. Update, once per mini-batch. All tensors above stay fixed; log-probs are now computed
         # with gradient. Until the first update of the step, the weights are those that sampled, so
-        # each ratio is 1. by_token is a micro-batch's share of the mini-batch's tokens, by_row that
-        # of the rows. Times these, the micro-batches' means add up to the mini-batch's mean.
+        # each ratio is 1. by_token is a micro-batch's share of the mini-batch's tokens, by_row its
+        # share of the rows: the means of the micro-batches, times these, add up to the whole mean.
         stats = Means()
         stats.add(1, explained_var=explained)
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg.steps, cfg.warmup_steps, cfg.lr)
@@ -197,7 +197,7 @@ def train(cfg):
                 stats.add_parts(by_token, loss=loss)
                 error, clipped = value_loss(token_values(critic, batch, rows), old_values[rows],
                                             returns[rows], mask[rows], cfg.value_clip)
-                (error * by_token).backward()  # now the policy's activations are freed
+                (error * by_token).backward()  # the policy's backward has freed its activations
                 stats.add_parts(by_token, value_loss=error, value_clip_frac=clipped)
             grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm,
                                                        error_if_nonfinite=True)

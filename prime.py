@@ -15,17 +15,17 @@ difference of the two log-probs.
     ratio_t = pi / pi_old                                     of token t; pi_old sampled the batch
     loss = -mean_t min(ratio_t A_t, clip(ratio_t, 1 - eps, 1 + eps) A_t)     over the mini-batch
 
-q is that of prm before its updates in this step, so it is 0 in the first step. Every token whose q
-is below the mean of the others' Q_j adds a negative term to A. A longer completion collects more of
-them, so shorter ones can be better.
+q is that of prm before its updates in this step, so it is 0 in the first step. The terms q_u - mean
+of Q_j are summed, not averaged: where they are mostly negative, a longer completion gets a lower A,
+which favours shorter ones.
 
 Only the sum of q is trained, but a single q_t has a meaning too (arXiv 2412.01981):
 
     q_1 + ... + q_t = beta * log E[exp((q_1 + ... + q_C) / beta)]            C: the last token
 
 where E is over completions that begin with these t tokens and are finished by pi_ref. It holds
-because the mean of prm / pi_ref under pi_ref is 1. So the sum up to t is a soft mean of the final
-sum, and q_t is the change that token t made in it.
+because the mean of prm / pi_ref under pi_ref is 1. The right side is a soft mean: it lies between
+the mean and the largest final sum. So q_t is the change that token t made in it.
 
 A_t is eq. 5 of the paper. The authors' code has (q_t - mean of all K means) * K / (K - 1) in place
 of q_t - mean of the others' Q_j. Theirs is larger by (q_t - Q_i) / (K - 1). For the scores the two
@@ -36,12 +36,12 @@ Compared with rloo.py:
   - every token has a reward of its own, from prm, in addition to the score;
   - there is no KL penalty; pi_ref is needed for q.
 
-    python prime.py                                      the toy, needs no internet: a minute
+    python prime.py                                      the toy, no internet: a minute
     python prime.py --model Qwen/Qwen2.5-0.5B-Instruct   a real model, on one CUDA GPU
 
 What to expect of the toy: asked 8+9-5=, it writes 12, or shows its work and writes 8+9=17,17-5=12.
 Before the training, 0.6 of all answers to held-out problems are right, and half of all answers
-show the work. After it, 0.95 of all are right, and nearly all show the work.
+show the work. After it, 0.96 of all are right, and nearly all show the work.
 """
 import copy
 from dataclasses import dataclass
@@ -74,7 +74,7 @@ class Config(RunConfig):  # more flags, such as --steps and --seed, are in plumb
     gamma: float = HfArg(default=1.0, help="discount per token of the implicit rewards")
     beta: float = HfArg(default=0.05, help="factor of the implicit reward log(prm / reference)")
     prm_lr: float = HfArg(default=1e-3, help="AdamW learning rate of the reward model at its peak")
-    accuracy_filter: float = HfArg(default=0.0, help="drop prompts of mean score < it or > 1 - it")
+    accuracy_filter: float = HfArg(default=0.0, help="drop mean scores below it or above 1 - it")
 
 
 # The defaults above are for the toy, these for a real model on a GPU; a CPU gets smaller ones.
@@ -114,7 +114,7 @@ def filter_by_accuracy(scores, group_size, margin):
 
 
 def prm_stats(q, scores, step_rewards=(), step_ends=()):
-    """For the log: q (N, C), scores (N,), and two lists of N from score_steps() -> dict of scalars.
+    """For the log: q (N, C), scores (N,), two lists of N lists by score_steps() -> dict of scalars.
 
     step_rewards and step_ends say of each reasoning step whether it is right, 1 or 0, and where it
     ends. step_found: among wrong answers of several steps, the fraction in which the step with the
@@ -145,8 +145,8 @@ def train(cfg):
     rewards = load_rewards(cfg, problems + validation + test)
     policy, tokenizer = load_policy(cfg.model, cfg.device)
     ref_model, prm = copy.deepcopy(policy).requires_grad_(False), copy.deepcopy(policy)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.99),
-                                  weight_decay=cfg.weight_decay, fused=True)  # 0.99 for short runs
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.99),  # short runs
+                                  weight_decay=cfg.weight_decay, fused=True)
     optimizer.add_param_group(dict(params=prm.parameters()))  # param_groups[1]
     run.open(policy, tokenizer, validation, test, rewards, optimizer=optimizer, prm=prm)
 
@@ -182,8 +182,8 @@ def train(cfg):
 
         # 4. Update, once per mini-batch. All tensors above stay fixed; log-probs are now computed
         # with gradient. Until the first update of the step, the weights are those that sampled, so
-        # each ratio is 1. by_token is a micro-batch's share of the mini-batch's tokens, by_row that
-        # of the rows. Times these, the micro-batches' means add up to the mini-batch's mean.
+        # each ratio is 1. by_token is a micro-batch's share of the mini-batch's tokens, by_row its
+        # share of the rows: the means of the micro-batches, times these, add up to the whole mean.
         stats = Means()
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg.steps, cfg.warmup_steps, cfg.lr)
         optimizer.param_groups[1]["lr"] = learning_rate(step, cfg.steps, cfg.warmup_steps,

@@ -7,7 +7,8 @@ supervised fine-tuning. Each step of the training does all of this.
     loss = -mean_t log pi(y*_t | x, y*_<t)        over the tokens of all y* of a mini-batch
 
 A prompt whose K scores are all equal has no best completion and is left out; frac_zero_std in the
-log is the part of the prompts for which this happened. (The paper keeps one of the K.)
+log is the fraction of such prompts. (The paper keeps one of the K.) --minibatch_size counts all K
+completions, so an update is made on minibatch_size / K of them at most.
 
 Compared with sft.py:
   - the policy writes the demonstrations itself, and a reward chooses them.
@@ -16,12 +17,12 @@ Compared with rloo.py:
     the others have the weight 0;
   - there is no ratio in the loss, and no KL and therefore no reference policy.
 
-    python raft.py                                      the toy, needs no internet: half a minute
+    python raft.py                                      the toy, no internet: half a minute
     python raft.py --model Qwen/Qwen2.5-0.5B-Instruct   a real model, on one CUDA GPU
 
 What to expect of the toy: asked 8+9-5=, it writes 12, or shows its work and writes 8+9=17,17-5=12.
 Before the training, 0.6 of all answers to held-out problems are right, and half of all answers
-show the work. After it, 0.9 of all are right, and nearly all show the work.
+show the work. After it, 0.91 of all are right, and nearly all show the work.
 """
 from dataclasses import dataclass
 
@@ -68,8 +69,8 @@ def train(cfg):
     problems, validation, test = load_problems(cfg)
     rewards = load_rewards(cfg, problems + validation + test)
     policy, tokenizer = load_policy(cfg.model, cfg.device)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.99),
-                                  weight_decay=cfg.weight_decay, fused=True)  # 0.99 for short runs
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.99),  # short runs
+                                  weight_decay=cfg.weight_decay, fused=True)
     run.open(policy, tokenizer, validation, test, rewards, optimizer=optimizer)
 
     for step in run.steps():
@@ -96,8 +97,8 @@ def train(cfg):
 
         # 4. Update, once per mini-batch. All tensors above stay fixed; log-probs are now computed
         # with gradient. Until the first update of the step, the weights are those that sampled, so
-        # each ratio is 1. by_token is a micro-batch's share of the mini-batch's tokens, by_row that
-        # of the rows. Times these, the micro-batches' means add up to the mini-batch's mean.
+        # each ratio is 1. by_token is a micro-batch's share of the mini-batch's tokens, by_row its
+        # share of the rows: the means of the micro-batches, times these, add up to the whole mean.
         stats = Means()
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg.steps, cfg.warmup_steps, cfg.lr)
         size = cfg.minibatch_size // cfg.group_size  # of each K rows, only one is left
@@ -119,7 +120,7 @@ def train(cfg):
 
         # 5. Log. The score shows progress. The loss only shows how sure the policy is of its texts.
         run.log(step, **batch_stats(scores, kl, batch, cfg.group_size), **reward_means,
-                **{"loss": 0.0, **stats()})  # 0.0: no group had a best
+                **{"loss": 0.0, **stats()})  # 0.0 if no group has a best
         run.show(step, step_problems, texts, scores)
         run.end_step(step)  # validation, checkpoint, when due
 

@@ -1,13 +1,14 @@
 """
 REINFORCE (Williams, 1992). The policy pi answers prompts x with completions y, and each completion
-gets a score. A completion is made more likely if it scored above a baseline, and less likely if it
-scored below. pi_ref is a copy of the policy from before the training; the KL keeps pi near it.
+gets a score. A completion is made more likely if its score, minus a KL penalty, is above a
+baseline, and less likely if it is below. pi_ref is a copy of the policy from before the training;
+the KL penalty keeps pi near it.
 
     kl_t = log(pi(y_t | x, y_<t) / pi_ref(y_t | x, y_<t))     of each token of the completion
     A_i  = score_i - kl_coef * sum_t kl_t - b                 advantage of completion i; b: baseline
     loss = -mean_i A_i * sum_t log pi(y_t | x, y_<t)          mean over the completions of the batch
 
-No gradient flows through A_i. On average, a step down this loss is a step up the objective
+No gradient flows through A_i. On average, minus the gradient of this loss is the gradient of
 
     J    = E[score] - kl_coef * KL(pi || pi_ref)              mean over prompts and completions
 
@@ -15,22 +16,23 @@ A b that does not depend on the batch does not change this average, because
 
     E[b * grad log pi(y)] = b * sum_y pi(y) grad log pi(y) = b * grad sum_y pi(y) = b * grad 1 = 0
 
-But a good b makes the gradient less noisy. Here b is 0 in the first step. In each step, after A_i
-is computed, it is updated as --baseline says:
+But a good b makes the gradient less noisy. Here b starts at 0. Each step uses the old b for its A_i
+and then updates b, as --baseline says:
 
-    ema             b = decay * b + (1 - decay) * mean score of the batch; the first time, that mean
+    ema             b = decay * b + (1 - decay) * mean score of the batch; in step 1, b = that mean
     running_mean    b = mean of all scores so far
 
 There is one update per batch, because the loss needs completions of the policy as it is now. After
-the update they are those of an older policy. reinforce_pp.py and ppo.py correct for that, token by
-token, with a ratio, and make several updates. This script makes one, with a larger learning rate.
+the update they are those of an older policy. reinforce_pp.py and ppo.py make several updates and
+correct for that in part, with a ratio for each token. This script makes one, with a larger learning
+rate; the ratio in its log is 1.
 
-    python reinforce.py                                      the toy, needs no internet: 1/2 minute
+    python reinforce.py                                      the toy, no internet: half a minute
     python reinforce.py --model Qwen/Qwen2.5-0.5B-Instruct   a real model, on one CUDA GPU
 
 What to expect of the toy: asked 8+9-5=, it writes 12, or shows its work and writes 8+9=17,17-5=12.
 Before the training, 0.6 of all answers to held-out problems are right, and half of all answers
-show the work. After it, 0.96 of all are right, and nearly all show the work.
+show the work. After it, 0.97 of all are right, and nearly all show the work.
 """
 import copy
 from dataclasses import dataclass, field
@@ -92,8 +94,8 @@ def train(cfg):
     rewards = load_rewards(cfg, problems + validation + test)
     policy, tokenizer = load_policy(cfg.model, cfg.device)
     ref_model = copy.deepcopy(policy).requires_grad_(False) if cfg.kl_coef else None
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.99),
-                                  weight_decay=cfg.weight_decay, fused=True)  # 0.99 for short runs
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.99),  # short runs
+                                  weight_decay=cfg.weight_decay, fused=True)
     state = run.open(policy, tokenizer, validation, test, rewards, optimizer=optimizer)
     baseline, count = state.get("baseline"), state.get("count", 0)  # as saved, with --resume
 
@@ -126,8 +128,8 @@ def train(cfg):
 
         # 4. Update, once per mini-batch. All tensors above stay fixed; log-probs are now computed
         # with gradient. Until the first update of the step, the weights are those that sampled, so
-        # each ratio is 1. by_token is a micro-batch's share of the mini-batch's tokens, by_row that
-        # of the rows. Times these, the micro-batches' means add up to the mini-batch's mean.
+        # each ratio is 1. by_token is a micro-batch's share of the mini-batch's tokens, by_row its
+        # share of the rows: the means of the micro-batches, times these, add up to the whole mean.
         stats = Means()
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg.steps, cfg.warmup_steps, cfg.lr)
         for minibatch in mini_batches(len(scores), len(scores), cfg.group_size, 1,

@@ -1,9 +1,9 @@
 """
 REINFORCE++ (Jian Hu et al., arXiv 2501.03262): REINFORCE with the clipped loss of PPO, and without
 PPO's critic, a second network. The policy pi answers prompts with completions, and each completion
-gets a score. A token becomes more likely if the return from this token on is above the mean of the
-batch's tokens, and less likely if it is below. pi_ref is a copy of the policy from before the
-training; the KL keeps the policy near it.
+gets a score. A token becomes more likely if the return from this token on is above the mean return
+of the batch's tokens, and less likely if it is below. pi_ref is a copy of the policy from before
+the training; the KL keeps the policy near it.
 
     s    = clip((score - mean) / std, -c, c)                  over the N completions; c: reward_clip
     kl_t = log(pi_old / pi_ref)                               of token t; pi_old sampled the batch
@@ -15,19 +15,19 @@ training; the KL keeps the policy near it.
 
 The scores are normalised so that their size, compared with the KL, does not depend on the reward.
 The returns are normalised to subtract the baseline, which is their mean, and to fix the size of the
-gradient. With gamma = 1, this mean also removes the mean that was subtracted in s. The mean is
-taken from G_t and not from r_t: a constant subtracted from each r_t would be summed, many times in
-the G_t of an early token and seldom in that of a late one. A completion of 30 tokens counts ten
-times as much as one of 3 in this mean, in this std and in the loss.
+advantages. With gamma = 1, the mean subtracted in s then only matters to the clip. The mean is
+taken from G_t and not from r_t: a constant subtracted from each r_t would be added up, often in the
+G_t of an early token and only a few times in that of a late one. A completion of 30 tokens counts
+ten times as much as one of 3 in this mean, in this std and in the loss.
 
 The scores are divided by their std, the KL is not. If 95 % of 0/1 scores are 1, their std is 0.22,
 and kl_coef weighs 4.6 times less than with raw scores. If all scores are equal, s is 0, and A_t is
-minus the KL, scaled up to a std of 1: that step pulls towards pi_ref at full strength. If pi still
-equals pi_ref, the computed KL is only rounding errors, and AdamW takes a full step on them.
-docs/gradients.md shows this in a picture.
+minus the KL from t on, less its mean, scaled up to a std of 1 (unless it is tiny): that step pulls
+towards pi_ref at full strength. If pi still equals pi_ref, the computed KL is only rounding errors,
+and AdamW can take a full step on them. docs/gradients.md shows this in a picture.
 
 The paper has a second variant, REINFORCE++ with baseline, here --group_baseline. It needs K > 1
-completions of each prompt; K is 4 unless --group_size is given:
+completions of each prompt; with this flag the default is 4. --reward_clip and --gamma are not used.
 
     d_i  = score_i - mean score of the K completions of the prompt
     A_i  = (d_i - mean) / std                                 over all the batch's tokens
@@ -41,12 +41,12 @@ Compared with reinforce.py:
     once it has passed 1 + eps (if A_t > 0) or 1 - eps (if A_t < 0), the token has no gradient;
   - the loss is a mean over tokens, not over completions.
 
-    python reinforce_pp.py                                      the toy, needs no internet: 1/2 min
+    python reinforce_pp.py                                      the toy, no internet: half a minute
     python reinforce_pp.py --model Qwen/Qwen2.5-0.5B-Instruct   a real model, on one CUDA GPU
 
 What to expect of the toy: asked 8+9-5=, it writes 12, or shows its work and writes 8+9=17,17-5=12.
 Before the training, 0.6 of all answers to held-out problems are right, and half of all answers
-show the work. After it, 0.95 of all are right, and nearly all show the work.
+show the work. After it, 0.97 of all are right, and nearly all show the work.
 """
 import copy
 from dataclasses import dataclass
@@ -106,8 +106,8 @@ def train(cfg):
     rewards = load_rewards(cfg, problems + validation + test)
     policy, tokenizer = load_policy(cfg.model, cfg.device)
     ref_model = copy.deepcopy(policy).requires_grad_(False) if cfg.kl_coef else None
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.99),
-                                  weight_decay=cfg.weight_decay, fused=True)  # 0.99 for short runs
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.99),  # short runs
+                                  weight_decay=cfg.weight_decay, fused=True)
     run.open(policy, tokenizer, validation, test, rewards, optimizer=optimizer)
 
     for step in run.steps():
@@ -139,8 +139,8 @@ def train(cfg):
 
         # 4. Update, once per mini-batch. All tensors above stay fixed; log-probs are now computed
         # with gradient. Until the first update of the step, the weights are those that sampled, so
-        # each ratio is 1. by_token is a micro-batch's share of the mini-batch's tokens, by_row that
-        # of the rows. Times these, the micro-batches' means add up to the mini-batch's mean.
+        # each ratio is 1. by_token is a micro-batch's share of the mini-batch's tokens, by_row its
+        # share of the rows: the means of the micro-batches, times these, add up to the whole mean.
         stats = Means()
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg.steps, cfg.warmup_steps, cfg.lr)
         for minibatch in mini_batches(len(scores), cfg.minibatch_size, cfg.group_size, cfg.epochs,

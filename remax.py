@@ -1,8 +1,8 @@
 """
-ReMax (Li et al., arXiv 2310.10505). The policy pi answers each prompt twice: once sampled, once
-greedily, which means with the most likely token each time. The sampled completion becomes more
-likely if its score is above that of the greedy one, and less likely if it is below. pi_ref is a
-copy of the policy from before the training; the KL keeps the policy near it.
+ReMax (Li et al., arXiv 2310.10505). The policy pi answers each prompt with a sampled and with a
+greedy completion; greedy means the most likely token each time. The sampled completion becomes more
+likely if its score, minus a KL penalty, is above the score of the greedy one, and less likely if it
+is below. pi_ref is a copy of the policy from before the training.
 
     kl_t = log(pi_old / pi_ref)                               of token t; pi_old sampled the batch
     r_t  = [t is the last token] * score - kl_coef * kl_t     reward of token t
@@ -17,22 +17,23 @@ weights and not on the sampled y, so that
     E[b * grad log pi(y)] = b * sum_y pi(y) grad log pi(y) = b * grad sum_y pi(y) = b * grad 1 = 0
 
 This proof leaves out two things: the mean over tokens divides by their number, which is random, and
-after the first update the ratio and the clip act. If the sample is the greedy completion, only the
-KL is left in A_t, so a policy that is nearly certain learns little from the scores.
+after the first update the ratio and the clip act. If the sample is the greedy completion, they have
+the same score, and only the KL is left in A_t. So a policy that is nearly certain learns little
+from the scores.
 
-The greedy completion is the baseline and nothing else: it has no KL and no loss. With one sample
-per prompt it is half of what is generated, so the defaults have half as many samples as rloo.py.
-With --group_size K > 1, the K samples of a prompt share one greedy completion.
+The greedy completion is the baseline and nothing else: it has no KL and no loss. Half of the
+generated completions are greedy ones, so the defaults have half as many samples as rloo.py. With
+--group_size K > 1, the K samples of a prompt share one greedy completion.
 
-These are the formulas of the library verl. The authors' code differs: A_t has only the KL of token
-t, the score is discounted by 0.95 per token, score - greedy score is clipped to +-5, and there
-is one update per batch, without a ratio.
+The advantages are those of the library verl. The authors' code differs: A_t has only the KL of
+token t, the score is discounted by 0.95 per token, score - greedy score is clipped to +-5, and
+there is one update per batch, without a ratio.
 
 Compared with rloo.py:
   - the baseline is the score of the greedy completion, not the mean reward of other samples;
   - the return of a token has the KL of this token and the later ones, not of the whole completion.
 
-    python remax.py                                      the toy, needs no internet: half a minute
+    python remax.py                                      the toy, no internet: half a minute
     python remax.py --model Qwen/Qwen2.5-0.5B-Instruct   a real model, on one CUDA GPU
 
 What to expect of the toy: asked 8+9-5=, it writes 12, or shows its work and writes 8+9=17,17-5=12.
@@ -87,8 +88,8 @@ def train(cfg):
     rewards = load_rewards(cfg, problems + validation + test)
     policy, tokenizer = load_policy(cfg.model, cfg.device)
     ref_model = copy.deepcopy(policy).requires_grad_(False) if cfg.kl_coef else None
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.99),
-                                  weight_decay=cfg.weight_decay, fused=True)  # 0.99 for short runs
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.99),  # short runs
+                                  weight_decay=cfg.weight_decay, fused=True)
     run.open(policy, tokenizer, validation, test, rewards, optimizer=optimizer)
 
     for step in run.steps():
@@ -120,8 +121,8 @@ def train(cfg):
 
         # 4. Update, once per mini-batch. All tensors above stay fixed; log-probs are now computed
         # with gradient. Until the first update of the step, the weights are those that sampled, so
-        # each ratio is 1. by_token is a micro-batch's share of the mini-batch's tokens, by_row that
-        # of the rows. Times these, the micro-batches' means add up to the mini-batch's mean.
+        # each ratio is 1. by_token is a micro-batch's share of the mini-batch's tokens, by_row its
+        # share of the rows: the means of the micro-batches, times these, add up to the whole mean.
         stats = Means()
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg.steps, cfg.warmup_steps, cfg.lr)
         for minibatch in mini_batches(len(scores), cfg.minibatch_size, cfg.group_size, cfg.epochs,

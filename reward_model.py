@@ -7,22 +7,23 @@ python ppo.py --reward FOLDER, where FOLDER is this script's run folder.
     P(chosen is preferred) = sigmoid(s(x, chosen) - s(x, rejected))        Bradley-Terry model
     loss = -mean log P                                                     mean over the pairs
 
-The loss depends only on differences between completions of the same prompt. If a constant is added
+The loss depends only on differences between scores of the same prompt. If a constant is added
 to all scores of a prompt, the loss stays the same. So the pairs do not say how the scores of two
 prompts compare.
 
-The network is a copy of the policy's, with a new head that turns the hidden state of the last token
-into one number. The head starts at 0, so all scores are 0 and the loss is ln 2.
+The network is a copy of the model that --model names, or of the toy's policy, with a new head that
+turns the hidden state of the last token into one number. The head starts at 0, so at first all
+scores are 0 and the loss is ln 2.
 
 Compared with dpo.py:
   - the score is the output of a new head; in DPO it is beta * log(pi / pi_ref), from the policy;
   - no reference policy is needed.
 
-    python reward_model.py                                      the toy, no internet, 1/2 minute
+    python reward_model.py                                      the toy, no internet: half a minute
     python reward_model.py --model Qwen/Qwen2.5-0.5B-Instruct --data trl-lib/ultrafeedback_binarized
 
-What to expect of the toy, whose pairs are a right and a wrong answer of the toy's policy: in 0.9 of
-the held-out pairs the right one has the higher score.
+What to expect of the toy, where each pair is a right and a wrong answer of the toy's policy: in 0.9
+of the held-out pairs the right one has the higher score.
 """
 import copy
 import math
@@ -51,7 +52,7 @@ class Config(RunConfig):  # more flags, such as --steps and --seed, are in plumb
     minibatch_size: int = HfArg(default=64, help="pairs per optimizer step")
     micro_batch_size: int = HfArg(default=64, help="pairs per pass; changes no result")
     epochs: int = HfArg(default=1, help="passes over the data, unless --steps is given")
-    prompts: int = HfArg(default=1920, help="for toy and words: prompts that get pairs")
+    prompts: int = HfArg(default=1920, help="number of prompts, if --data is toy or words")
 
 
 # The defaults above are for the toy, these for a real model on a GPU; a CPU gets smaller ones.
@@ -87,8 +88,8 @@ def train(cfg):
     policy, tokenizer = load_policy(cfg.model, cfg.device)
     scorer = make_scorer(policy, tokenizer, cfg.model)
     del policy  # the scorer has a copy of its weights
-    optimizer = torch.optim.AdamW(scorer.parameters(), lr=cfg.lr, betas=(0.9, 0.99),
-                                  weight_decay=cfg.weight_decay, fused=True)  # 0.99 for short runs
+    optimizer = torch.optim.AdamW(scorer.parameters(), lr=cfg.lr, betas=(0.9, 0.99),  # short runs
+                                  weight_decay=cfg.weight_decay, fused=True)
 
     def rewards_of(problems):  # (B, K), scores of their completions, without gradient
         return for_all_completions(lambda batch: all_scores(
@@ -102,7 +103,7 @@ def train(cfg):
                            sum((problem["targets"] for problem in step_problems), []), cfg.device)
         mask = batch.mask  # (N, C); rows i K to i K + K - 1 are the completions of prompt i
 
-        # 2. Update. by_row, the weight of a micro-batch: its share of the batch's rows.
+        # 2. Update. by_row is the weight of a micro-batch: its share of the batch's rows.
         stats = Means()
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg.steps, cfg.warmup_steps, cfg.lr)
         optimizer.zero_grad()

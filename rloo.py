@@ -15,25 +15,25 @@ constant, and
 
     E[b * grad log pi(y)] = b * sum_y pi(y) grad log pi(y) = b * grad sum_y pi(y) = b * grad 1 = 0
 
-If R_i itself were in the mean, A would be (K - 1) / K as large. This proof leaves out two things:
-the mean over tokens divides by their number, which is random, and after the first update the ratio
-and the clip act.
+where y is the completion i. If R_i itself were in the mean, A would be (K - 1) / K times as large.
+This proof leaves out two things: the mean over tokens divides by their number, which is random, and
+after the first update the ratio and the clip act.
 
-The paper makes one update per batch, and needs no ratio. For several updates, each token has its
-own ratio here, as in verl and OpenRLHF. With --sequence_ratio each completion has one, and the loss
-is a mean over completions, as in TRL.
+The formula of the paper has no ratio: it is exact for one update per batch. For several updates,
+each token has its own ratio here, as in verl and OpenRLHF. With --sequence_ratio each completion
+has one, and the loss is a mean over completions, as in TRL.
 
 Compared with reinforce_pp.py:
   - each prompt is answered K times, and the mean reward of the others is the baseline;
   - the KL of the whole completion is in its one reward, so all its tokens have the same advantage;
   - nothing is divided by a std.
 
-    python rloo.py                                      the toy, needs no internet: half a minute
+    python rloo.py                                      the toy, no internet: half a minute
     python rloo.py --model Qwen/Qwen2.5-0.5B-Instruct   a real model, on one CUDA GPU
 
 What to expect of the toy: asked 8+9-5=, it writes 12, or shows its work and writes 8+9=17,17-5=12.
 Before the training, 0.6 of all answers to held-out problems are right, and half of all answers
-show the work. After it, 0.95 of all are right, and nearly all show the work.
+show the work. After it, 0.96 of all are right, and nearly all show the work.
 """
 import copy
 from dataclasses import dataclass
@@ -97,8 +97,8 @@ def train(cfg):
     rewards = load_rewards(cfg, problems + validation + test)
     policy, tokenizer = load_policy(cfg.model, cfg.device)
     ref_model = copy.deepcopy(policy).requires_grad_(False) if cfg.kl_coef else None
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.99),
-                                  weight_decay=cfg.weight_decay, fused=True)  # 0.99 for short runs
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.99),  # short runs
+                                  weight_decay=cfg.weight_decay, fused=True)
     run.open(policy, tokenizer, validation, test, rewards, optimizer=optimizer)
 
     for step in run.steps():
@@ -129,8 +129,8 @@ def train(cfg):
 
         # 4. Update, once per mini-batch. All tensors above stay fixed; log-probs are now computed
         # with gradient. Until the first update of the step, the weights are those that sampled, so
-        # each ratio is 1. by_token is a micro-batch's share of the mini-batch's tokens, by_row that
-        # of the rows. Times these, the micro-batches' means add up to the mini-batch's mean.
+        # each ratio is 1. by_token is a micro-batch's share of the mini-batch's tokens, by_row its
+        # share of the rows: the means of the micro-batches, times these, add up to the whole mean.
         stats = Means()
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg.steps, cfg.warmup_steps, cfg.lr)
         for minibatch in mini_batches(len(scores), cfg.minibatch_size, cfg.group_size, cfg.epochs,

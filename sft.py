@@ -9,7 +9,7 @@ would not learn to stop without it.
 
 Without --model, this script trains a small model from random weights on the toy's demonstrations.
 plumbing/toy_policy/, from which the other scripts start without --model, was made in this way. With
---model, name your demonstrations with --data; the default is the toy's problems in English.
+--model, --data names the demonstrations; without --data they are the toy's problems in English.
 
     python sft.py                                 the toy model, from random weights: one minute
     python sft.py --model Qwen/Qwen2.5-0.5B       a real model, on one CUDA GPU
@@ -53,8 +53,8 @@ def train(cfg):
         policy, tokenizer = load_policy(cfg.model, cfg.device)
     else:
         policy, tokenizer = toy.make_model(cfg.seed).to(cfg.device), toy.make_tokenizer()
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.98),
-                                  weight_decay=cfg.weight_decay, fused=True)  # 0.98 for short runs
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.98),  # short runs
+                                  weight_decay=cfg.weight_decay, fused=True)
     run.open(policy, tokenizer, validation, test, optimizer=optimizer)
 
     for step in run.steps():
@@ -64,7 +64,7 @@ def train(cfg):
                            [problem["targets"][0] for problem in step_problems], cfg.device)
         mask = batch.mask                                                          # (N, C)
 
-        # 2. Update. by_token, the weight of a micro-batch: its share of the batch's tokens.
+        # 2. Update. by_token is the weight of a micro-batch: its share of the batch's tokens.
         stats = Means()
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg.steps, cfg.warmup_steps, cfg.lr)
         optimizer.zero_grad()

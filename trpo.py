@@ -1,10 +1,10 @@
 """
 TRPO (Schulman et al., arXiv 1502.05477). The policy pi answers prompts with completions, and each
-completion gets a score. One update per batch raises the objective L as far as it can while the KL
-to pi_old, the policy that sampled the batch, is at most delta.
+completion gets a score. One update per batch raises the objective L about as far as possible while
+the KL to pi_old, the policy that sampled the batch, is at most delta.
 
     s    = clip((score - mean) / std, -c, c)                  over the N completions; c: reward_clip
-    kl_t = log(pi_old / pi_ref)                               of token t; pi_ref: before training
+    kl_t = log(pi_old / pi_ref)                               of token t; pi_ref: the first policy
     G_t  = s - kl_coef * (kl_t + kl_{t+1} + ... )             return: all reward from token t on
     A_t  = (G_t - mean) / std                                 advantage; over all the batch's tokens
     L    = mean_t ratio_t A_t                                 ratio_t = pi / pi_old, of token t
@@ -12,13 +12,13 @@ to pi_old, the policy that sampled the batch, is at most delta.
     g    = gradient of L at pi = pi_old                       over the batch
     F    = Hessian of KL at pi = pi_old                       over a fisher_fraction of the batch
     x    = (F + damping)^-1 g                                 approximate, by conjugate gradients
-    full = sqrt(2 delta / x^T (F + damping) x) x              the full step of the parameters
+    full = x * sqrt(2 delta / (x^T (F + damping) x))          the full step of the parameters
     step = the first of full, backtrack * full, backtrack^2 * full, ... for which KL <= delta and L
            has grown, both over the whole batch; if max_tries of them fail, there is no step
 
-Why: let d be a small change of the parameters. L grows by g . d. KL is 0 at pi_old, its gradient
-is 0 there, and so it becomes d^T F d / 2. Of all d with d^T (F + damping) d / 2 = delta, `full`
-gains most. The damping uses up a part of delta, so the KL of `full` tends to be below delta.
+Why: let d be a small change of the parameters. L grows by about g . d. KL and its gradient are 0 at
+pi_old, so d makes KL about d^T F d / 2. Of all d with d^T (F + damping) d / 2 = delta, `full` gains
+most. The damping uses up a part of delta, so the KL of `full` tends to be below delta.
 
 F has a row and a column for each parameter, and is never built. Conjugate gradients only need
 products F v, and F v is the gradient of the number (gradient of KL) . v. F is the Fisher matrix: as
@@ -27,19 +27,19 @@ E_old[grad log pi (grad log pi)^T], because the other term is the Hessian of sum
 So v^T F v >= 0 for every v, and the square root in `full` exists.
 
 The price of the second derivatives: attention that is not fused; fp32 in all passes of the update;
-11 products F v, 10 for x and one for `full`, each with two backward passes over a part of the
-batch; and 59 bytes of memory per parameter (docs/memory.md).
+at most 11 products F v, 10 for x and one for `full`, each with two backward passes over a part of
+the batch; and 59 bytes of memory per parameter (docs/memory.md).
 
 Compared with reinforce_pp.py:
   - there is one update per batch, with no AdamW and no learning rate;
   - its length is limited by the KL to pi_old, not by a clip of the ratio.
 
-    python trpo.py                                      the toy, needs no internet: a minute
+    python trpo.py                                      the toy, no internet: a minute
     python trpo.py --model Qwen/Qwen2.5-0.5B-Instruct   a real model, on one CUDA GPU
 
 What to expect of the toy: asked 8+9-5=, it writes 12, or shows its work and writes 8+9=17,17-5=12.
 Before the training, 0.6 of all answers to held-out problems are right, and half of all answers
-show the work. After it, 0.93 of all are right, and nearly all show the work.
+show the work. After it, 0.94 of all are right, and nearly all show the work.
 """
 import copy
 from dataclasses import dataclass, field
@@ -75,10 +75,10 @@ class Config(RunConfig):  # more flags, such as --steps and --seed, are in plumb
     reward_clip: float = HfArg(default=5.0, help="clip normalised scores to +- this; 0: raw scores")
     delta: float = HfArg(default=0.005, help="largest KL of a step, in nats per token")
     damping: float = HfArg(default=1.0, help="added to the diagonal of the Fisher matrix F")
-    fisher_fraction: float = HfArg(default=0.0625, help="part of the completions that F is made of")
+    fisher_fraction: float = HfArg(default=0.0625, help="fraction of the completions that make F")
     cg_iterations: int = HfArg(default=10, help="iterations of conjugate gradients, at most")
     backtrack: float = HfArg(default=0.8, help="a step that fails is made shorter by this factor")
-    max_tries: int = HfArg(default=10, help="shorter and shorter steps to try before none is made")
+    max_tries: int = HfArg(default=10, help="step lengths that are tried before none is made")
 
 
 # The defaults above are for the toy, these for a real model on a GPU; a CPU gets smaller ones.
@@ -102,7 +102,7 @@ def mean_kl(old_logits, logits, mask):
 def fisher_vector_product(kl, parameters, vector, damping):
     """(F + damping) v: scalar with graph, list of tensors, (D,), float -> (D,). TRPO, appendix C.
 
-    F is the Hessian of kl with respect to the D parameters. kl may be used again, its graph stays.
+    F is the Hessian of kl with respect to the D parameters. kl may be used again: its graph stays.
     """
     gradient = torch.autograd.grad(kl, parameters, create_graph=True, materialize_grads=True)
     slope = torch.cat([g.flatten() for g in gradient]).dot(vector)
@@ -113,8 +113,8 @@ def fisher_vector_product(kl, parameters, vector, damping):
 def conjugate_gradient(matvec, b, iterations=10, tolerance=1e-10):
     """x with A x = b, for a symmetric, positive definite A given as matvec(v) = A v: (D,) -> (D,).
 
-    For any two of the directions d^T A d' = 0, so that none undoes what another has reached. It
-    stops early when |b - A x|^2 < tolerance, because going on could divide 0 by 0.
+    Any two of its directions d and d' have d^T A d' = 0, so none undoes what another has reached.
+    It stops early when |b - A x|^2 < tolerance, because going on could divide 0 by 0.
     """
     x, residual, direction = torch.zeros_like(b), b, b
     for _ in range(iterations):

@@ -30,10 +30,10 @@ class RunConfig:
     gradient_checkpointing: bool = HfArg(default=False, help="recompute activations: less memory")
     max_new_tokens: int = HfArg(default=32, help="longest completion, in tokens")
     compile: bool = HfArg(default=False, help="sample with torch.compile; for a GPU")
-    log_every: int = HfArg(default=5, help="print a line of metrics every so many steps")
+    log_every: int = HfArg(default=5, help="steps between printed lines and kept samples")
     eval_every: int = HfArg(default=0, help="steps between evaluations on validation data; 0: none")
     eval_prompts: int = HfArg(default=512, help="held-out prompts per evaluation")
-    save_every: int = HfArg(default=20, help="write the checkpoint every so many steps")
+    save_every: int = HfArg(default=20, help="steps between checkpoints")
     seed: int = HfArg(default=1, help="seed of all random numbers")
     device: Optional[str] = HfArg(default=None, help="cpu or cuda; None: cuda if present")
     out_dir: Optional[str] = HfArg(default=None, help="folder of the run; None: runs/SCRIPT, "

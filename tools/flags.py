@@ -20,28 +20,30 @@ TEXT = """# What flags are there, and what are their defaults?
 `python -m tools.flags` writes this page. `-` and `_` are the same in flags.
 
 Some defaults have three values: for the toy's model, for a real model on a GPU, and for a real
-model on a CPU. A real model is one with another vocabulary than the toy's, whatever `--data` is.
+model on a CPU. A real model is one whose vocabulary is not the toy's, whatever `--data` is.
 Its defaults are in `REAL` in each script. On a CPU, one rule makes them smaller: `for_a_cpu` in
 [command_line.py](../plumbing/command_line.py). A run prints the values that were chosen. A `Config`
 that is made in Python has the toy's defaults.
 
-- With another `--group_size`, a step still has as many completions as by default. So it has fewer
-  or more `--prompts_per_step`.
+- With another `--group_size`, the number of completions in a step stays the same: the default of
+  `--prompts_per_step` is adapted.
 - With `--group_baseline`, `--group_size` is 4 by default, and `--reward_clip` and `--gamma` are not
   used.
-- `--minibatch_size` is rounded down to whole groups. In raft.py it counts the completions from
-  which the best ones are chosen.
+- `--minibatch_size` is rounded down to whole groups. In raft.py it counts all sampled
+  completions, not only the best ones.
 - The learning rate falls linearly from its peak to a tenth of it.
 - trpo.py does not use AdamW and has none of its flags.
-- dpo.py, orpo.py and reward_model.py make as many steps as `--epochs` passes over the data take.
+- dpo.py, orpo.py and reward_model.py train for `--epochs` passes over the data, unless `--steps` is
+  given.
 
-| flag | meaning | scripts | default |
+| flag | meaning | scripts | default: toy / GPU / CPU |
 |---|---|---|---|
 {rows}
 
 - `--compile` needs torch 2.11. It compiles each shape of a batch once, in half a minute. It gains
   nothing on a CPU.
-- `--out_dir` must not hold a run already, except with `--resume`.
+- `--out_dir` must not hold a run already, except with `--resume`. If the default folder exists, the
+  run goes to `runs/SCRIPT-2`, and so on.
 - `--accuracy_filter` is 0.2 in PRIME's paper. With 0, no prompt is left out.
 
 Wrong input gets one sentence and exit code 2, before a model is trained or weights are loaded. If a
