@@ -109,7 +109,7 @@ def learning_rate(step, steps, warmup_steps, peak):
 
 
 def mini_batches(n, minibatch_size, group_size, epochs, generator):
-    """Shuffles whole groups of the step's n completions, `epochs` times -> yields row indices.
+    """Shuffles whole groups of all n completions of a step, `epochs` times -> yields row indices.
 
     A mini-batch has at most minibatch_size rows, or one group if a group has more.
     """

@@ -61,13 +61,13 @@ from plumbing.run import Means, Run
 
 
 @dataclass
-class Config(RunConfig):  # more flags, such as --steps and --seed, are in plumbing/flags.py
+class Config(RunConfig):  # more flags, such as --data and --seed, are in plumbing/flags.py
     steps: Optional[int] = HfArg(default=None, help="training steps; None: --epochs decides")
     lr: float = HfArg(default=4e-4, help="AdamW learning rate at its peak")
     minibatch_size: int = HfArg(default=64, help="pairs per optimizer step")
     micro_batch_size: int = HfArg(default=64, help="pairs per pass; changes no result")
     epochs: int = HfArg(default=1, help="passes over the data, unless --steps is given")
-    prompts: int = HfArg(default=1920, help="number of prompts, if --data is toy or words")
+    prompts: int = HfArg(default=1920, help="prompts to make pairs of, for toy and words")
     beta: float = HfArg(default=0.5, help="the larger, the closer to the reference policy")
     loss: Literal["bradley_terry", "plackett_luce"] = HfArg(
         default="bradley_terry", help="for pairs, or for rankings (column completions)")
@@ -108,7 +108,7 @@ def train(cfg):
         return for_all_completions(lambda batch: all_logprobs(
             policy, batch, cfg.micro_batch_size, temperature=1.0).sum(1), problems, cfg)
 
-    # All problems that this run will use: its steps take consecutive pieces of one shuffled order.
+    # All problems that this run will use: in a pass, the steps take pieces of one shuffled order.
     seen = draw_problems(problems, 0, min(cfg.steps * cfg.minibatch_size, len(problems)), cfg.seed)
     seen += [problem for problem in validation + test if "targets" in problem]
     for problem, ref_logps in zip(seen, data_logps(seen).tolist()):

@@ -57,7 +57,7 @@ from plumbing.toy import score_steps
 
 
 @dataclass
-class Config(RunConfig):  # more flags, such as --steps and --seed, are in plumbing/flags.py
+class Config(RunConfig):  # more flags, such as --data and --seed, are in plumbing/flags.py
     reward: str = HfArg(default="last_number", help="last_number, true_equations, file.py:function "
                         "or a reward model's folder; several, with commas between, are added")
     prompts_per_step: int = HfArg(default=64, help="prompts of a step")
@@ -92,7 +92,7 @@ def process_advantages(step_rewards, step_ends, mask, group_size):
     step_rewards, step_ends: N lists; for each reasoning step its reward, and the 0-based index of
     its last token. Mean and std run over all reasoning steps of the group. DeepSeekMath, 4.1.3.
     """
-    advantages = torch.zeros_like(mask)                           # (N, C)
+    advantages = 0.0 * mask                                       # (N, C), in floats
     for first in range(0, len(mask), group_size):
         steps = [(i, end, reward) for i in range(first, first + group_size)
                  for end, reward in zip(step_ends[i], step_rewards[i])]

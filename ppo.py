@@ -59,7 +59,7 @@ from plumbing.run import Means, Run
 
 
 @dataclass
-class Config(RunConfig):  # more flags, such as --steps and --seed, are in plumbing/flags.py
+class Config(RunConfig):  # more flags, such as --data and --seed, are in plumbing/flags.py
     reward: str = HfArg(default="last_number", help="last_number, true_equations, file.py:function "
                         "or a reward model's folder; several, with commas between, are added")
     prompts_per_step: int = HfArg(default=256, help="prompts of a step")
@@ -109,8 +109,8 @@ def value_loss(values, old_values, returns, mask, value_clip):
     """Half the squared error of V, all (N, C) -> (loss, clip_frac), scalars; means over tokens.
 
     The larger of two errors counts, that of V and that of V clipped to its old value +- value_clip.
-    If V has moved more than value_clip towards its target and not past it, that is the second one.
-    It is then a constant, so V has no gradient. clip_frac is the fraction of such tokens.
+    Where V has moved more than value_clip and is nearer to its target than the clipped V, that is
+    the second. It is a constant, so V has no gradient. clip_frac is the fraction of such tokens.
     """
     values, old_values, returns = (torch.where(mask.bool(), x, 0)
                                    for x in (values, old_values, returns))

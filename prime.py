@@ -63,7 +63,7 @@ from rloo import leave_one_out_advantages
 
 
 @dataclass
-class Config(RunConfig):  # more flags, such as --steps and --seed, are in plumbing/flags.py
+class Config(RunConfig):  # more flags, such as --data and --seed, are in plumbing/flags.py
     reward: str = HfArg(default="last_number", help="last_number, true_equations, file.py:function "
                         "or a reward model's folder; several, with commas between, are added")
     prompts_per_step: int = HfArg(default=64, help="prompts of a step")
@@ -74,7 +74,7 @@ class Config(RunConfig):  # more flags, such as --steps and --seed, are in plumb
     gamma: float = HfArg(default=1.0, help="discount per token of the implicit rewards")
     beta: float = HfArg(default=0.05, help="factor of the implicit reward log(prm / reference)")
     prm_lr: float = HfArg(default=1e-3, help="AdamW learning rate of the reward model at its peak")
-    accuracy_filter: float = HfArg(default=0.0, help="drop mean scores below it or above 1 - it")
+    accuracy_filter: float = HfArg(default=0.0, help="drop prompts that score < it or > 1 - it")
 
 
 # The defaults above are for the toy, these for a real model on a GPU; a CPU gets smaller ones.

@@ -41,7 +41,7 @@ from plumbing.run import Means, Run
 
 
 @dataclass
-class Config(RunConfig):  # more flags, such as --steps and --seed, are in plumbing/flags.py
+class Config(RunConfig):  # more flags, such as --data and --seed, are in plumbing/flags.py
     reward: str = HfArg(default="last_number", help="last_number, true_equations, file.py:function "
                         "or a reward model's folder; several, with commas between, are added")
     prompts_per_step: int = HfArg(default=64, help="prompts of a step")

@@ -53,7 +53,7 @@ from plumbing.run import Means, Run
 
 
 @dataclass
-class Config(RunConfig):  # more flags, such as --steps and --seed, are in plumbing/flags.py
+class Config(RunConfig):  # more flags, such as --data and --seed, are in plumbing/flags.py
     lr: float = HfArg(default=5e-4, help="AdamW learning rate at its peak")
     minibatch_size: None = field(default=None, init=False)  # no flag: there is one update per step
     reward: str = HfArg(default="last_number", help="last_number, true_equations, file.py:function "

@@ -46,13 +46,13 @@ from plumbing.run import Means, Run
 
 
 @dataclass
-class Config(RunConfig):  # more flags, such as --steps and --seed, are in plumbing/flags.py
+class Config(RunConfig):  # more flags, such as --data and --seed, are in plumbing/flags.py
     steps: Optional[int] = HfArg(default=None, help="training steps; None: --epochs decides")
     lr: float = HfArg(default=1e-3, help="AdamW learning rate at its peak")
     minibatch_size: int = HfArg(default=64, help="pairs per optimizer step")
     micro_batch_size: int = HfArg(default=64, help="pairs per pass; changes no result")
     epochs: int = HfArg(default=1, help="passes over the data, unless --steps is given")
-    prompts: int = HfArg(default=1920, help="number of prompts, if --data is toy or words")
+    prompts: int = HfArg(default=1920, help="prompts to make pairs of, for toy and words")
 
 
 # The defaults above are for the toy, these for a real model on a GPU; a CPU gets smaller ones.

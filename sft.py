@@ -34,7 +34,7 @@ from plumbing.run import Means, Run
 
 
 @dataclass
-class Config(RunConfig):  # more flags, such as --steps and --seed, are in plumbing/flags.py
+class Config(RunConfig):  # more flags, such as --data and --seed, are in plumbing/flags.py
     steps: int = HfArg(default=1200, help="training steps")
     lr: float = HfArg(default=4e-3, help="AdamW learning rate at its peak")
     warmup_steps: int = HfArg(default=20, help="steps in which the learning rate rises to its peak")

@@ -59,7 +59,7 @@ from reinforce_pp import reinforce_pp_advantages
 
 
 @dataclass
-class Config(RunConfig):  # more flags, such as --steps and --seed, are in plumbing/flags.py
+class Config(RunConfig):  # more flags, such as --data and --seed, are in plumbing/flags.py
     steps: int = HfArg(default=30, help="training steps")
     lr: None = field(default=None, init=False)  # init=False: these five are not flags here
     warmup_steps: None = field(default=None, init=False)

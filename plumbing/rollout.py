@@ -127,7 +127,7 @@ def pick(logits, tokens, temperature):
 
 
 def pick_in_chunks(logits, tokens, temperature):
-    """pick(), but backward recomputes the fp32 copy of the logits instead of keeping (R, C, V)."""
+    """pick(), but backward recomputes the fp32 copy of the logits, and no pass keeps it."""
     chunks = zip(logits.flatten(0, 1).split(1024), tokens.flatten().split(1024))
     return torch.cat([checkpoint(pick, *chunk, temperature, use_reentrant=False,
                                  preserve_rng_state=False) for chunk in chunks]).view(tokens.shape)
@@ -140,7 +140,7 @@ def recomputes(policy):
 
 
 def per_token(model, batch, rows, read, fp32=False):
-    """read(outputs, tokens) for the tokens of completions `rows` -> (R, C, ...), 0 on padding.
+    """read(outputs, tokens) for the tokens of completions `rows` -> (n, C, ...), 0 on padding.
 
     The outputs of a column are about the token after it: the only shift by one in this suite. And
     so the last completion token is not forwarded. A prompt that several rows share is forwarded
@@ -172,19 +172,19 @@ def per_token(model, batch, rows, read, fp32=False):
 
 
 def token_logprobs(policy, batch, rows, temperature):
-    """log pi(y_t | x, y_<t) for completions `rows` (R,) -> (R, C); fp32, with gradient."""
+    """log pi(y_t | x, y_<t) for completions `rows` (n,) -> (n, C); fp32, with gradient."""
     def read(logits, tokens):
         return pick_in_chunks(logits, tokens, temperature)
     return per_token(policy, batch, rows, read)
 
 
 def token_logits(policy, batch, rows, temperature):
-    """logits / temperature of all tokens that could have stood at y_t -> (R, C, V); always fp32."""
+    """logits / temperature of all tokens that could be y_t -> (n, C, vocabulary); always fp32."""
     return per_token(policy, batch, rows, lambda logits, tokens: logits / temperature, fp32=True)
 
 
 def token_values(critic, batch, rows):
-    """V(x, y_<t), the value of where y_t was chosen, from a model with one output -> (R, C)."""
+    """V(x, y_<t), the value of where y_t was chosen, from a model with one output -> (n, C)."""
     return per_token(critic, batch, rows, lambda outputs, tokens: outputs.float().squeeze(-1))
 
 
@@ -208,7 +208,7 @@ def all_values(critic, batch, micro_batch_size):
 
 
 def sequence_scores(scorer, batch, rows):
-    """s(x, y) = w^T h of completions `rows` (R,), by a sequence classifier -> (R,), with gradient.
+    """s(x, y) = w^T h of completions `rows` (n,), by a sequence classifier -> (n,), with gradient.
 
     h is the last layer's output at the last token, which is known from the mask. The classifier's
     own forward looks for the last id that is not pad: where pad is the EOS, the token before it.

@@ -35,6 +35,26 @@ def grpo(new, old, ref, scores, mask):
     return grpo_loss(new, old, ref, group_advantages(scores, len(scores)), mask, 0.2, 0.1)[0]
 
 
+def group_baseline(new, old, ref, scores, mask):
+    """Its z-score and k2 by hand: every token of a completion has the same advantage."""
+    centred = scores - scores.mean()
+    each = torch.cat([centred[i].expand(int(mask[i].sum())) for i in range(len(mask))])
+    A = (centred - each.mean()) / (each.var(correction=0) + 1e-8).sqrt()
+    k2 = ((ref - new) ** 2 * mask).sum() / mask.sum() / 2
+    return -((new - old).exp() * A[:, None] * mask).sum() / mask.sum() + 0.1 * k2
+
+
+def remax(new, old, ref, scores, mask, greedy):
+    kl = old - ref
+    A = scores[:, None] - 0.1 * kl.flip(1).cumsum(1).flip(1) - greedy[:, None]
+    return -((new - old).exp() * A * mask).sum() / mask.sum()
+
+
+def prime(new, old, ref, scores, mask):
+    A = torch.stack([scores[i] - scores[1 - i] for i in range(2)])
+    return -((new - old).exp() * A[:, None] * mask).sum() / mask.sum()
+
+
 def raft(new, old, ref, scores, mask):
     if scores.max() == scores.min():
         return 0 * new.sum()
@@ -42,10 +62,19 @@ def raft(new, old, ref, scores, mask):
     return -new[best].sum() / mask[best].sum()
 
 
+def greedy_score(world, prompt):
+    prefix = ()
+    while len(prefix) < 3 and prefix[-1:] != (0,):
+        prefix += (world.logits[prompt, gradients.PREFIXES.index(prefix)].argmax().item(),)
+    return world.scores[15 * prompt + gradients.SEQUENCES.index(prefix)]
+
+
 @pytest.mark.parametrize("kind", ["binary", "normal"])
 @pytest.mark.parametrize("n, K, ours, loss", [
     (2, 1, gradients.reinforce_pp, reinforce_pp), (2, 2, gradients.rloo, rloo),
-    (2, 2, gradients.grpo, grpo), (2, 2, gradients.raft, raft), (3, 3, gradients.raft, raft)],
+    (2, 2, gradients.grpo, grpo), (2, 2, gradients.raft, raft), (3, 3, gradients.raft, raft),
+    (2, 2, gradients.group_baseline, group_baseline), (2, 2, gradients.prime, prime),
+    (2, 1, gradients.remax, remax)],
     ids=lambda x: getattr(x, "__name__", x))
 def test_all_batches(kind, n, K, ours, loss):
     """As a loop over all ordered batches of n completions; of one prompt, if they are a group."""
@@ -60,8 +89,10 @@ def test_all_batches(kind, n, K, ours, loss):
             continue
         i = torch.tensor(batch)
         probability = old[i].sum().exp() / draws
-        expected = expected + probability * loss(new[i], old[i], ref[i], world.scores[i],
-                                                 mask[i].double())
+        given = [new[i], old[i], ref[i], world.scores[i], mask[i].double()]
+        if loss is remax:  # the greedy completion of each prompt, symbol by symbol
+            given.append(torch.stack([greedy_score(world, row // 15) for row in batch]))
+        expected = expected + probability * loss(*given)
     exact = torch.autograd.grad(expected, logits)[0]
     torch.testing.assert_close(gradients.expected_gradients(world, n, K, [ours])[0, 0], exact,
                                rtol=0, atol=1e-10)
@@ -170,6 +201,6 @@ def test_the_command_line(monkeypatch, tmp_path):
     table = gradients.kl_table()
     assert "| k1 in the reward | 1.0000 / 1.000 | 1.0000 / 1.000 | 1.0000 / 1.000 |" in table
     assert "no direction" in table
-    monkeypatch.setattr("sys.argv", ["gradients", "--batches", "19"])
+    monkeypatch.setattr("sys.argv", ["gradients", "--batches", "399"])
     with pytest.raises(SystemExit):
         gradients.main()

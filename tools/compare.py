@@ -1,7 +1,7 @@
 """
 All scripts from one starting policy, on the same budget: the tables of docs/results.md.
 
-    python -m tools.compare --seeds 1 2 3 4 5                 the toy: 45 minutes on 2 cores
+    python -m tools.compare                                   the toy: 45 minutes on 2 cores
     python -m tools.compare --scripts rloo grpo --kl_coef 0   other flags go to every script
 
 Each run is a process of its own, one after the other, in runs/compare. A run that is there already,
@@ -34,6 +34,7 @@ from plumbing.model import load_policy
 from plumbing.preferences import SAMPLES
 from plumbing.rewards import last_number, score
 from plumbing.rollout import sample, step_generator
+from plumbing.run import write_atomically
 
 SCRIPTS = ("reinforce", "reinforce_pp", "trpo", "ppo", "remax", "rloo", "grpo", "prime", "raft",
            "dpo", "orpo")
@@ -56,7 +57,8 @@ def run(script, seed, flags):
         if done.returncode:
             sys.exit(f"error: {script}.py failed: {done.stderr.strip()[-500:]}")
     if not (folder / "solved.json").exists():
-        (folder / "solved.json").write_text(json.dumps(draw(script, folder)))
+        solved = json.dumps(draw(script, folder))
+        write_atomically(folder / "solved.json", lambda path: path.write_text(solved))
     test = json.loads((folder / "test.json").read_text())
     log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     seconds = [sum(row.get(key, 0) for row in log)
@@ -91,6 +93,8 @@ def draw(script, folder):
                        cfg.max_new_tokens, 1.0, generator)
         _, scores, _ = score({"last_number": last_number}, part, batch, tokenizer)
         solved += scores.view(-1, DRAWS).int().tolist()
+    del policy, batch
+    torch.cuda.empty_cache()  # for the next run, which is another process
     return solved
 
 
@@ -111,7 +115,7 @@ def bootstrap(solved):
 
 
 def interval(values, level):
-    """The middle `level` of numbers (R,) -> (low, high)."""
+    """The middle `level` of numbers (RESAMPLES,) -> (low, high)."""
     tail = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=values.dtype)
     return values.quantile(tail).tolist()
 
@@ -136,8 +140,8 @@ def pairs(scripts, means, resampled):
     count = len(scripts) * (len(scripts) - 1) // 2
     print(f"\nShare of right answers, row minus column, in thousandths: {count} comparisons.\n"
           "*: the 95 % interval of the difference excludes 0. **: so does the interval at "
-          f"100 - 5 / {count} %,\nwhich allows for the number of comparisons. With few seeds, "
-          "both intervals are a little too narrow.\n")
+          f"100 - 5 / {count} %,\nwhich allows for the number of comparisons. The fewer seeds, the "
+          "more are both intervals too narrow.\n")
     print("| | " + " | ".join(scripts[j] for j in order[1:]) + " |\n" + "|---" * len(order) + "|")
     for i, j in itertools.pairwise(range(len(order) + 1)):
         cells = []
@@ -158,9 +162,11 @@ def pairs(scripts, means, resampled):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="one run each")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5],
+                        help="one run of each script for each")
     parser.add_argument("--scripts", nargs="+", choices=SCRIPTS, default=SCRIPTS, metavar="NAME")
     args, flags = parser.parse_known_args()
+    args.seeds, args.scripts = (list(dict.fromkeys(given)) for given in (args.seeds, args.scripts))
     for script in args.scripts:  # not after twenty minutes
         config = importlib.import_module(script).Config
         known = {field.name for field in fields(config) if field.init}  # trpo.py: no --lr

@@ -18,10 +18,10 @@ averaged over all batches of N = 4 completions, each with its probability, or ov
 batches of N = 16 and of 64. K is the group size. The last column has the cosine at N = 64 in worlds
 with other random numbers: the median, the lowest and the highest.
 
-prime.py and raft.py have no KL, and are compared with the gradient of E[score]. PRIME's reward
-model is as at the start, so that q = 0. The row of trpo.py is g, from which its step is computed;
-the step itself has another direction by design. In the rows "only", GRPO has one of its differences
-from RLOO and a sum over tokens. The figure needs matplotlib, which is in requirements-dev.txt.
+Rows without a KL, such as prime.py and raft.py, are compared with the gradient of E[score]. PRIME's
+reward model is as at the start, so that q = 0. The row of trpo.py is g, from which its step is
+computed; the step itself has another direction by design. A row "only" is RLOO with a sum over
+tokens and one change that GRPO makes. The figure needs matplotlib, from requirements-dev.txt.
 """
 import argparse
 import itertools
@@ -423,8 +423,8 @@ def main():
     parser.add_argument("--batches", type=int, default=100_000, help="random batches of 16, of 64")
     parser.add_argument("--out", help="draw the figure into this file: svg, png or pdf")
     args = parser.parse_args()
-    if args.batches < PARTS:
-        parser.error(f"--batches {args.batches} must be at least {PARTS}")
+    if args.batches < 20 * PARTS:
+        parser.error(f"--batches {args.batches} must be at least {20 * PARTS}")
     if args.out:
         draw(os.path.expanduser(args.out))
         print(f"wrote {args.out}")
