@@ -127,6 +127,18 @@ def test_the_step_with_the_lowest_reward():
     assert set(prime.prm_stats(q, torch.zeros(4))) == {"prm_accuracy"}
 
 
+def test_on_the_toy_the_log_says_how_often_the_wrong_step_was_found(tmp_path, monkeypatch):
+    """All answers are called wrong, so that there are some of several steps among them."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(rewards.REWARDS, "last_number", lambda prompts, completions, **columns: [
+        0.0 for _ in completions])
+    prime.train(prime.Config(steps=1, prompts_per_step=16, minibatch_size=64, eval_prompts=16,
+                             device="cpu", out_dir="run"))
+    row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
+    assert row["wrong_answers"] > 0 and 0 <= row["step_found"] <= 1
+    assert 0.2 <= row["step_chance"] <= 0.5  # answers of 2 to 5 steps
+
+
 def has_a_plus(prompts, completions, **columns):
     return [float("+" in text) for text in completions]
 

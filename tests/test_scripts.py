@@ -526,6 +526,15 @@ def test_remax_compares_with_the_greedy_answer_to_the_same_prompt(folders, here)
     assert all((A == 0).all() for A in advantages)
 
 
+def test_remax_logs_the_score_of_the_greedy_answers(folders, here):
+    """The reward is the number of completions it is given: 8 samples, then 4 greedy ones."""
+    here.setitem(rewards.REWARDS, "last_number", lambda prompts, completions, **columns: [
+        float(len(prompts))] * len(prompts))
+    train("remax", folders("llama"), steps=1, prompts=8, group_size=2, kl_coef=0.0)
+    (row,) = metrics("run")
+    assert (row["score"], row["greedy_score"]) == (8, 4)
+
+
 def test_remax_does_not_count_the_greedy_answers(folders, here):
     """In no metric; and the advantage is what the sample scored above them, without a KL."""
     seen, real = [], remax.score
