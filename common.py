@@ -41,10 +41,10 @@ def kl_estimate(logprobs, ref_logprobs, kind="k1"):
       k2 = (log r)^2 / 2  is biased. As a loss, its expected gradient is that of KL(pi || pi_ref).
       k3 = r - 1 - log r  is unbiased and never negative. As a loss, its expected gradient is that
                           of the other KL, KL(pi_ref || pi).
-    A state is the prompt and the tokens so far. The gradients of k2 and k3 treat each state
-    alone. They ignore that a token also decides which states come next. k1 in the reward counts
-    this; docs/gradients.md says how far apart they are. All of this is exact while pi is the
-    policy that drew the tokens, and approximate after an update.
+    A state is the prompt and the tokens so far. The gradients of k2 and k3 treat each state alone.
+    They ignore that a token also decides which states come next. k1 in the reward takes this into
+    account; docs/gradients.md says how far apart the gradients are. All of this is exact while pi
+    is the policy that drew the tokens, and approximate after an update.
     This function takes no mask: on padding it returns 0 only if both log-probs are equal there.
     """
     log_r = ref_logprobs - logprobs

@@ -108,11 +108,11 @@ def train(cfg):
         return for_all_completions(lambda batch: all_logprobs(
             policy, batch, cfg.micro_batch_size, temperature=1.0).sum(1), problems, cfg)
 
-    # All problems that this run will use: in a pass, the steps take pieces of one shuffled order.
+    # A step 0 of this size has the problems of all steps below: they draw from the same order.
     seen = draw_problems(problems, 0, min(cfg.steps * cfg.minibatch_size, len(problems)), cfg.seed)
     seen += [problem for problem in validation + test if "targets" in problem]
     for problem, ref_logps in zip(seen, data_logps(seen).tolist()):
-        problem["ref_logps"] = ref_logps  # now, because with --resume run.open() loads weights
+        problem["ref_logps"] = ref_logps  # before run.open(), which may load other weights
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.99),  # short runs
                                   weight_decay=cfg.weight_decay, fused=True)
 

@@ -15,22 +15,23 @@ difference of the two log-probs.
     ratio_t = pi / pi_old                                     of token t; pi_old sampled the batch
     loss = -mean_t min(ratio_t A_t, clip(ratio_t, 1 - eps, 1 + eps) A_t)     over the mini-batch
 
-q is that of prm before its updates in this step, so it is 0 in the first step. The terms q_u - mean
-of Q_j are summed, not averaged: where they are mostly negative, a longer completion gets a lower A,
-which favours shorter ones.
+In A_t, q is that of prm before its updates in this step, so it is 0 in the first step. The terms
+q_u - mean of Q_j are summed, not averaged: where they are mostly negative, a longer completion gets
+a lower A, which favours shorter ones.
 
 Only the sum of q is trained, but a single q_t has a meaning too (arXiv 2412.01981):
 
     q_1 + ... + q_t = beta * log E[exp((q_1 + ... + q_C) / beta)]            C: the last token
 
 where E is over completions that begin with these t tokens and are finished by pi_ref. It holds
-because the mean of prm / pi_ref under pi_ref is 1. The right side is a soft mean: it lies between
-the mean and the largest final sum. So q_t is the change that token t made in it.
+because, after any beginning, the mean of prm / pi_ref of the remaining tokens is 1 under pi_ref.
+The right side is a soft mean: it lies between the mean and the largest of the final sums. So q_t is
+the change that token t made in this soft mean.
 
-A_t is eq. 5 of the paper. The authors' code has (q_t - mean of all K means) * K / (K - 1) in place
-of q_t - mean of the others' Q_j. Theirs is larger by (q_t - Q_i) / (K - 1). For the scores the two
-formulas are the same. Their code also discounts the score, if gamma < 1, and normalises A_t; the
-paper and this script do neither.
+A_t is eq. 5 of the paper. The authors' code has (q_u - mean of all K means) * K / (K - 1) in place
+of q_u - mean of the others' Q_j. Theirs is larger by (q_u - Q_i) / (K - 1), where i is the
+completion itself. For the scores the two formulas are the same. Their code also discounts the
+score, if gamma < 1, and normalises A_t; the paper and this script do neither.
 
 Compared with rloo.py:
   - every token has a reward of its own, from prm, in addition to the score;
@@ -74,7 +75,7 @@ class Config(RunConfig):  # more flags, such as --data and --seed, are in plumbi
     gamma: float = HfArg(default=1.0, help="discount per token of the implicit rewards")
     beta: float = HfArg(default=0.05, help="factor of the implicit reward log(prm / reference)")
     prm_lr: float = HfArg(default=1e-3, help="AdamW learning rate of the reward model at its peak")
-    accuracy_filter: float = HfArg(default=0.0, help="drop prompts that score < it or > 1 - it")
+    accuracy_filter: float = HfArg(default=0.0, help="drop prompts of mean score < x or > 1 - x")
 
 
 # The defaults above are for the toy, these for a real model on a GPU; a CPU gets smaller ones.
@@ -116,9 +117,10 @@ def filter_by_accuracy(scores, group_size, margin):
 def prm_stats(q, scores, step_rewards=(), step_ends=()):
     """For the log: q (N, C), scores (N,), two lists of N lists by score_steps() -> dict of scalars.
 
-    step_rewards and step_ends say of each reasoning step whether it is right, 1 or 0, and where it
-    ends. step_found: among wrong answers of several steps, the fraction in which the step with the
-    lowest sum of q is the first wrong one. step_chance: what a random guess would reach.
+    step_rewards[i] and step_ends[i] have one entry for each reasoning step of completion i: 1 if it
+    is right, else 0; and the index of its last token. step_found: among wrong answers of several
+    steps, the fraction in which the step with the lowest sum of q is the first wrong one.
+    step_chance: what a random guess would reach.
     """
     found, chance = [], []
     for sums, right, ends in zip(q.cumsum(dim=1), step_rewards, step_ends):

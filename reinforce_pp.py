@@ -15,16 +15,16 @@ the training; the KL keeps the policy near it.
 
 The scores are normalised so that their size, compared with the KL, does not depend on the reward.
 The returns are normalised to subtract the baseline, which is their mean, and to fix the size of the
-advantages. With gamma = 1, the mean subtracted in s then only matters to the clip. The mean is
-taken from G_t and not from r_t: a constant subtracted from each r_t would be added up, often in the
-G_t of an early token and only a few times in that of a late one. A completion of 30 tokens counts
-ten times as much as one of 3 in this mean, in this std and in the loss.
+advantages. With gamma = 1 each G_t contains s once, so the mean subtracted in s only matters to the
+clip. The mean is subtracted from G_t and not from r_t: a constant subtracted from each r_t would
+enter G_t many times for an early token and only a few times for a late one. A completion of 30
+tokens counts ten times as much as one of 3 in this mean, in this std and in the loss.
 
 The scores are divided by their std, the KL is not. If 95 % of 0/1 scores are 1, their std is 0.22,
-and kl_coef weighs 4.6 times less than with raw scores. If all scores are equal, s is 0, and A_t is
-minus the KL from t on, less its mean, scaled up to a std of 1 (unless it is tiny): that step pulls
-towards pi_ref at full strength. If pi still equals pi_ref, the computed KL is only rounding errors,
-and AdamW can take a full step on them. docs/gradients.md shows this in a picture.
+and kl_coef weighs 4.6 times less than with raw scores. If all scores are equal, s is 0. Then A_t is
+made of the KL from t on alone, and its differences, even small ones, get a std of 1: that step
+pulls towards pi_ref at full strength. If pi still equals pi_ref, the computed KL is only rounding
+errors, and AdamW can take a full step on them. docs/gradients.md shows this in a picture.
 
 The paper has a second variant, REINFORCE++ with baseline, here --group_baseline. It needs K > 1
 completions of each prompt; with this flag the default is 4. --reward_clip and --gamma are not used.
@@ -38,7 +38,7 @@ Compared with reinforce.py:
   - the baseline is the mean return of this batch, not a mean of past scores;
   - scores and returns are divided by their std;
   - the ratio corrects for updates since the sampling, so several updates per batch are possible;
-    once it has passed 1 + eps (if A_t > 0) or 1 - eps (if A_t < 0), the token has no gradient;
+    once it has passed 1 + eps (if A_t > 0) or 1 - eps (if A_t < 0), the min has no gradient;
   - the loss is a mean over tokens, not over completions.
 
     python reinforce_pp.py                                      the toy, no internet: half a minute
@@ -95,7 +95,7 @@ def reinforce_pp_advantages(scores, kl, mask, kl_coef, gamma=1.0):
 def reinforce_pp_baseline_advantages(scores, mask, group_size):
     """A = (d - mean) / std over the batch's tokens, d = score - mean of its group -> (N, C)."""
     groups = scores.view(-1, group_size)
-    groups = groups - groups[:, :1]  # the same shift for all: equal scores become exactly 0
+    groups = groups - groups[:, :1]  # changes no difference; equal scores become exactly 0
     centred = (groups - groups.mean(dim=1, keepdim=True)).flatten()              # (N,), d
     return whiten(centred[:, None].expand_as(mask), mask)
 

@@ -73,7 +73,7 @@ REAL = dict(steps=200, lr=1e-6, minibatch_size=128, micro_batch_size=8, max_new_
 def leave_one_out_advantages(rewards, group_size):
     """R_i - mean of the other K - 1 rewards of its group: (N,) -> (N,). Kool et al., 2019."""
     groups = rewards.view(-1, group_size)
-    groups = groups - groups[:, :1]  # the same shift for all: equal rewards become exactly 0
+    groups = groups - groups[:, :1]  # changes no difference; equal rewards become exactly 0
     others = (groups.sum(dim=1, keepdim=True) - groups) / (group_size - 1)
     return (groups - others).flatten()
 

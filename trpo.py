@@ -11,20 +11,20 @@ the KL to pi_old, the policy that sampled the batch, is at most delta.
     KL   = mean_t KL(pi_old || pi)                            exact, over the whole vocabulary
     g    = gradient of L at pi = pi_old                       over the batch
     F    = Hessian of KL at pi = pi_old                       over a fisher_fraction of the batch
-    x    = (F + damping)^-1 g                                 approximate, by conjugate gradients
-    full = x * sqrt(2 delta / (x^T (F + damping) x))          the full step of the parameters
+    x    = (F + damping * I)^-1 g                             approximate, by conjugate gradients
+    full = x * sqrt(2 delta / (x^T (F + damping * I) x))      the full step of the parameters
     step = the first of full, backtrack * full, backtrack^2 * full, ... for which KL <= delta and L
            has grown, both over the whole batch; if max_tries of them fail, there is no step
 
 Why: let d be a small change of the parameters. L grows by about g . d. KL and its gradient are 0 at
-pi_old, so d makes KL about d^T F d / 2. Of all d with d^T (F + damping) d / 2 = delta, `full` gains
-most. The damping uses up a part of delta, so the KL of `full` tends to be below delta.
+pi_old, so d makes KL about d^T F d / 2. Of all d with d^T (F + damping * I) d / 2 = delta, `full`
+nearly gains most. The damping uses up a part of delta, so the KL of `full` tends to be below delta.
 
 F has a row and a column for each parameter, and is never built. Conjugate gradients only need
 products F v, and F v is the gradient of the number (gradient of KL) . v. F is the Fisher matrix: as
-a function of pi, KL(pi_old || pi) is -E_old[log pi] plus a constant. Its Hessian at pi_old is
-E_old[grad log pi (grad log pi)^T], because the other term is the Hessian of sum pi = 1, which is 0.
-So v^T F v >= 0 for every v, and the square root in `full` exists.
+a function of pi, KL(pi_old || pi) is -E_old[log pi] plus a constant. The Hessian of -log pi is
+grad log pi (grad log pi)^T - (Hessian of pi) / pi, and at pi_old the mean of the second term is the
+Hessian of sum pi = 1, which is 0. So v^T F v >= 0 for every v, and the root in `full` exists.
 
 The price of the second derivatives: attention that is not fused; fp32 in all passes of the update;
 at most 11 products F v, 10 for x and one for `full`, each with two backward passes over a part of
@@ -137,7 +137,7 @@ def measure_step(policy, old_policy, batch, advantages, cfg):
         A, mask = advantages[rows], batch.mask[rows]
         old_logits, logits = (token_logits(model, batch, rows, cfg.temperature)
                               for model in (old_policy, policy))
-        old_logprobs, logprobs = (pick(x, batch.completions[rows], 1.0)  # 1.0: is divided already
+        old_logprobs, logprobs = (pick(x, batch.completions[rows], 1.0)  # 1.0: already divided
                                   for x in (old_logits, logits))
         stats.add(by_token, kl_step=mean_kl(old_logits, logits, mask),
                   **ratio_stats(logprobs, old_logprobs, mask),
@@ -150,7 +150,7 @@ def train(cfg):
     problems, validation, test = load_problems(cfg)
     rewards = load_rewards(cfg, problems + validation + test)
     policy, tokenizer = load_policy(cfg.model, cfg.device)
-    policy.set_attn_implementation("eager")  # the default, sdpa, cannot be differentiated twice
+    policy.set_attn_implementation("eager")  # fused attention cannot be differentiated twice
     ref_model = copy.deepcopy(policy).requires_grad_(False) if cfg.kl_coef else None
     old_policy, parameters = copy.deepcopy(policy), list(policy.parameters())
     run.open(policy, tokenizer, validation, test, rewards)

@@ -607,7 +607,7 @@ CAPS = {  # changed code lines, docstring aside: removed, added; README's readin
     ("reinforce_pp", "rloo"): (29, 34), ("rloo", "grpo"): (33, 66), ("rloo", "remax"): (37, 21),
     ("grpo", "reinforce_pp"): (70, 32), ("rloo", "raft"): (51, 27), ("sft", "dpo"): (30, 78),
     ("dpo", "orpo"): (52, 29), ("dpo", "reward_model"): (55, 39),
-    ("reinforce_pp", "trpo"): (58, 116), ("rloo", "prime"): (41, 92)}
+    ("reinforce_pp", "trpo"): (58, 116), ("rloo", "prime"): (41, 93)}
 
 
 def code(name):
