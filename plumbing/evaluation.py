@@ -117,12 +117,12 @@ def offline(policy, rows, cfg, rewards_of):
             "margin": interval([row["margin"].item() for row in found])}
 
 
-def look(policy, tokenizer, problems, cfg, judges, temperature, generator):
-    """One completion of each problem -> lists of N: texts, lengths, and each judge's scores."""
+def look(policy, tokenizer, problems, cfg, judges, temperature, generator, group_size=1):
+    """K completions of each problem -> lists of N: texts, lengths, and each judge's scores."""
     found = {name: [] for name in ("texts", "lengths", *judges)}
     for i in range(0, len(problems), 64):  # always 64: the same random numbers in every script
         part = problems[i : i + 64]
-        batch = sample(policy, tokenizer, [problem["ids"] for problem in part], 1,
+        batch = sample(policy, tokenizer, [problem["ids"] for problem in part], group_size,
                        cfg.max_new_tokens, temperature, generator)
         found["texts"] += to_texts(tokenizer, batch)
         found["lengths"] += batch.mask.sum(1).tolist()

@@ -108,29 +108,26 @@ def test_the_model_of_the_run_answers_every_problem(tmp_path, monkeypatch, capsy
     assert torch.tensor(compare.draw("rloo", tmp_path / "run")).double().mean() < 0.1
 
 
-def test_the_bootstrap_is_paired():
+def test_the_bootstrap_is_paired(monkeypatch):
     """Two scripts that solve the same problems, but for a constant: no spread at all. And for
     independent problems and seeds, the variance of a mean over both."""
     generator = torch.Generator().manual_seed(0)
     one = torch.rand(4, 200, generator=generator, dtype=torch.float64)
-    monkeypatched, compare.RESAMPLES = compare.RESAMPLES, 2000
-    try:
-        means = compare.bootstrap(torch.stack([one, one - 0.1]))
-        apart = means[:, 0] - means[:, 1]
-        assert means.shape == (2000, 2) and (apart - 0.1).abs().max() < 1e-12
-        low, high = compare.interval(means[:, 0], 0.95)
-        assert low < one.mean() < high
-        # problems alone: seeds are all the same
-        same = one[:1].expand(4, 200)
-        spread = compare.bootstrap(same[None])[:, 0].std()
-        assert spread.item() == pytest.approx(one[0].std().item() / math.sqrt(200), rel=0.1)
-        # seeds alone: problems are all the same
-        level = torch.tensor([0.1, 0.2, 0.4, 0.7], dtype=torch.float64)[:, None].expand(4, 200)
-        spread = compare.bootstrap(level[None])[:, 0].std()
-        expected = level[:, 0].std(correction=0).item() / math.sqrt(4)
-        assert spread.item() == pytest.approx(expected, rel=0.1)
-    finally:
-        compare.RESAMPLES = monkeypatched
+    monkeypatch.setattr(compare, "RESAMPLES", 2000)
+    means = compare.bootstrap(torch.stack([one, one - 0.1]))
+    apart = means[:, 0] - means[:, 1]
+    assert means.shape == (2000, 2) and (apart - 0.1).abs().max() < 1e-12
+    low, high = compare.interval(means[:, 0], 0.95)
+    assert low < one.mean() < high
+    # problems alone: seeds are all the same
+    same = one[:1].expand(4, 200)
+    spread = compare.bootstrap(same[None])[:, 0].std()
+    assert spread.item() == pytest.approx(one[0].std().item() / math.sqrt(200), rel=0.1)
+    # seeds alone: problems are all the same
+    level = torch.tensor([0.1, 0.2, 0.4, 0.7], dtype=torch.float64)[:, None].expand(4, 200)
+    spread = compare.bootstrap(level[None])[:, 0].std()
+    expected = level[:, 0].std(correction=0).item() / math.sqrt(4)
+    assert spread.item() == pytest.approx(expected, rel=0.1)
 
 
 def test_the_stars_of_a_difference(capsys):

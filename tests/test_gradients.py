@@ -129,11 +129,7 @@ def test_values_and_greedy_scores_by_hand():
     for row, (prompt, y) in enumerate(itertools.product(range(2), gradients.SEQUENCES)):
         ours = [value(prompt, y[:t]) for t in range(len(y))]
         assert batch.values[row, :len(y)].tolist() == pytest.approx(ours, abs=1e-10)
-        greedy = ()
-        while len(greedy) < 3 and greedy[-1:] != (0,):
-            greedy += (world.logits[prompt, gradients.PREFIXES.index(greedy)].argmax().item(),)
-        assert batch.greedy_scores[row] == world.scores[
-            15 * prompt + gradients.SEQUENCES.index(greedy)]
+        assert batch.greedy_scores[row] == greedy_score(world, prompt)
 
 
 def test_random_batches_agree_with_all_batches():

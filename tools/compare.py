@@ -29,11 +29,12 @@ import torch
 from tqdm import tqdm
 
 from plumbing.data import load_problems
+from plumbing.evaluation import look
 from plumbing.flags import fail
 from plumbing.model import load_policy
 from plumbing.preferences import SAMPLES
-from plumbing.rewards import last_number, score
-from plumbing.rollout import sample, step_generator
+from plumbing.rewards import last_number
+from plumbing.rollout import step_generator
 from plumbing.run import write_atomically
 
 SCRIPTS = ("reinforce", "reinforce_pp", "trpo", "ppo", "remax", "rloo", "grpo", "prime", "raft",
@@ -86,16 +87,11 @@ def draw(script, folder):
     with contextlib.redirect_stdout(sys.stderr):  # the tables are all that goes to stdout
         _, _, problems = load_problems(cfg)
     policy, tokenizer = load_policy(str(folder), cfg.device)
-    solved, generator = [], step_generator(0, "compare")
-    for i in range(0, len(problems), 64):
-        part = problems[i : i + 64]
-        batch = sample(policy, tokenizer, [problem["ids"] for problem in part], DRAWS,
-                       cfg.max_new_tokens, 1.0, generator)
-        _, scores, _ = score({"last_number": last_number}, part, batch, tokenizer)
-        solved += scores.view(-1, DRAWS).int().tolist()
-    del policy, batch
+    found = look(policy, tokenizer, problems, cfg, {"exact": {"last_number": last_number}}, 1.0,
+                 step_generator(0, "compare"), DRAWS)
+    del policy
     torch.cuda.empty_cache()  # for the next run, which is another process
-    return solved
+    return torch.tensor(found["exact"]).view(-1, DRAWS).int().tolist()
 
 
 def bootstrap(solved):
@@ -143,20 +139,16 @@ def pairs(scripts, means, resampled):
           f"100 - 5 / {count} %,\nwhich allows for the number of comparisons. The fewer seeds, the "
           "more are both intervals too narrow.\n")
     print("| | " + " | ".join(scripts[j] for j in order[1:]) + " |\n" + "|---" * len(order) + "|")
-    for i, j in itertools.pairwise(range(len(order) + 1)):
-        cells = []
-        for other in order[1:]:
-            if other in order[:j]:
-                cells.append("")
-                continue
-            apart = resampled[:, order[i]] - resampled[:, other]
+    for i, better in enumerate(order[:-1]):
+        cells = [""] * i
+        for worse in order[i + 1 :]:
+            apart = resampled[:, better] - resampled[:, worse]
             stars = ""
             for level in (0.95, 1 - 0.05 / count):
                 low, high = interval(apart, level)
                 stars += "*" * (low > 0 or high < 0)
-            cells.append(f"{1000 * (means[order[i]] - means[other]):+.0f}{stars}")
-        if i < len(order) - 1:
-            print(f"| {scripts[order[i]]} | " + " | ".join(cells) + " |")
+            cells.append(f"{1000 * (means[better] - means[worse]):+.0f}{stars}")
+        print(f"| {scripts[better]} | " + " | ".join(cells) + " |")
 
 
 def main():
