@@ -2,13 +2,23 @@
 The mathematics that the scripts share: functions of tensors and numbers. Any of them can be pasted
 elsewhere; some need masked_mean() beside them.
 
-Letters: B prompts, K completions of each prompt, N = B K completions, n completions of a
-micro-batch; C completion tokens, P prompt tokens. The K completions of a prompt are neighbouring
-rows. Unit of log-probs and of the KL: nats.
+Letters: B prompts, K completions of each prompt, N = B * K completions, C completion tokens. The
+K completions of a prompt are neighbouring rows. A mini-batch is the rows of one optimizer step, and
+a micro-batch is the part of it that is forwarded at once, with n rows. Log-probs and the KL are in
+nats.
 
 `mask` (N, C) is 1 on the tokens of a completion, its EOS included, and 0 on the padding to their
 right. A function that takes the mask may be given anything on padding, even nan: padding changes
-none of its results, and a result per token is 0 there.
+none of its results, and a result per token is 0 there. A function that takes no mask needs finite
+values on padding. In the scripts, log-probs, values and advantages are 0 there.
+
+A loss is an equation per token. `share` (N, C) is the weight of each token in the loss of a
+mini-batch. It is 0 on padding and sums to 1, so that (losses * share).sum() is a weighted mean:
+
+    mask / mask[minibatch].sum()                            each token counts the same
+    mask / mask.sum(dim=1, keepdim=True) / len(minibatch)   each completion counts the same
+
+The share is known before the mini-batch is split, so the gradients of its micro-batches add up.
 """
 import math
 
@@ -86,19 +96,18 @@ def returns_to_go(rewards, mask, gamma=1.0):
     return torch.where(mask.bool(), returns, 0)
 
 
-def ppo_clip_loss(logprobs, old_logprobs, advantages, mask, clip_eps=0.2):
-    """-min(ratio * A, clip(ratio, 1 - eps, 1 + eps) * A), all (N, C) -> (loss, clip_frac), scalars.
+def ppo_clip_loss(logprobs, old_logprobs, advantages, clip_eps=0.2):
+    """-min(ratio * A, clip(ratio, 1 - eps, 1 + eps) * A) per token -> losses, is_clipped, (N, C).
 
-    The mean over valid tokens of PPO's objective (arXiv 1707.06347, eq. 7), negated, because
-    optimizers minimise. clip_frac is the fraction of the tokens for which the clipped value is
-    taken; they have no gradient. While each ratio is 1, the loss is minus the mean of A. If the
-    baseline is a mean of the same batch, that is 0 or near 0, however good the policy is.
+    PPO's objective (arXiv 1707.06347, eq. 7), negated, because optimizers minimise. Log-probs are
+    (N, C); advantages are (N, C), or (N, 1) if all tokens of a completion have the same one. Where
+    the clipped value is taken, is_clipped is true and the loss has no gradient. While a ratio is 1,
+    the loss is -A: its mean does not say how good the policy is.
     """
-    ratio = torch.where(mask.bool(), logprobs - old_logprobs, 0).exp()
+    ratio = (logprobs - old_logprobs).exp()
     unclipped = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - clip_eps, 1 + clip_eps)
-    loss = masked_mean(torch.maximum(unclipped, clipped), mask)  # -min(a, b) = max(-a, -b)
-    return loss, masked_mean((clipped > unclipped).to(loss.dtype), mask)
+    return torch.maximum(unclipped, clipped), clipped > unclipped  # -min(a, b) = max(-a, -b)
 
 
 def learning_rate(step, steps, warmup_steps, peak):
@@ -109,9 +118,10 @@ def learning_rate(step, steps, warmup_steps, peak):
 
 
 def mini_batches(n, minibatch_size, group_size, epochs, generator):
-    """Shuffles whole groups of all n completions of a step, `epochs` times -> yields row indices.
+    """Shuffles the groups of a step's n completions, `epochs` times -> yields row indices.
 
-    A mini-batch has at most minibatch_size rows, or one group if a group has more.
+    A mini-batch consists of whole groups. It has at most minibatch_size rows, or one group if a
+    group has more.
     """
     if n == 0:
         return

@@ -36,7 +36,7 @@ Compared with sft.py:
   - the loss has log-probs relative to those of pi_ref. These are computed once, before the
     training, so no second model is kept.
 
-    python dpo.py                                      the toy, no internet: half a minute
+    python dpo.py                                      the toy, no network: half a minute
     python dpo.py --model Qwen/Qwen2.5-0.5B-Instruct --data trl-lib/ultrafeedback_binarized
 
 What to expect of the toy, where each pair is a right and a wrong answer of the toy's policy: before
@@ -51,31 +51,29 @@ import torch.nn.functional as F
 
 from common import learning_rate
 from plumbing.command_line import main
-from plumbing.data import draw_problems
-from plumbing.evaluation import preference_stats
-from plumbing.flags import HfArg, RunConfig, fail
+from plumbing.data import draw_problems, load_problems
+from plumbing.flags import HfArg, RunConfig, check, fail
 from plumbing.model import load_policy
-from plumbing.preferences import for_all_completions, load_preferences
+from plumbing.preferences import for_all_completions, held_out_stats, preference_stats
 from plumbing.rollout import all_logprobs, make_batch, micro_batches, token_logprobs
-from plumbing.run import Means, Run
+from plumbing.run import Run
 
 
 @dataclass
 class Config(RunConfig):  # more flags, such as --data and --seed, are in plumbing/flags.py
     steps: Optional[int] = HfArg(default=None, help="training steps; None: --epochs decides")
-    lr: float = HfArg(default=4e-4, help="AdamW learning rate at its peak")
+    lr: float = HfArg(default=1e-6, help="AdamW learning rate at its peak")
     minibatch_size: int = HfArg(default=64, help="pairs per optimizer step")
-    micro_batch_size: int = HfArg(default=64, help="pairs per pass; changes no result")
+    micro_batch_size: int = HfArg(default=4, help="pairs per pass; changes no result")
+    max_new_tokens: int = HfArg(default=512, help="longest completion, in tokens")
     epochs: int = HfArg(default=1, help="passes over the data, unless --steps is given")
-    prompts: int = HfArg(default=1920, help="prompts to make pairs of, for toy and words")
-    beta: float = HfArg(default=0.5, help="the larger, the closer to the reference policy")
+    beta: float = HfArg(default=0.1, help="the larger, the closer to the reference policy")
     loss: Literal["bradley_terry", "plackett_luce"] = HfArg(
         default="bradley_terry", help="for pairs, or for rankings (column completions)")
 
 
-# The defaults above are for the toy, these for a real model on a GPU; a CPU gets smaller ones.
-REAL = dict(lr=1e-6, micro_batch_size=4, max_new_tokens=512, eval_prompts=256, prompts=1024,
-            beta=0.1)
+# The defaults above are for a real model on a GPU, these for the toy's model.
+TOY = dict(data="toy", lr=4e-4, micro_batch_size=64, max_new_tokens=32, eval_prompts=512, beta=0.5)
 
 
 def dpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps,
@@ -95,14 +93,14 @@ def plackett_luce_loss(policy_logps, ref_logps, beta):
 
 
 def train(cfg):
+    cfg = check(cfg)
     if cfg.beta == 0:
         fail("--beta 0: then all completions have the implicit reward 0; take 0.1, say")
-    run = Run(cfg, "dpo")
-    problems, validation, test = load_preferences(
-        cfg, "rankings" if cfg.loss == "plackett_luce" else "pairs")
+    policy, tokenizer = load_policy(cfg.model, cfg.device)
+    problems, validation, test = load_problems(
+        cfg, policy, tokenizer, "ranking" if cfg.loss == "plackett_luce" else "pair")
     K = len(problems[0]["targets"])  # completions, as token ids, best first; in a pair there are 2
     cfg.steps = cfg.steps or math.ceil(cfg.epochs * len(problems) / cfg.minibatch_size)
-    policy, tokenizer = load_policy(cfg.model, cfg.device)
 
     def data_logps(problems):  # (B, K), log pi(y | x) of their completions, without gradient
         return for_all_completions(lambda batch: all_logprobs(
@@ -110,16 +108,17 @@ def train(cfg):
 
     # A step 0 of this size has the problems of all steps below: they draw from the same order.
     seen = draw_problems(problems, 0, min(cfg.steps * cfg.minibatch_size, len(problems)), cfg.seed)
-    seen += [problem for problem in validation + test if "targets" in problem]
+    seen += [problem for problem in validation + test if problem["targets"]]
     for problem, ref_logps in zip(seen, data_logps(seen).tolist()):
-        problem["ref_logps"] = ref_logps  # before run.open(), which may load other weights
+        problem["ref_logps"] = ref_logps  # before Run(), which may load other weights
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.99),  # short runs
                                   weight_decay=cfg.weight_decay, fused=True)
 
-    def rewards_of(problems):  # (B, K), h, the implicit rewards
+    def measure(problems):  # of held-out pairs, by h, the implicit rewards (B, K)
         ref_logps = torch.tensor([problem["ref_logps"] for problem in problems]).to(cfg.device)
-        return cfg.beta * (data_logps(problems) - ref_logps)
-    run.open(policy, tokenizer, validation, test, rewards_of=rewards_of, optimizer=optimizer)
+        return held_out_stats(cfg.beta * (data_logps(problems) - ref_logps))
+    run = Run(cfg, "dpo", policy, tokenizer, (problems, validation, test), measure=measure,
+              optimizer=optimizer)
 
     for step in run.steps():
         # 1. Batch: the completions of this step, from the data. Nothing is sampled.
@@ -129,12 +128,10 @@ def train(cfg):
         mask = batch.mask  # (N, C); rows i K to i K + K - 1 are the completions of prompt i
         ref_logps = torch.tensor([problem["ref_logps"] for problem in step_problems]).to(cfg.device)
 
-        # 2. Update. by_row is the weight of a micro-batch: its share of the batch's rows.
-        stats = Means()
+        # 2. Update.
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg.steps, cfg.warmup_steps, cfg.lr)
         optimizer.zero_grad()
-        for rows, _, by_row in micro_batches(batch, torch.arange(len(mask)),
-                                             K * cfg.micro_batch_size):
+        for rows in micro_batches(batch, torch.arange(len(mask)), K * cfg.micro_batch_size):
             logprobs = token_logprobs(policy, batch, rows, temperature=1.0)  # (n, C), 0 on padding
             logps = logprobs.sum(dim=1).view(-1, K)                                # (n / K, K)
             ref = ref_logps[batch.owner[rows[::K]]]  # owner: the prompt of a row    (n / K, K)
@@ -143,20 +140,19 @@ def train(cfg):
             else:  # column 0 is chosen, column 1 rejected
                 losses, *rewards = dpo_loss(*logps.T, *ref.T, cfg.beta)
                 rewards = torch.stack(rewards, dim=1)
-            loss = losses.mean()
-            (loss * by_row).backward()
-            stats.add_parts(by_row, loss=loss, **preference_stats(rewards))
+            loss = losses.sum() / len(step_problems)  # a mean over the pairs of the step
+            loss.backward()
+            run.count(loss=loss, **preference_stats(rewards, len(step_problems)))
         grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm,
                                                    error_if_nonfinite=True)
         optimizer.step()
-        stats.end_minibatch(grad_norm=grad_norm, lr=optimizer.param_groups[0]["lr"])
+        run.end_minibatch(grad_norm=grad_norm)
 
         # 3. Log. The loss starts at ln 2 = 0.693 for pairs, and at ln K! for rankings.
-        run.log(step, **stats())
-        run.end_step(step)  # validation, checkpoint, when due
+        run.log(step)  # also saves when due
 
     run.close()  # saves the model, and tests it on the test problems
 
 
 if __name__ == "__main__":
-    main(Config, REAL, train)
+    main(Config, TOY, train)

@@ -31,7 +31,7 @@ Compared with rloo.py:
   - the KL is in the loss, as k3, and not in the reward;
   - each completion counts the same in the loss, however long it is.
 
-    python grpo.py                                      the toy, no internet: half a minute
+    python grpo.py                                      the toy, no network: half a minute
     python grpo.py --model Qwen/Qwen2.5-0.5B-Instruct   a real model, on one CUDA GPU
 
 What to expect of the toy: asked 8+9-5=, it writes 12, or shows its work and writes 8+9=17,17-5=12.
@@ -43,35 +43,29 @@ from dataclasses import dataclass
 
 import torch
 
-from common import learning_rate, mini_batches
-from common import kl_estimate, masked_mean
+from common import kl_estimate, learning_rate, mini_batches
 from plumbing.command_line import main
 from plumbing.data import draw_problems, load_problems
-from plumbing.evaluation import batch_stats, check_first_step, ratio_stats
-from plumbing.flags import HfArg, RunConfig, fail
+from plumbing.evaluation import approx_kl
+from plumbing.flags import HfArg, OnlineConfig, check, fail
 from plumbing.model import load_policy
 from plumbing.rewards import load_rewards, score
 from plumbing.rollout import all_logprobs, micro_batches, sample, step_generator, token_logprobs
-from plumbing.run import Means, Run
-from plumbing.toy import score_steps
+from plumbing.run import Run
+from plumbing.toy import is_toy, score_steps
 
 
 @dataclass
-class Config(RunConfig):  # more flags, such as --data and --seed, are in plumbing/flags.py
-    reward: str = HfArg(default="last_number", help="last_number, true_equations, file.py:function "
-                        "or a reward model's folder; several, with commas between, are added")
-    prompts_per_step: int = HfArg(default=64, help="prompts of a step")
-    group_size: int = HfArg(default=4, help="completions of each prompt, K")
-    temperature: float = HfArg(default=1.0, help="sampling temperature; log-probs use it too")
+class Config(OnlineConfig):  # more flags, such as --data and --lr, are in plumbing/flags.py
     epochs: int = HfArg(default=1, help="passes over the completions of a step")
-    kl_coef: float = HfArg(default=0.01, help="weight of the KL to the reference (beta in papers)")
+    kl_coef: float = HfArg(default=0.04, help="weight of the KL to the reference (beta in papers)")
     clip_eps: float = HfArg(default=0.2, help="the ratio is clipped to 1 +- this")
     process: bool = HfArg(default=False, help="rewards for reasoning steps (only --data toy)")
 
 
-# The defaults above are for the toy, these for a real model on a GPU; a CPU gets smaller ones.
-REAL = dict(steps=200, lr=1e-6, minibatch_size=128, micro_batch_size=8, max_new_tokens=256,
-            kl_coef=0.04, eval_prompts=256)
+# The defaults above are for a real model on a GPU, these for the toy's model.
+TOY = dict(data="toy", steps=60, lr=2e-4, minibatch_size=64, micro_batch_size=64,
+           max_new_tokens=32, kl_coef=0.01, eval_prompts=512)
 
 
 def group_advantages(scores, group_size):
@@ -103,41 +97,31 @@ def process_advantages(step_rewards, step_ends, mask, group_size):
     return torch.where(mask.bool(), advantages, 0)
 
 
-def response_mean(values, mask):
-    """Mean over the tokens of each row, then over rows: (N, C) -> scalar. DeepSeekMath, eq. 3."""
-    values = torch.where(mask.bool(), values, 0)
-    return (values.sum(dim=1) / mask.sum(dim=1).clamp(min=1)).mean()
+def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, clip_eps, kl_coef):
+    """The loss above of each token -> losses, is_clipped, (N, C) each. DeepSeekMath, eq. 3.
 
-
-def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, clip_eps, kl_coef,
-              aggregate=response_mean):
-    """The loss above, from tensors (N, C), advantages (N,) or (N, C) -> (loss, clip_frac), scalars.
-
-    aggregate makes one number of the tokens' losses; the variant DAPO takes masked_mean. clip_frac
-    is the fraction of the tokens for which the clipped value is taken.
+    Log-probs are (N, C), advantages (N,) or (N, C). is_clipped is as in ppo_clip_loss().
     """
     A = advantages if advantages.dim() == 2 else advantages[:, None]
-    logprobs, old_logprobs, ref_logprobs = (  # before exp(), or a nan on padding would spread
-        torch.where(mask.bool(), x, 0) for x in (logprobs, old_logprobs, ref_logprobs))
     ratio = (logprobs - old_logprobs).exp()
     unclipped, clipped = -A * ratio, -A * ratio.clamp(1 - clip_eps, 1 + clip_eps)
-    policy_loss = torch.maximum(unclipped, clipped)  # -min(a, b) = max(-a, -b)
+    policy_losses = torch.maximum(unclipped, clipped)  # -min(a, b) = max(-a, -b)
     k3 = kl_estimate(logprobs, ref_logprobs, "k3")
-    loss = aggregate(policy_loss + kl_coef * k3, mask)
-    return loss, masked_mean((clipped > unclipped).to(loss.dtype), mask)
+    return policy_losses + kl_coef * k3, clipped > unclipped
 
 
 def train(cfg):
-    if cfg.process and cfg.data != "toy":
-        fail(f"--process: only toy knows which steps are right, --data {cfg.data} not; drop it")
-    run = Run(cfg, "grpo")
-    problems, validation, test = load_problems(cfg)
-    rewards = load_rewards(cfg, problems + validation + test)
+    cfg = check(cfg, min_group=2)
+    if cfg.process and not (cfg.data == "toy" and is_toy(cfg.model)):
+        fail("--process: only for the toy is it known which steps are right; leave it out")
     policy, tokenizer = load_policy(cfg.model, cfg.device)
+    problems, validation, test = load_problems(cfg, policy, tokenizer)
+    rewards = load_rewards(cfg, problems + validation + test)
     ref_model = copy.deepcopy(policy).requires_grad_(False) if cfg.kl_coef else None
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.99),  # short runs
                                   weight_decay=cfg.weight_decay, fused=True)
-    run.open(policy, tokenizer, validation, test, rewards, optimizer=optimizer)
+    run = Run(cfg, "grpo", policy, tokenizer, (problems, validation, test), rewards,
+              optimizer=optimizer)
 
     for step in run.steps():
         # 1. Sample K completions of each prompt of this step from softmax(logits / temperature).
@@ -146,57 +130,50 @@ def train(cfg):
         step_problems = draw_problems(problems, step, cfg.prompts_per_step, cfg.seed)
         batch = sample(policy, tokenizer, [problem["ids"] for problem in step_problems],
                        cfg.group_size, cfg.max_new_tokens, cfg.temperature, generator)
-        old_logprobs, mask = batch.logprobs, batch.mask  # (N, C) each; mask is 0 on padding
-        run.lap("sample")
+        old_logprobs, mask = batch.logprobs, batch.mask  # (N, C) each; both are 0 on padding
 
         # 2. Score the completions, and measure how far each token is from the reference policy.
         # score() returns texts, scores (N,) and, if there are several rewards, their means.
-        texts, scores, reward_means = score(rewards, step_problems, batch, tokenizer, step)
+        texts, scores, reward_means = score(rewards, step_problems, batch, tokenizer)
         ref_logprobs = old_logprobs if ref_model is None else all_logprobs(
             ref_model, batch, cfg.micro_batch_size, cfg.temperature)  # without a reference, kl is 0
         kl = kl_estimate(old_logprobs, ref_logprobs, "k1")  # (N, C); 0 on padding
-        if step == 0:
-            check_first_step(policy, batch, scores, kl, cfg)  # warns if ratio != 1 or kl != 0
-        run.lap("score")
 
         # 3. Advantages: how much better than the baseline? No gradient flows through them.
         if cfg.process:
-            step_rewards, step_ends = score_steps(step_problems, batch, texts, scores, tokenizer)
+            step_rewards, step_ends = score_steps(step_problems, batch, texts, scores)
             advantages = process_advantages(step_rewards, step_ends, mask, cfg.group_size)
         else:
             advantages = group_advantages(scores, cfg.group_size)
 
         # 4. Update, once per mini-batch. All tensors above stay fixed; log-probs are now computed
         # with gradient. Until the first update of the step, the weights are those that sampled, so
-        # each ratio is 1. by_token is a micro-batch's share of the mini-batch's tokens, by_row its
-        # share of the rows: the means of the micro-batches, times these, add up to the whole mean.
-        stats = Means()
+        # each ratio is 1. share (N, C) is the weight of each token in the mini-batch's loss.
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg.steps, cfg.warmup_steps, cfg.lr)
         for minibatch in mini_batches(len(scores), cfg.minibatch_size, cfg.group_size, cfg.epochs,
                                       generator):
             optimizer.zero_grad()
+            share = mask / mask.sum(dim=1, keepdim=True) / len(minibatch)  # mean_t, then mean_i
             # micro_batches() skips rows where A is 0, if there is no KL: they have no gradient.
-            for rows, by_token, by_row in micro_batches(batch, minibatch, cfg.micro_batch_size,
-                                                        None if cfg.kl_coef else advantages):
+            for rows in micro_batches(batch, minibatch, cfg.micro_batch_size,
+                                      None if cfg.kl_coef else advantages):
                 logprobs = token_logprobs(policy, batch, rows, cfg.temperature)  # (n, C)
-                loss, clip_frac = grpo_loss(logprobs, old_logprobs[rows], ref_logprobs[rows],
-                                            advantages[rows], mask[rows], cfg.clip_eps, cfg.kl_coef)
-                stats.add(by_token, **ratio_stats(logprobs, old_logprobs[rows], mask[rows]))
-                stats.add_parts(by_token, clip_frac=clip_frac)
-                (loss * by_row).backward()  # by_row, because this loss is a mean over completions
-                stats.add_parts(by_row, loss=loss)
+                losses, is_clipped = grpo_loss(logprobs, old_logprobs[rows], ref_logprobs[rows],
+                                               advantages[rows], cfg.clip_eps, cfg.kl_coef)
+                loss = (losses * share[rows]).sum()
+                loss.backward()
+                run.count(loss=loss, clip_frac=(is_clipped * share[rows]).sum(),
+                          approx_kl=approx_kl(logprobs, old_logprobs[rows], share[rows]))
             grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm,
                                                        error_if_nonfinite=True)
             optimizer.step()
-            stats.end_minibatch(grad_norm=grad_norm, lr=optimizer.param_groups[0]["lr"])
+            run.end_minibatch(grad_norm=grad_norm)
 
-        # 5. Log. The score shows progress. The loss does not: it is there for its gradient.
-        run.log(step, **batch_stats(scores, kl, batch, cfg.group_size), **reward_means, **stats())
-        run.show(step, step_problems, texts, scores)
-        run.end_step(step)  # validation, checkpoint, when due
+        # 5. Log, and save when due. The score shows progress. The loss is there for its gradient.
+        run.log(step, step_problems, texts, scores, kl, batch, **reward_means)
 
     run.close()  # saves the model, and tests it on the test problems
 
 
 if __name__ == "__main__":
-    main(Config, REAL, train)
+    main(Config, TOY, train)

@@ -23,7 +23,7 @@ Compared with dpo.py:
   - the loss has odds in place of log-probs relative to pi_ref, so no pi_ref is needed;
   - SFT's loss is a part of the loss.
 
-    python orpo.py                                      the toy, no internet: half a minute
+    python orpo.py                                      the toy, no network: half a minute
     python orpo.py --model Qwen/Qwen2.5-0.5B --data trl-lib/ultrafeedback_binarized
 
 What to expect of the toy, where each pair is a right and a wrong answer of the toy's policy: before
@@ -39,28 +39,27 @@ import torch.nn.functional as F
 
 from common import learning_rate
 from plumbing.command_line import main
-from plumbing.data import draw_problems
-from plumbing.evaluation import preference_stats
-from plumbing.flags import HfArg, RunConfig
+from plumbing.data import draw_problems, load_problems
+from plumbing.flags import HfArg, RunConfig, check
 from plumbing.model import load_policy
-from plumbing.preferences import for_all_completions, load_preferences
+from plumbing.preferences import for_all_completions, held_out_stats, preference_stats
 from plumbing.rollout import all_logprobs, make_batch, micro_batches, token_logprobs
-from plumbing.run import Means, Run
+from plumbing.run import Run
 
 
 @dataclass
 class Config(RunConfig):  # more flags, such as --data and --seed, are in plumbing/flags.py
     steps: Optional[int] = HfArg(default=None, help="training steps; None: --epochs decides")
-    lr: float = HfArg(default=3e-4, help="AdamW learning rate at its peak")
+    lr: float = HfArg(default=5e-6, help="AdamW learning rate at its peak")
     minibatch_size: int = HfArg(default=64, help="pairs per optimizer step")
-    micro_batch_size: int = HfArg(default=64, help="pairs per pass; changes no result")
+    micro_batch_size: int = HfArg(default=4, help="pairs per pass; changes no result")
+    max_new_tokens: int = HfArg(default=512, help="longest completion, in tokens")
     epochs: int = HfArg(default=1, help="passes over the data, unless --steps is given")
-    prompts: int = HfArg(default=1920, help="prompts to make pairs of, for toy and words")
     beta: float = HfArg(default=0.1, help="weight of the odds ratio term, lambda in the paper")
 
 
-# The defaults above are for the toy, these for a real model on a GPU; a CPU gets smaller ones.
-REAL = dict(lr=5e-6, micro_batch_size=4, max_new_tokens=512, eval_prompts=256, prompts=1024)
+# The defaults above are for a real model on a GPU, these for the toy's model.
+TOY = dict(data="toy", lr=3e-4, micro_batch_size=64, max_new_tokens=32, eval_prompts=512)
 
 
 def odds_ratio_loss(chosen_mean_logps, rejected_mean_logps):
@@ -76,19 +75,20 @@ def odds_ratio_loss(chosen_mean_logps, rejected_mean_logps):
 
 
 def train(cfg):
-    run = Run(cfg, "orpo")
-    problems, validation, test = load_preferences(cfg)
+    cfg = check(cfg)
+    policy, tokenizer = load_policy(cfg.model, cfg.device)
+    problems, validation, test = load_problems(cfg, policy, tokenizer, "pair")
     K = 2  # chosen, rejected
     cfg.steps = cfg.steps or math.ceil(cfg.epochs * len(problems) / cfg.minibatch_size)
-    policy, tokenizer = load_policy(cfg.model, cfg.device)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.99),  # short runs
                                   weight_decay=cfg.weight_decay, fused=True)
 
-    def rewards_of(problems):  # (B, K), log p of their completions, without gradient
-        return for_all_completions(lambda batch: all_logprobs(
+    def measure(problems):  # of held-out pairs, by log p (B, K), without gradient
+        return held_out_stats(for_all_completions(lambda batch: all_logprobs(
             policy, batch, cfg.micro_batch_size, temperature=1.0).sum(1) / batch.mask.sum(1),
-            problems, cfg)
-    run.open(policy, tokenizer, validation, test, rewards_of=rewards_of, optimizer=optimizer)
+            problems, cfg))
+    run = Run(cfg, "orpo", policy, tokenizer, (problems, validation, test), measure=measure,
+              optimizer=optimizer)
 
     for step in run.steps():
         # 1. Batch: the completions of this step, from the data. Nothing is sampled.
@@ -97,31 +97,28 @@ def train(cfg):
                            sum((problem["targets"] for problem in step_problems), []), cfg.device)
         mask = batch.mask  # (N, C); rows i K to i K + K - 1 are the completions of prompt i
 
-        # 2. Update. by_row is the weight of a micro-batch: its share of the batch's rows.
-        stats = Means()
+        # 2. Update.
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg.steps, cfg.warmup_steps, cfg.lr)
         optimizer.zero_grad()
-        for rows, _, by_row in micro_batches(batch, torch.arange(len(mask)),
-                                             K * cfg.micro_batch_size):
+        for rows in micro_batches(batch, torch.arange(len(mask)), K * cfg.micro_batch_size):
             logprobs = token_logprobs(policy, batch, rows, temperature=1.0)  # (n, C), 0 on padding
             mean_logps = (logprobs.sum(dim=1) / mask[rows].sum(dim=1)).view(-1, K)  # (n / K, K)
-            # Divided by the whole batch's number of chosen tokens, so that these parts add up.
-            nll = -logprobs[::K].sum() / mask[::K].sum()
-            loss = nll + by_row * cfg.beta * odds_ratio_loss(*mean_logps.T).mean()
+            # Both terms are divided by what the whole batch has, so that micro-batches add up.
+            nll = -logprobs[::K].sum() / mask[::K].sum()  # a mean over the tokens of chosen
+            odds_ratio = odds_ratio_loss(*mean_logps.T).sum() / len(step_problems)
+            loss = nll + cfg.beta * odds_ratio
             loss.backward()
-            stats.add_parts(1, loss=loss)  # both terms have their weights already
-            stats.add_parts(by_row, **preference_stats(mean_logps))
+            run.count(loss=loss, **preference_stats(mean_logps, len(step_problems)))
         grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm,
                                                    error_if_nonfinite=True)
         optimizer.step()
-        stats.end_minibatch(grad_norm=grad_norm, lr=optimizer.param_groups[0]["lr"])
+        run.end_minibatch(grad_norm=grad_norm)
 
         # 3. Log. The loss shows progress: it should fall.
-        run.log(step, **stats())
-        run.end_step(step)  # validation, checkpoint, when due
+        run.log(step)  # also saves when due
 
     run.close()  # saves the model, and tests it on the test problems
 
 
 if __name__ == "__main__":
-    main(Config, REAL, train)
+    main(Config, TOY, train)

@@ -37,7 +37,7 @@ Compared with rloo.py:
   - every token has a reward of its own, from prm, in addition to the score;
   - there is no KL penalty; pi_ref is needed for q.
 
-    python prime.py                                      the toy, no internet: a minute
+    python prime.py                                      the toy, no network: a minute
     python prime.py --model Qwen/Qwen2.5-0.5B-Instruct   a real model, on one CUDA GPU
 
 What to expect of the toy: asked 8+9-5=, it writes 12, or shows its work and writes 8+9=17,17-5=12.
@@ -48,39 +48,35 @@ import copy
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
-from common import learning_rate, mini_batches
-from common import kl_estimate, ppo_clip_loss, returns_to_go
+from common import kl_estimate, learning_rate, mini_batches, ppo_clip_loss, returns_to_go
 from plumbing.command_line import main
 from plumbing.data import draw_problems, load_problems
-from plumbing.evaluation import batch_stats, check_first_step, ratio_stats
-from plumbing.flags import HfArg, RunConfig, fail
+from plumbing.evaluation import approx_kl
+from plumbing.flags import HfArg, OnlineConfig, check, fail
 from plumbing.model import load_policy
 from plumbing.rewards import load_rewards, score
 from plumbing.rollout import all_logprobs, micro_batches, sample, step_generator, token_logprobs
-from plumbing.run import Means, Run
-from plumbing.toy import score_steps
+from plumbing.run import Run
+from plumbing.toy import is_toy, score_steps
 from rloo import leave_one_out_advantages
 
 
 @dataclass
-class Config(RunConfig):  # more flags, such as --data and --seed, are in plumbing/flags.py
-    reward: str = HfArg(default="last_number", help="last_number, true_equations, file.py:function "
-                        "or a reward model's folder; several, with commas between, are added")
-    prompts_per_step: int = HfArg(default=64, help="prompts of a step")
-    group_size: int = HfArg(default=4, help="completions of each prompt, K")
-    temperature: float = HfArg(default=1.0, help="sampling temperature; log-probs use it too")
+class Config(OnlineConfig):  # more flags, such as --data and --seed, are in plumbing/flags.py
+    lr: float = HfArg(default=5e-7, help="AdamW learning rate at its peak")
     epochs: int = HfArg(default=1, help="passes over the completions of a step")
     clip_eps: float = HfArg(default=0.2, help="the ratio is clipped to 1 +- this")
     gamma: float = HfArg(default=1.0, help="discount per token of the implicit rewards")
     beta: float = HfArg(default=0.05, help="factor of the implicit reward log(prm / reference)")
-    prm_lr: float = HfArg(default=1e-3, help="AdamW learning rate of the reward model at its peak")
+    prm_lr: float = HfArg(default=1e-6, help="AdamW learning rate of the reward model at its peak")
     accuracy_filter: float = HfArg(default=0.0, help="drop prompts of mean score < x or > 1 - x")
 
 
-# The defaults above are for the toy, these for a real model on a GPU; a CPU gets smaller ones.
-REAL = dict(steps=200, lr=5e-7, minibatch_size=128, micro_batch_size=8, max_new_tokens=256,
-            eval_prompts=256, prm_lr=1e-6)
+# The defaults above are for a real model on a GPU, these for the toy's model.
+TOY = dict(data="toy", steps=60, lr=2e-4, minibatch_size=64, micro_batch_size=64,
+           max_new_tokens=32, eval_prompts=512, prm_lr=1e-3)
 
 
 def implicit_rewards(prm_logprobs, ref_logprobs, beta):
@@ -88,13 +84,13 @@ def implicit_rewards(prm_logprobs, ref_logprobs, beta):
     return beta * (prm_logprobs - ref_logprobs)
 
 
-def implicit_reward_loss(prm_logprobs, ref_logprobs, mask, labels, beta):
-    """Cross-entropy of sigmoid(sum_t q_t) and labels (N,) from 0 to 1 -> scalar. PRIME, eq. 4.
+def implicit_reward_loss(prm_logprobs, ref_logprobs, labels, beta):
+    """Cross-entropy of sigmoid(sum_t q_t) and labels (N,) from 0 to 1 -> (N,). PRIME, Algorithm 1.
 
     It is computed from the sums, because the sigmoid of a large sum is rounded to 0 or 1.
     """
-    q = torch.where(mask.bool(), implicit_rewards(prm_logprobs, ref_logprobs, beta), 0)
-    return torch.nn.functional.binary_cross_entropy_with_logits(q.sum(dim=1), labels.to(q))
+    sums = implicit_rewards(prm_logprobs, ref_logprobs, beta).sum(dim=1)
+    return F.binary_cross_entropy_with_logits(sums, labels.to(sums), reduction="none")
 
 
 def prime_advantages(process_rewards, scores, mask, group_size, gamma=1.0):
@@ -134,23 +130,18 @@ def prm_stats(q, scores, step_rewards=(), step_ends=()):
     return stats
 
 
-def spell(batch, q, tokenizer, i):
-    """Completion i as a list of [token, its implicit reward], for samples.jsonl."""
-    m = batch.mask[i].bool()
-    tokens = [tokenizer.decode([token]) for token in batch.completions[i][m].tolist()]
-    return list(zip(tokens, q[i][m].tolist()))
-
-
 def train(cfg):
-    run = Run(cfg, "prime")
-    problems, validation, test = load_problems(cfg)
-    rewards = load_rewards(cfg, problems + validation + test)
+    cfg = check(cfg, min_group=2)
     policy, tokenizer = load_policy(cfg.model, cfg.device)
+    problems, validation, test = load_problems(cfg, policy, tokenizer)
+    rewards = load_rewards(cfg, problems + validation + test)
+    knows_steps = cfg.data == "toy" and is_toy(cfg.model)
     ref_model, prm = copy.deepcopy(policy).requires_grad_(False), copy.deepcopy(policy)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.99),  # short runs
                                   weight_decay=cfg.weight_decay, fused=True)
     optimizer.add_param_group(dict(params=prm.parameters()))  # param_groups[1]
-    run.open(policy, tokenizer, validation, test, rewards, optimizer=optimizer, prm=prm)
+    run = Run(cfg, "prime", policy, tokenizer, (problems, validation, test), rewards,
+              optimizer=optimizer, prm=prm)
 
     for step in run.steps():
         # 1. Sample K completions of each prompt of this step from softmax(logits / temperature).
@@ -159,24 +150,20 @@ def train(cfg):
         step_problems = draw_problems(problems, step, cfg.prompts_per_step, cfg.seed)
         batch = sample(policy, tokenizer, [problem["ids"] for problem in step_problems],
                        cfg.group_size, cfg.max_new_tokens, cfg.temperature, generator)
-        old_logprobs, mask = batch.logprobs, batch.mask  # (N, C) each; mask is 0 on padding
-        run.lap("sample")
+        old_logprobs, mask = batch.logprobs, batch.mask  # (N, C) each; both are 0 on padding
 
         # 2. Score the completions, and measure how far each token is from the reference policy.
         # score() returns texts, scores (N,) and, if there are several rewards, their means.
-        texts, scores, reward_means = score(rewards, step_problems, batch, tokenizer, step)
+        texts, scores, reward_means = score(rewards, step_problems, batch, tokenizer)
         if scores.min() < 0 or scores.max() > 1:
             fail(f"--reward {cfg.reward}: PRIME takes scores from 0 to 1; scale it, or use rloo.py")
         ref_logprobs = all_logprobs(ref_model, batch, cfg.micro_batch_size, cfg.temperature)
         prm_logprobs = all_logprobs(prm, batch, cfg.micro_batch_size, cfg.temperature)
         kl = kl_estimate(old_logprobs, ref_logprobs, "k1")  # (N, C); 0 on padding
         q = implicit_rewards(prm_logprobs, ref_logprobs, cfg.beta)  # (N, C); 0 on padding
-        step_labels = () if cfg.data != "toy" else score_steps(  # only for the log: not trained on
-            step_problems, batch, texts, scores, tokenizer)
+        step_labels = () if not knows_steps else score_steps(  # only for the log: not trained on
+            step_problems, batch, texts, scores)
         reward_means.update(prm_stats(q, scores, *step_labels))
-        if step == 0:
-            check_first_step(policy, batch, scores, kl, cfg)  # warns if ratio != 1 or kl != 0
-        run.lap("score")
 
         # 3. Advantages: how much better than the baseline? No gradient flows through them.
         advantages = prime_advantages(q, scores, mask, cfg.group_size, cfg.gamma)
@@ -184,44 +171,39 @@ def train(cfg):
 
         # 4. Update, once per mini-batch. All tensors above stay fixed; log-probs are now computed
         # with gradient. Until the first update of the step, the weights are those that sampled, so
-        # each ratio is 1. by_token is a micro-batch's share of the mini-batch's tokens, by_row its
-        # share of the rows: the means of the micro-batches, times these, add up to the whole mean.
-        stats = Means()
+        # each ratio is 1. share (N, C) is the weight of each token in the mini-batch's loss.
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg.steps, cfg.warmup_steps, cfg.lr)
         optimizer.param_groups[1]["lr"] = learning_rate(step, cfg.steps, cfg.warmup_steps,
                                                         cfg.prm_lr)
         for minibatch in mini_batches(len(kept), cfg.minibatch_size, cfg.group_size, cfg.epochs,
                                       generator):
             optimizer.zero_grad()
-            for rows, by_token, by_row in micro_batches(batch, kept[minibatch],
-                                                        cfg.micro_batch_size):
+            share = mask / mask[kept[minibatch]].sum()  # a mean over the tokens of the mini-batch
+            for rows in micro_batches(batch, kept[minibatch], cfg.micro_batch_size):
                 logprobs = token_logprobs(policy, batch, rows, cfg.temperature)  # (n, C)
-                loss, clip_frac = ppo_clip_loss(logprobs, old_logprobs[rows], advantages[rows],
-                                                mask[rows], cfg.clip_eps)
-                stats.add(by_token, **ratio_stats(logprobs, old_logprobs[rows], mask[rows]))
-                stats.add_parts(by_token, clip_frac=clip_frac)
-                (loss * by_token).backward()  # now: this frees the policy's activations
-                stats.add_parts(by_token, loss=loss)
-                error = implicit_reward_loss(token_logprobs(prm, batch, rows, cfg.temperature),
-                                             ref_logprobs[rows], mask[rows], scores[rows], cfg.beta)
-                (error * by_row).backward()  # by_row, because this loss is a mean over completions
-                stats.add_parts(by_row, prm_loss=error)
+                losses, is_clipped = ppo_clip_loss(logprobs, old_logprobs[rows], advantages[rows],
+                                                   cfg.clip_eps)                 # (n, C) each
+                loss = (losses * share[rows]).sum()
+                loss.backward()  # now, because this frees the policy's activations
+                run.count(loss=loss, clip_frac=(is_clipped * share[rows]).sum(),
+                          approx_kl=approx_kl(logprobs, old_logprobs[rows], share[rows]))
+                errors = implicit_reward_loss(token_logprobs(prm, batch, rows, cfg.temperature),
+                                              ref_logprobs[rows], scores[rows], cfg.beta)  # (n,)
+                error = errors.sum() / len(minibatch)  # a mean over completions
+                error.backward()
+                run.count(prm_loss=error)
             grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm,
                                                        error_if_nonfinite=True)
             torch.nn.utils.clip_grad_norm_(prm.parameters(), cfg.max_grad_norm,
                                            error_if_nonfinite=True)
             optimizer.step()
-            stats.end_minibatch(grad_norm=grad_norm, lr=optimizer.param_groups[0]["lr"])
+            run.end_minibatch(grad_norm=grad_norm)
 
-        # 5. Log. The score shows progress. The loss does not: it is there for its gradient.
-        run.log(step, **batch_stats(scores, kl, batch, cfg.group_size), **reward_means,
-                **{"loss": 0.0, **stats()})  # 0 if --accuracy_filter leaves nothing
-        run.show(step, step_problems, texts, scores,
-                 token_rewards=lambda i: spell(batch, q, tokenizer, i))
-        run.end_step(step)  # validation, checkpoint, when due
+        # 5. Log, and save when due. The score shows progress. The loss is there for its gradient.
+        run.log(step, step_problems, texts, scores, kl, batch, **reward_means)
 
     run.close()  # saves the model, and tests it on the test problems
 
 
 if __name__ == "__main__":
-    main(Config, REAL, train)
+    main(Config, TOY, train)

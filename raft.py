@@ -17,7 +17,7 @@ Compared with rloo.py:
     the others have the weight 0;
   - there is no ratio in the loss, and no KL and therefore no reference policy.
 
-    python raft.py                                      the toy, no internet: half a minute
+    python raft.py                                      the toy, no network: half a minute
     python raft.py --model Qwen/Qwen2.5-0.5B-Instruct   a real model, on one CUDA GPU
 
 What to expect of the toy: asked 8+9-5=, it writes 12, or shows its work and writes 8+9=17,17-5=12.
@@ -29,30 +29,23 @@ from dataclasses import dataclass
 import torch
 
 from common import learning_rate, mini_batches
-from common import masked_mean
 from plumbing.command_line import main
 from plumbing.data import draw_problems, load_problems
-from plumbing.evaluation import batch_stats, check_first_step, ratio_stats
-from plumbing.flags import HfArg, RunConfig
+from plumbing.flags import HfArg, OnlineConfig, check
 from plumbing.model import load_policy
 from plumbing.rewards import load_rewards, score
 from plumbing.rollout import micro_batches, sample, step_generator, token_logprobs
-from plumbing.run import Means, Run
+from plumbing.run import Run
 
 
 @dataclass
-class Config(RunConfig):  # more flags, such as --data and --seed, are in plumbing/flags.py
-    reward: str = HfArg(default="last_number", help="last_number, true_equations, file.py:function "
-                        "or a reward model's folder; several, with commas between, are added")
-    prompts_per_step: int = HfArg(default=64, help="prompts of a step")
-    group_size: int = HfArg(default=4, help="completions of each prompt, K")
-    temperature: float = HfArg(default=1.0, help="sampling temperature; log-probs use it too")
+class Config(OnlineConfig):  # more flags, such as --data and --lr, are in plumbing/flags.py
     epochs: int = HfArg(default=1, help="passes over the best completions of a step")
 
 
-# The defaults above are for the toy, these for a real model on a GPU; a CPU gets smaller ones.
-REAL = dict(steps=200, lr=1e-6, minibatch_size=128, micro_batch_size=8, max_new_tokens=256,
-            eval_prompts=256)
+# The defaults above are for a real model on a GPU, these for the toy's model.
+TOY = dict(data="toy", steps=60, lr=2e-4, minibatch_size=64, micro_batch_size=64,
+           max_new_tokens=32, eval_prompts=512)
 
 
 def best_of_k(scores, group_size):
@@ -65,13 +58,14 @@ def best_of_k(scores, group_size):
 
 
 def train(cfg):
-    run = Run(cfg, "raft")
-    problems, validation, test = load_problems(cfg)
-    rewards = load_rewards(cfg, problems + validation + test)
+    cfg = check(cfg, min_group=2)
     policy, tokenizer = load_policy(cfg.model, cfg.device)
+    problems, validation, test = load_problems(cfg, policy, tokenizer)
+    rewards = load_rewards(cfg, problems + validation + test)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.99),  # short runs
                                   weight_decay=cfg.weight_decay, fused=True)
-    run.open(policy, tokenizer, validation, test, rewards, optimizer=optimizer)
+    run = Run(cfg, "raft", policy, tokenizer, (problems, validation, test), rewards,
+              optimizer=optimizer)
 
     for step in run.steps():
         # 1. Sample K completions of each prompt of this step from softmax(logits / temperature).
@@ -80,16 +74,12 @@ def train(cfg):
         step_problems = draw_problems(problems, step, cfg.prompts_per_step, cfg.seed)
         batch = sample(policy, tokenizer, [problem["ids"] for problem in step_problems],
                        cfg.group_size, cfg.max_new_tokens, cfg.temperature, generator)
-        old_logprobs, mask = batch.logprobs, batch.mask  # (N, C) each; mask is 0 on padding
-        run.lap("sample")
+        mask = batch.mask                                                        # (N, C)
 
         # 2. Score the completions.
         # score() returns texts, scores (N,) and, if there are several rewards, their means.
-        texts, scores, reward_means = score(rewards, step_problems, batch, tokenizer, step)
+        texts, scores, reward_means = score(rewards, step_problems, batch, tokenizer)
         kl = torch.zeros_like(mask)  # for the log: without a reference, kl is 0
-        if step == 0:
-            check_first_step(policy, batch, scores, kl, cfg)  # warns if ratio != 1 or kl != 0
-        run.lap("score")
 
         # 3. Select the best completion of each group in which the scores differ.
         groups = scores.view(-1, cfg.group_size)
@@ -97,35 +87,28 @@ def train(cfg):
 
         # 4. Update, once per mini-batch. All tensors above stay fixed; log-probs are now computed
         # with gradient. Until the first update of the step, the weights are those that sampled, so
-        # each ratio is 1. by_token is a micro-batch's share of the mini-batch's tokens, by_row its
-        # share of the rows: the means of the micro-batches, times these, add up to the whole mean.
-        stats = Means()
+        # each ratio is 1. share (N, C) is the weight of each token in the mini-batch's loss.
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg.steps, cfg.warmup_steps, cfg.lr)
         size = cfg.minibatch_size // cfg.group_size  # of each K rows, only one is left
         for minibatch in mini_batches(len(best), size, group_size=1, epochs=cfg.epochs,
                                       generator=generator):
             optimizer.zero_grad()
-            for rows, by_token, by_row in micro_batches(batch, best[minibatch],
-                                                        cfg.micro_batch_size):
-                logprobs = token_logprobs(policy, batch, rows, cfg.temperature)  # (n, C)
-                loss = -masked_mean(logprobs, mask[rows])
-                stats.add(by_token, **ratio_stats(logprobs, old_logprobs[rows], mask[rows]))
-                stats.add_parts(by_token, clip_frac=0.0)  # nothing is clipped
-                (loss * by_token).backward()
-                stats.add_parts(by_token, loss=loss)
+            share = mask / mask[best[minibatch]].sum()  # a mean over the tokens of the mini-batch
+            for rows in micro_batches(batch, best[minibatch], cfg.micro_batch_size):
+                losses = -token_logprobs(policy, batch, rows, cfg.temperature)   # (n, C)
+                loss = (losses * share[rows]).sum()
+                loss.backward()
+                run.count(loss=loss)
             grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm,
                                                        error_if_nonfinite=True)
             optimizer.step()
-            stats.end_minibatch(grad_norm=grad_norm, lr=optimizer.param_groups[0]["lr"])
+            run.end_minibatch(grad_norm=grad_norm)
 
-        # 5. Log. The score shows progress. The loss only shows how sure the policy is of its texts.
-        run.log(step, **batch_stats(scores, kl, batch, cfg.group_size), **reward_means,
-                **{"loss": 0.0, **stats()})  # 0.0 if no group has a best
-        run.show(step, step_problems, texts, scores)
-        run.end_step(step)  # validation, checkpoint, when due
+        # 5. Log, and save when due. The loss only shows how sure the policy is of its own texts.
+        run.log(step, step_problems, texts, scores, kl, batch, **reward_means)
 
     run.close()  # saves the model, and tests it on the test problems
 
 
 if __name__ == "__main__":
-    main(Config, REAL, train)
+    main(Config, TOY, train)

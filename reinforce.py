@@ -27,7 +27,7 @@ the update they are those of an older policy. reinforce_pp.py and ppo.py make se
 correct for that in part, with a ratio for each token. This script makes one, with a larger learning
 rate; the ratio in its log is 1.
 
-    python reinforce.py                                      the toy, no internet: half a minute
+    python reinforce.py                                      the toy, no network: half a minute
     python reinforce.py --model Qwen/Qwen2.5-0.5B-Instruct   a real model, on one CUDA GPU
 
 What to expect of the toy: asked 8+9-5=, it writes 12, or shows its work and writes 8+9=17,17-5=12.
@@ -40,35 +40,31 @@ from typing import Literal
 
 import torch
 
-from common import learning_rate, mini_batches
-from common import kl_estimate
+from common import kl_estimate, learning_rate, mini_batches
 from plumbing.command_line import main
 from plumbing.data import draw_problems, load_problems
-from plumbing.evaluation import batch_stats, check_first_step, ratio_stats
-from plumbing.flags import HfArg, RunConfig
+from plumbing.flags import HfArg, OnlineConfig, check
 from plumbing.model import load_policy
 from plumbing.rewards import load_rewards, score
 from plumbing.rollout import all_logprobs, micro_batches, sample, step_generator, token_logprobs
-from plumbing.run import Means, Run
+from plumbing.run import Run
 
 
 @dataclass
-class Config(RunConfig):  # more flags, such as --data and --seed, are in plumbing/flags.py
-    lr: float = HfArg(default=5e-4, help="AdamW learning rate at its peak")
+class Config(OnlineConfig):  # more flags, such as --data and --lr, are in plumbing/flags.py
+    lr: float = HfArg(default=2e-6, help="AdamW learning rate at its peak")
     minibatch_size: None = field(default=None, init=False)  # no flag: there is one update per step
-    reward: str = HfArg(default="last_number", help="last_number, true_equations, file.py:function "
-                        "or a reward model's folder; several, with commas between, are added")
     prompts_per_step: int = HfArg(default=256, help="prompts of a step")
     group_size: int = HfArg(default=1, help="completions of each prompt, K")
-    temperature: float = HfArg(default=1.0, help="sampling temperature; log-probs use it too")
-    kl_coef: float = HfArg(default=0.01, help="weight of the KL to the reference (beta in papers)")
+    kl_coef: float = HfArg(default=0.001, help="weight of the KL to the reference (beta in papers)")
     baseline: Literal["ema", "running_mean"] = HfArg(default="ema", help="mean of past scores")
     decay: float = HfArg(default=0.9, help="ema: how much of the old baseline stays in the new one")
 
 
-# The defaults above are for the toy, these for a real model on a GPU; a CPU gets smaller ones.
-REAL = dict(steps=200, lr=2e-6, micro_batch_size=8, max_new_tokens=256, kl_coef=0.001,
-            eval_prompts=256)
+# The defaults above are for a real model on a GPU, these for the toy's model.
+TOY = dict(data="toy", steps=60, lr=5e-4, micro_batch_size=64, max_new_tokens=32, kl_coef=0.01,
+           eval_prompts=512)
+           eval_prompts=512)
 
 
 def ema_baseline(baseline, scores, decay):
@@ -82,22 +78,22 @@ def running_mean_baseline(mean, count, scores):
     return total / (count + len(scores)), count + len(scores)
 
 
-def reinforce_loss(logprobs, advantages, mask):
-    """-mean_i A_i * sum_t log pi(y_t): (N, C), (N,), (N, C) -> scalar. Williams, 1992."""
-    logps = torch.where(mask.bool(), logprobs, 0).sum(dim=1)      # (N,)
-    return -(advantages * logps).mean()
+def reinforce_loss(logprobs, advantages):
+    """-A_i * log pi(y_t) of each token: (N, C), (N,) -> (N, C). Williams, 1992."""
+    return -advantages[:, None] * logprobs
 
 
 def train(cfg):
-    run = Run(cfg, "reinforce")
-    problems, validation, test = load_problems(cfg)
-    rewards = load_rewards(cfg, problems + validation + test)
+    cfg = check(cfg)
     policy, tokenizer = load_policy(cfg.model, cfg.device)
+    problems, validation, test = load_problems(cfg, policy, tokenizer)
+    rewards = load_rewards(cfg, problems + validation + test)
     ref_model = copy.deepcopy(policy).requires_grad_(False) if cfg.kl_coef else None
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.99),  # short runs
                                   weight_decay=cfg.weight_decay, fused=True)
-    state = run.open(policy, tokenizer, validation, test, rewards, optimizer=optimizer)
-    baseline, count = state.get("baseline"), state.get("count", 0)  # as saved, with --resume
+    run = Run(cfg, "reinforce", policy, tokenizer, (problems, validation, test), rewards,
+              optimizer=optimizer)
+    baseline, count = run.kept.get("baseline"), run.kept.get("count", 0)  # as saved, with --resume
 
     for step in run.steps():
         # 1. Sample K completions of each prompt of this step from softmax(logits / temperature).
@@ -106,18 +102,14 @@ def train(cfg):
         step_problems = draw_problems(problems, step, cfg.prompts_per_step, cfg.seed)
         batch = sample(policy, tokenizer, [problem["ids"] for problem in step_problems],
                        cfg.group_size, cfg.max_new_tokens, cfg.temperature, generator)
-        old_logprobs, mask = batch.logprobs, batch.mask  # (N, C) each; mask is 0 on padding
-        run.lap("sample")
+        old_logprobs, mask = batch.logprobs, batch.mask  # (N, C) each; both are 0 on padding
 
         # 2. Score the completions, and measure how far each token is from the reference policy.
         # score() returns texts, scores (N,) and, if there are several rewards, their means.
-        texts, scores, reward_means = score(rewards, step_problems, batch, tokenizer, step)
+        texts, scores, reward_means = score(rewards, step_problems, batch, tokenizer)
         ref_logprobs = old_logprobs if ref_model is None else all_logprobs(
             ref_model, batch, cfg.micro_batch_size, cfg.temperature)  # without a reference, kl is 0
         kl = kl_estimate(old_logprobs, ref_logprobs, "k1")  # (N, C); 0 on padding
-        if step == 0:
-            check_first_step(policy, batch, scores, kl, cfg)  # warns if ratio != 1 or kl != 0
-        run.lap("score")
 
         # 3. Advantages: how much better than the baseline? No gradient flows through them.
         advantages = scores - cfg.kl_coef * kl.sum(dim=1) - (baseline or 0)      # (N,)
@@ -128,32 +120,28 @@ def train(cfg):
 
         # 4. Update, once per mini-batch. All tensors above stay fixed; log-probs are now computed
         # with gradient. Until the first update of the step, the weights are those that sampled, so
-        # each ratio is 1. by_token is a micro-batch's share of the mini-batch's tokens, by_row its
-        # share of the rows: the means of the micro-batches, times these, add up to the whole mean.
-        stats = Means()
+        # each ratio is 1. share (N, C) is the weight of each token in the mini-batch's loss.
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg.steps, cfg.warmup_steps, cfg.lr)
-        for minibatch in mini_batches(len(scores), len(scores), cfg.group_size, 1,
-                                      generator):
+        for minibatch in mini_batches(len(scores), len(scores), cfg.group_size, 1, generator):
             optimizer.zero_grad()
-            for rows, by_token, by_row in micro_batches(batch, minibatch, cfg.micro_batch_size):
+            share = mask / len(minibatch)  # a sum over tokens, and a mean over completions
+            for rows in micro_batches(batch, minibatch, cfg.micro_batch_size):
                 logprobs = token_logprobs(policy, batch, rows, cfg.temperature)  # (n, C)
-                loss = reinforce_loss(logprobs, advantages[rows], mask[rows])
-                stats.add(by_token, **ratio_stats(logprobs, old_logprobs[rows], mask[rows]))
-                stats.add_parts(by_token, clip_frac=0.0)  # nothing is clipped
-                (loss * by_row).backward()  # by_row, because this loss is a mean over completions
-                stats.add_parts(by_row, loss=loss)
+                losses = reinforce_loss(logprobs, advantages[rows])              # (n, C)
+                loss = (losses * share[rows]).sum()
+                loss.backward()
+                run.count(loss=loss)
             grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm,
                                                        error_if_nonfinite=True)
             optimizer.step()
-            stats.end_minibatch(grad_norm=grad_norm, lr=optimizer.param_groups[0]["lr"])
+            run.end_minibatch(grad_norm=grad_norm)
 
-        # 5. Log. The score shows progress. The loss does not: it is there for its gradient.
-        run.log(step, **batch_stats(scores, kl, batch, cfg.group_size), **reward_means, **stats())
-        run.show(step, step_problems, texts, scores)
-        run.end_step(step, baseline=baseline, count=count)  # validation, checkpoint, when due
+        # 5. Log, and save when due. The score shows progress. The loss is there for its gradient.
+        run.kept.update(baseline=baseline, count=count)
+        run.log(step, step_problems, texts, scores, kl, batch, **reward_means)
 
     run.close()  # saves the model, and tests it on the test problems
 
 
 if __name__ == "__main__":
-    main(Config, REAL, train)
+    main(Config, TOY, train)

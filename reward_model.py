@@ -19,7 +19,7 @@ Compared with dpo.py:
   - the score is the output of a new head; in DPO it is beta * log(pi / pi_ref), from the policy;
   - no reference policy is needed.
 
-    python reward_model.py                                      the toy, no internet: half a minute
+    python reward_model.py                                      the toy, no network: half a minute
     python reward_model.py --model Qwen/Qwen2.5-0.5B-Instruct --data trl-lib/ultrafeedback_binarized
 
 What to expect of the toy, where each pair is a right and a wrong answer of the toy's policy: in 0.9
@@ -36,27 +36,26 @@ from transformers import AutoModelForSequenceClassification
 
 from common import learning_rate
 from plumbing.command_line import main
-from plumbing.data import draw_problems
-from plumbing.evaluation import preference_stats
-from plumbing.flags import HfArg, RunConfig, fail
+from plumbing.data import draw_problems, load_problems
+from plumbing.flags import HfArg, RunConfig, check, fail
 from plumbing.model import load_policy, remove_dropout
-from plumbing.preferences import for_all_completions, load_preferences
+from plumbing.preferences import for_all_completions, held_out_stats, preference_stats
 from plumbing.rollout import all_scores, make_batch, micro_batches, sequence_scores
-from plumbing.run import Means, Run
+from plumbing.run import Run
 
 
 @dataclass
 class Config(RunConfig):  # more flags, such as --data and --seed, are in plumbing/flags.py
     steps: Optional[int] = HfArg(default=None, help="training steps; None: --epochs decides")
-    lr: float = HfArg(default=1e-3, help="AdamW learning rate at its peak")
+    lr: float = HfArg(default=1e-5, help="AdamW learning rate at its peak")
     minibatch_size: int = HfArg(default=64, help="pairs per optimizer step")
-    micro_batch_size: int = HfArg(default=64, help="pairs per pass; changes no result")
+    micro_batch_size: int = HfArg(default=4, help="pairs per pass; changes no result")
+    max_new_tokens: int = HfArg(default=512, help="longest completion, in tokens")
     epochs: int = HfArg(default=1, help="passes over the data, unless --steps is given")
-    prompts: int = HfArg(default=1920, help="prompts to make pairs of, for toy and words")
 
 
-# The defaults above are for the toy, these for a real model on a GPU; a CPU gets smaller ones.
-REAL = dict(lr=1e-5, micro_batch_size=4, max_new_tokens=512, eval_prompts=256, prompts=1024)
+# The defaults above are for a real model on a GPU, these for the toy's model.
+TOY = dict(data="toy", lr=1e-3, micro_batch_size=64, max_new_tokens=32, eval_prompts=512)
 
 
 def bradley_terry_loss(chosen_scores, rejected_scores):
@@ -81,20 +80,21 @@ def make_scorer(policy, tokenizer, name):
 
 
 def train(cfg):
-    run = Run(cfg, "reward_model")
-    problems, validation, test = load_preferences(cfg)
+    cfg = check(cfg)
+    policy, tokenizer = load_policy(cfg.model, cfg.device)
+    problems, validation, test = load_problems(cfg, policy, tokenizer, "pair")
     K = 2  # chosen, rejected
     cfg.steps = cfg.steps or math.ceil(cfg.epochs * len(problems) / cfg.minibatch_size)
-    policy, tokenizer = load_policy(cfg.model, cfg.device)
     scorer = make_scorer(policy, tokenizer, cfg.model)
     del policy  # the scorer has a copy of its weights
     optimizer = torch.optim.AdamW(scorer.parameters(), lr=cfg.lr, betas=(0.9, 0.99),  # short runs
                                   weight_decay=cfg.weight_decay, fused=True)
 
-    def rewards_of(problems):  # (B, K), scores of their completions, without gradient
-        return for_all_completions(lambda batch: all_scores(
-            scorer, batch, cfg.micro_batch_size), problems, cfg)
-    run.open(scorer, tokenizer, validation, test, rewards_of=rewards_of, optimizer=optimizer)
+    def measure(problems):  # of held-out pairs, by their scores (B, K), without gradient
+        return held_out_stats(for_all_completions(lambda batch: all_scores(
+            scorer, batch, cfg.micro_batch_size), problems, cfg))
+    run = Run(cfg, "reward_model", scorer, tokenizer, (problems, validation, test),
+              measure=measure, optimizer=optimizer)
 
     for step in run.steps():
         # 1. Batch: the completions of this step, from the data. Nothing is sampled.
@@ -103,27 +103,25 @@ def train(cfg):
                            sum((problem["targets"] for problem in step_problems), []), cfg.device)
         mask = batch.mask  # (N, C); rows i K to i K + K - 1 are the completions of prompt i
 
-        # 2. Update. by_row is the weight of a micro-batch: its share of the batch's rows.
-        stats = Means()
+        # 2. Update.
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg.steps, cfg.warmup_steps, cfg.lr)
         optimizer.zero_grad()
-        for rows, _, by_row in micro_batches(batch, torch.arange(len(mask)),
-                                             K * cfg.micro_batch_size):
+        for rows in micro_batches(batch, torch.arange(len(mask)), K * cfg.micro_batch_size):
             scores = sequence_scores(scorer, batch, rows).view(-1, K)              # (n / K, K)
-            loss = bradley_terry_loss(*scores.T).mean()  # column 0 is chosen, column 1 rejected
-            (loss * by_row).backward()
-            stats.add_parts(by_row, loss=loss, **preference_stats(scores))
+            losses = bradley_terry_loss(*scores.T)  # column 0 is chosen, column 1 rejected
+            loss = losses.sum() / len(step_problems)  # a mean over the pairs of the step
+            loss.backward()
+            run.count(loss=loss, **preference_stats(scores, len(step_problems)))
         grad_norm = torch.nn.utils.clip_grad_norm_(scorer.parameters(), cfg.max_grad_norm,
                                                    error_if_nonfinite=True)
         optimizer.step()
-        stats.end_minibatch(grad_norm=grad_norm, lr=optimizer.param_groups[0]["lr"])
+        run.end_minibatch(grad_norm=grad_norm)
 
         # 3. Log. The loss starts at ln 2 = 0.693.
-        run.log(step, **stats())
-        run.end_step(step)  # validation, checkpoint, when due
+        run.log(step)  # also saves when due
 
     run.close()  # saves the model, and tests it on the test problems
 
 
 if __name__ == "__main__":
-    main(Config, REAL, train)
+    main(Config, TOY, train)

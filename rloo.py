@@ -19,16 +19,15 @@ where y is the completion i. If R_i itself were in the mean, A would be (K - 1) 
 This proof leaves out two things: the mean over tokens divides by their number, which is random, and
 after the first update the ratio and the clip act.
 
-The formula of the paper has no ratio: it is exact for one update per batch. For several updates,
-each token has its own ratio here, as in verl and OpenRLHF. With --sequence_ratio each completion
-has one, and the loss is a mean over completions, as in TRL.
+The formula of the paper has no ratio, because the paper makes one update per batch. For several
+updates, each token has its own ratio here, as in verl and OpenRLHF. In TRL each completion has one.
 
 Compared with reinforce_pp.py:
   - each prompt is answered K times, and the mean reward of the others is the baseline;
   - the KL of the whole completion is in its one reward, so all its tokens have the same advantage;
   - nothing is divided by a std.
 
-    python rloo.py                                      the toy, no internet: half a minute
+    python rloo.py                                      the toy, no network: half a minute
     python rloo.py --model Qwen/Qwen2.5-0.5B-Instruct   a real model, on one CUDA GPU
 
 What to expect of the toy: asked 8+9-5=, it writes 12, or shows its work and writes 8+9=17,17-5=12.
@@ -40,34 +39,27 @@ from dataclasses import dataclass
 
 import torch
 
-from common import learning_rate, mini_batches
-from common import kl_estimate, masked_mean, ppo_clip_loss
+from common import kl_estimate, learning_rate, mini_batches, ppo_clip_loss
 from plumbing.command_line import main
 from plumbing.data import draw_problems, load_problems
-from plumbing.evaluation import batch_stats, check_first_step, ratio_stats
-from plumbing.flags import HfArg, RunConfig
+from plumbing.evaluation import approx_kl
+from plumbing.flags import HfArg, OnlineConfig, check
 from plumbing.model import load_policy
 from plumbing.rewards import load_rewards, score
 from plumbing.rollout import all_logprobs, micro_batches, sample, step_generator, token_logprobs
-from plumbing.run import Means, Run
+from plumbing.run import Run
 
 
 @dataclass
-class Config(RunConfig):  # more flags, such as --data and --seed, are in plumbing/flags.py
-    reward: str = HfArg(default="last_number", help="last_number, true_equations, file.py:function "
-                        "or a reward model's folder; several, with commas between, are added")
-    prompts_per_step: int = HfArg(default=64, help="prompts of a step")
-    group_size: int = HfArg(default=4, help="completions of each prompt, K")
-    temperature: float = HfArg(default=1.0, help="sampling temperature; log-probs use it too")
+class Config(OnlineConfig):  # more flags, such as --data and --lr, are in plumbing/flags.py
     epochs: int = HfArg(default=1, help="passes over the completions of a step")
-    kl_coef: float = HfArg(default=0.01, help="weight of the KL to the reference (beta in papers)")
+    kl_coef: float = HfArg(default=0.001, help="weight of the KL to the reference (beta in papers)")
     clip_eps: float = HfArg(default=0.2, help="the ratio is clipped to 1 +- this")
-    sequence_ratio: bool = HfArg(default=False, help="one ratio per completion, not per token")
 
 
-# The defaults above are for the toy, these for a real model on a GPU; a CPU gets smaller ones.
-REAL = dict(steps=200, lr=1e-6, minibatch_size=128, micro_batch_size=8, max_new_tokens=256,
-            kl_coef=0.001, eval_prompts=256)
+# The defaults above are for a real model on a GPU, these for the toy's model.
+TOY = dict(data="toy", steps=60, lr=2e-4, minibatch_size=64, micro_batch_size=64,
+           max_new_tokens=32, kl_coef=0.01, eval_prompts=512)
 
 
 def leave_one_out_advantages(rewards, group_size):
@@ -78,28 +70,16 @@ def leave_one_out_advantages(rewards, group_size):
     return (groups - others).flatten()
 
 
-def sequence_ratio_loss(logprobs, old_logprobs, advantages, mask, clip_eps):
-    """PPO's loss with one ratio per completion; advantages (N,) or (N, 1) -> (loss, clip_frac).
-
-    The ratio is the product of the tokens' ratios: 1.005 for each of 1000 tokens makes 147. Then
-    there is no gradient if A > 0, and one 147 times as large as at ratio 1 if A < 0.
-    """
-    ratio = torch.where(mask.bool(), logprobs - old_logprobs, 0).sum(dim=1).exp()     # (N,)
-    unclipped = -advantages.flatten() * ratio
-    clipped = -advantages.flatten() * ratio.clamp(1 - clip_eps, 1 + clip_eps)
-    is_clipped = (clipped > unclipped)[:, None].expand_as(mask).to(ratio.dtype)
-    return torch.maximum(unclipped, clipped).mean(), masked_mean(is_clipped, mask)
-
-
 def train(cfg):
-    run = Run(cfg, "rloo")
-    problems, validation, test = load_problems(cfg)
-    rewards = load_rewards(cfg, problems + validation + test)
+    cfg = check(cfg, min_group=2)
     policy, tokenizer = load_policy(cfg.model, cfg.device)
+    problems, validation, test = load_problems(cfg, policy, tokenizer)
+    rewards = load_rewards(cfg, problems + validation + test)
     ref_model = copy.deepcopy(policy).requires_grad_(False) if cfg.kl_coef else None
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.99),  # short runs
                                   weight_decay=cfg.weight_decay, fused=True)
-    run.open(policy, tokenizer, validation, test, rewards, optimizer=optimizer)
+    run = Run(cfg, "rloo", policy, tokenizer, (problems, validation, test), rewards,
+              optimizer=optimizer)
 
     for step in run.steps():
         # 1. Sample K completions of each prompt of this step from softmax(logits / temperature).
@@ -108,20 +88,14 @@ def train(cfg):
         step_problems = draw_problems(problems, step, cfg.prompts_per_step, cfg.seed)
         batch = sample(policy, tokenizer, [problem["ids"] for problem in step_problems],
                        cfg.group_size, cfg.max_new_tokens, cfg.temperature, generator)
-        old_logprobs, mask = batch.logprobs, batch.mask  # (N, C) each; mask is 0 on padding
-        run.lap("sample")
+        old_logprobs, mask = batch.logprobs, batch.mask  # (N, C) each; both are 0 on padding
 
         # 2. Score the completions, and measure how far each token is from the reference policy.
         # score() returns texts, scores (N,) and, if there are several rewards, their means.
-        texts, scores, reward_means = score(rewards, step_problems, batch, tokenizer, step)
-        if cfg.sequence_ratio:  # the sampler's bf16 rounding errors would add up in the ratio
-            old_logprobs = all_logprobs(policy, batch, cfg.micro_batch_size, cfg.temperature)
+        texts, scores, reward_means = score(rewards, step_problems, batch, tokenizer)
         ref_logprobs = old_logprobs if ref_model is None else all_logprobs(
             ref_model, batch, cfg.micro_batch_size, cfg.temperature)  # without a reference, kl is 0
         kl = kl_estimate(old_logprobs, ref_logprobs, "k1")  # (N, C); 0 on padding
-        if step == 0:
-            check_first_step(policy, batch, scores, kl, cfg)  # warns if ratio != 1 or kl != 0
-        run.lap("score")
 
         # 3. Advantages: how much better than the baseline? No gradient flows through them.
         R = scores - cfg.kl_coef * kl.sum(dim=1)                                 # (N,)
@@ -129,38 +103,31 @@ def train(cfg):
 
         # 4. Update, once per mini-batch. All tensors above stay fixed; log-probs are now computed
         # with gradient. Until the first update of the step, the weights are those that sampled, so
-        # each ratio is 1. by_token is a micro-batch's share of the mini-batch's tokens, by_row its
-        # share of the rows: the means of the micro-batches, times these, add up to the whole mean.
-        stats = Means()
+        # each ratio is 1. share (N, C) is the weight of each token in the mini-batch's loss.
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg.steps, cfg.warmup_steps, cfg.lr)
         for minibatch in mini_batches(len(scores), cfg.minibatch_size, cfg.group_size, cfg.epochs,
                                       generator):
             optimizer.zero_grad()
-            for rows, by_token, by_row in micro_batches(batch, minibatch, cfg.micro_batch_size,
-                                                        advantages):  # skips rows where A is 0
+            share = mask / mask[minibatch].sum()  # a mean over the tokens of the mini-batch
+            # micro_batches() skips rows where A is 0: they have no gradient.
+            for rows in micro_batches(batch, minibatch, cfg.micro_batch_size, advantages):
                 logprobs = token_logprobs(policy, batch, rows, cfg.temperature)  # (n, C)
-                loss, clip_frac = ppo_clip_loss(logprobs, old_logprobs[rows], advantages[rows],
-                                                mask[rows], cfg.clip_eps)
-                if cfg.sequence_ratio:  # the loss above is then not used
-                    loss, clip_frac = sequence_ratio_loss(
-                        logprobs, old_logprobs[rows], advantages[rows], mask[rows], cfg.clip_eps)
-                stats.add(by_token, **ratio_stats(logprobs, old_logprobs[rows], mask[rows]))
-                stats.add_parts(by_token, clip_frac=clip_frac)
-                weight = by_row if cfg.sequence_ratio else by_token  # a mean over rows or tokens?
-                (loss * weight).backward()
-                stats.add_parts(weight, loss=loss)
+                losses, is_clipped = ppo_clip_loss(logprobs, old_logprobs[rows], advantages[rows],
+                                                   cfg.clip_eps)                 # (n, C) each
+                loss = (losses * share[rows]).sum()
+                loss.backward()
+                run.count(loss=loss, clip_frac=(is_clipped * share[rows]).sum(),
+                          approx_kl=approx_kl(logprobs, old_logprobs[rows], share[rows]))
             grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm,
                                                        error_if_nonfinite=True)
             optimizer.step()
-            stats.end_minibatch(grad_norm=grad_norm, lr=optimizer.param_groups[0]["lr"])
+            run.end_minibatch(grad_norm=grad_norm)
 
-        # 5. Log. The score shows progress. The loss does not: it is there for its gradient.
-        run.log(step, **batch_stats(scores, kl, batch, cfg.group_size), **reward_means, **stats())
-        run.show(step, step_problems, texts, scores)
-        run.end_step(step)  # validation, checkpoint, when due
+        # 5. Log, and save when due. The score shows progress. The loss is there for its gradient.
+        run.log(step, step_problems, texts, scores, kl, batch, **reward_means)
 
     run.close()  # saves the model, and tests it on the test problems
 
 
 if __name__ == "__main__":
-    main(Config, REAL, train)
+    main(Config, TOY, train)

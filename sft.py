@@ -23,39 +23,44 @@ from dataclasses import dataclass
 import torch
 
 from common import learning_rate
-from common import masked_mean
 from plumbing import toy
 from plumbing.command_line import main
 from plumbing.data import draw_problems, load_problems
-from plumbing.flags import HfArg, RunConfig
+from plumbing.flags import HfArg, RunConfig, check
 from plumbing.model import load_policy
-from plumbing.rollout import make_batch, micro_batches, token_logprobs
-from plumbing.run import Means, Run
+from plumbing.evaluation import interval
+from plumbing.rollout import all_logprobs, make_batch, micro_batches, token_logprobs
+from plumbing.run import Run
 
 
 @dataclass
 class Config(RunConfig):  # more flags, such as --data and --seed, are in plumbing/flags.py
-    steps: int = HfArg(default=1200, help="training steps")
-    lr: float = HfArg(default=4e-3, help="AdamW learning rate at its peak")
-    warmup_steps: int = HfArg(default=20, help="steps in which the learning rate rises to its peak")
-    micro_batch_size: int = HfArg(default=32, help="completions per pass; changes no result")
+    lr: float = HfArg(default=1e-5, help="AdamW learning rate at its peak")
+    minibatch_size: int = HfArg(default=64, help="demonstrations per optimizer step")
 
 
-# The defaults above are for the toy, these for a real model on a GPU; a CPU gets smaller ones.
-REAL = dict(steps=200, lr=1e-5, warmup_steps=0, micro_batch_size=8, max_new_tokens=256,
-            eval_prompts=256)
+# The defaults above are for a real model on a GPU, these for the toy's model.
+TOY = dict(data="toy", steps=1200, lr=4e-3, warmup_steps=20, micro_batch_size=32,
+           max_new_tokens=32, eval_prompts=512)
 
 
 def train(cfg):
-    run = Run(cfg, "sft")
-    problems, validation, test = load_problems(cfg, "completion")
+    cfg = check(cfg)
     if cfg.model:
         policy, tokenizer = load_policy(cfg.model, cfg.device)
     else:
         policy, tokenizer = toy.make_model(cfg.seed).to(cfg.device), toy.make_tokenizer()
+    problems, validation, test = load_problems(cfg, policy, tokenizer, "demonstration")
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.98),  # short runs
                                   weight_decay=cfg.weight_decay, fused=True)
-    run.open(policy, tokenizer, validation, test, optimizer=optimizer)
+
+    def measure(problems):  # of held-out demonstrations, the nats that the policy needs for each
+        batch = make_batch([problem["ids"] for problem in problems],
+                           [problem["targets"][0] for problem in problems], cfg.device)
+        logprobs = all_logprobs(policy, batch, cfg.micro_batch_size, temperature=1.0)
+        return dict(nats=interval((-logprobs.sum(dim=1)).tolist()))
+    run = Run(cfg, "sft", policy, tokenizer, (problems, validation, test), measure=measure,
+              optimizer=optimizer)
 
     for step in run.steps():
         # 1. Batch: the demonstrations of this step. Nothing is sampled or scored.
@@ -64,27 +69,25 @@ def train(cfg):
                            [problem["targets"][0] for problem in step_problems], cfg.device)
         mask = batch.mask                                                          # (N, C)
 
-        # 2. Update. by_token is the weight of a micro-batch: its share of the batch's tokens.
-        stats = Means()
+        # 2. Update. share (N, C) is the weight of each token in the loss.
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg.steps, cfg.warmup_steps, cfg.lr)
         optimizer.zero_grad()
-        for rows, by_token, _ in micro_batches(batch, torch.arange(len(mask)),
-                                               cfg.micro_batch_size):
-            logprobs = token_logprobs(policy, batch, rows, temperature=1.0)        # (n, C)
-            loss = -masked_mean(logprobs, mask[rows])
-            (loss * by_token).backward()
-            stats.add_parts(by_token, loss=loss)
+        share = mask / mask.sum()  # a mean over the tokens of the batch
+        for rows in micro_batches(batch, torch.arange(len(mask)), cfg.micro_batch_size):
+            losses = -token_logprobs(policy, batch, rows, temperature=1.0)         # (n, C)
+            loss = (losses * share[rows]).sum()
+            loss.backward()
+            run.count(loss=loss)
         grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm,
                                                    error_if_nonfinite=True)
         optimizer.step()
-        stats.end_minibatch(grad_norm=grad_norm, lr=optimizer.param_groups[0]["lr"])
+        run.end_minibatch(grad_norm=grad_norm)
 
         # 3. Log. The loss shows progress: nats per token of the demonstrations.
-        run.log(step, **stats())
-        run.end_step(step)  # validation, checkpoint, when due
+        run.log(step)  # also saves when due
 
     run.close()  # saves the model, and tests it on the test problems
 
 
 if __name__ == "__main__":
-    main(Config, REAL, train)
+    main(Config, TOY, train)

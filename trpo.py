@@ -34,7 +34,7 @@ Compared with reinforce_pp.py:
   - there is one update per batch, with no AdamW and no learning rate;
   - its length is limited by the KL to pi_old, not by a clip of the ratio.
 
-    python trpo.py                                      the toy, no internet: a minute
+    python trpo.py                                      the toy, no network: a minute
     python trpo.py --model Qwen/Qwen2.5-0.5B-Instruct   a real model, on one CUDA GPU
 
 What to expect of the toy: asked 8+9-5=, it writes 12, or shows its work and writes 8+9=17,17-5=12.
@@ -46,68 +46,65 @@ from dataclasses import dataclass, field
 
 import torch
 
-from common import kl_estimate, masked_mean, normalize_rewards
+from common import kl_estimate, normalize_rewards
 from plumbing.command_line import main
 from plumbing.data import draw_problems, load_problems
-from plumbing.evaluation import batch_stats, check_first_step, ratio_stats
-from plumbing.flags import HfArg, RunConfig, fail
+from plumbing.flags import HfArg, OnlineConfig, check, fail
 from plumbing.model import load_policy
 from plumbing.rewards import load_rewards, score
 from plumbing.rollout import all_logprobs, micro_batches, pick, sample, step_generator, token_logits
-from plumbing.run import Means, Run
+from plumbing.run import Run
 from reinforce_pp import reinforce_pp_advantages
 
 
 @dataclass
-class Config(RunConfig):  # more flags, such as --data and --seed, are in plumbing/flags.py
-    steps: int = HfArg(default=30, help="training steps")
-    lr: None = field(default=None, init=False)  # init=False: these five are not flags here
+class Config(OnlineConfig):  # more flags, such as --data and --seed, are in plumbing/flags.py
+    micro_batch_size: int = HfArg(default=4, help="completions per pass; changes no result")
+    lr: None = field(default=None, init=False)  # init=False: these five are no flags of TRPO
     warmup_steps: None = field(default=None, init=False)
     weight_decay: None = field(default=None, init=False)
     max_grad_norm: None = field(default=None, init=False)
     minibatch_size: None = field(default=None, init=False)
-    reward: str = HfArg(default="last_number", help="last_number, true_equations, file.py:function "
-                        "or a reward model's folder; several, with commas between, are added")
-    prompts_per_step: int = HfArg(default=512, help="prompts of a step")
+    prompts_per_step: int = HfArg(default=256, help="prompts of a step")
     group_size: int = HfArg(default=1, help="completions of each prompt, K")
-    temperature: float = HfArg(default=1.0, help="sampling temperature; log-probs use it too")
-    kl_coef: float = HfArg(default=0.01, help="weight of the KL to the reference (beta in papers)")
+    kl_coef: float = HfArg(default=0.001, help="weight of the KL to the reference (beta in papers)")
     reward_clip: float = HfArg(default=5.0, help="clip normalised scores to +- this; 0: raw scores")
-    delta: float = HfArg(default=0.005, help="largest KL of a step, in nats per token")
-    damping: float = HfArg(default=1.0, help="added to the diagonal of the Fisher matrix F")
-    fisher_fraction: float = HfArg(default=0.0625, help="fraction of the completions that make F")
+    delta: float = HfArg(default=0.001, help="largest KL of a step, in nats per token")
+    damping: float = HfArg(default=0.1, help="added to the diagonal of the Fisher matrix F")
+    fisher_fraction: float = HfArg(default=0.125, help="fraction of the completions that make F")
     cg_iterations: int = HfArg(default=10, help="iterations of conjugate gradients, at most")
     backtrack: float = HfArg(default=0.8, help="a step that fails is made shorter by this factor")
     max_tries: int = HfArg(default=10, help="step lengths that are tried before none is made")
 
 
-# The defaults above are for the toy, these for a real model on a GPU; a CPU gets smaller ones.
-REAL = dict(steps=200, prompts_per_step=256, micro_batch_size=4, max_new_tokens=256, kl_coef=0.001,
-            eval_prompts=256, delta=0.001, damping=0.1, fisher_fraction=0.125)
+# The defaults above are for a real model on a GPU, these for the toy's model.
+TOY = dict(data="toy", steps=30, prompts_per_step=512, micro_batch_size=64, max_new_tokens=32,
+           kl_coef=0.01, eval_prompts=512, delta=0.005, damping=1.0, fisher_fraction=0.0625)
 
 
-def surrogate(logprobs, old_logprobs, advantages, mask):
-    """L = mean_t ratio_t A_t, to be maximised: all (N, C) -> scalar. TRPO, eq. 14."""
-    ratio = torch.where(mask.bool(), logprobs - old_logprobs, 0).exp()
-    return masked_mean(ratio * advantages, mask)
+def surrogate(logprobs, old_logprobs, advantages):
+    """L per token, ratio_t A_t, to be maximised: all (N, C) -> (N, C). TRPO, eq. 14."""
+    return (logprobs - old_logprobs).exp() * advantages
 
 
-def mean_kl(old_logits, logits, mask):
-    """mean_t KL(pi_old || pi): two (N, C, vocabulary), (N, C) -> scalar, exact. TRPO, eq. 12."""
-    old, new = (torch.where(mask[..., None].bool(), x, 0).log_softmax(-1)
-                for x in (old_logits, logits))
-    return masked_mean((old.exp() * (old - new)).sum(-1), mask)
+def mean_kl(old_logits, logits, share):
+    """sum_t share_t KL_t(pi_old || pi), exactly. TRPO, eq. 12.
+
+    Two (N, C, vocabulary), and the weight of each token (N, C), 0 on padding -> scalar.
+    """
+    old, new = old_logits.log_softmax(-1), logits.log_softmax(-1)
+    return ((old.exp() * (old - new)).sum(-1) * share).sum()
 
 
-def fisher_vector_product(kl, parameters, vector, damping):
-    """(F + damping) v: scalar with graph, list of tensors, (D,), float -> (D,). TRPO, appendix C.
+def fisher_vector_product(kl, parameters, vector):
+    """F v: scalar with graph, list of tensors, (D,) -> (D,). TRPO, appendix C.
 
     F is the Hessian of kl with respect to the D parameters. kl may be used again: its graph stays.
     """
     gradient = torch.autograd.grad(kl, parameters, create_graph=True, materialize_grads=True)
     slope = torch.cat([g.flatten() for g in gradient]).dot(vector)
     product = torch.autograd.grad(slope, parameters, retain_graph=True, materialize_grads=True)
-    return torch.cat([p.flatten() for p in product]) + damping * vector
+    return torch.cat([p.flatten() for p in product])
 
 
 def conjugate_gradient(matvec, b, iterations=10, tolerance=1e-10):
@@ -129,31 +126,29 @@ def conjugate_gradient(matvec, b, iterations=10, tolerance=1e-10):
 
 
 @torch.no_grad()
-def measure_step(policy, old_policy, batch, advantages, cfg):
+def measure_step(policy, old_policy, batch, advantages, share, cfg):
     """For the line search and the log, on the whole batch: the KL of a step, and the gain in L."""
-    stats = Means()
-    everything = torch.arange(len(advantages))
-    for rows, by_token, _ in micro_batches(batch, everything, cfg.micro_batch_size):
-        A, mask = advantages[rows], batch.mask[rows]
+    everything, kl_step, real_gain = torch.arange(len(advantages)), 0, 0
+    for rows in micro_batches(batch, everything, cfg.micro_batch_size):
         old_logits, logits = (token_logits(model, batch, rows, cfg.temperature)
                               for model in (old_policy, policy))
         old_logprobs, logprobs = (pick(x, batch.completions[rows], 1.0)  # 1.0: already divided
                                   for x in (old_logits, logits))
-        stats.add(by_token, kl_step=mean_kl(old_logits, logits, mask),
-                  **ratio_stats(logprobs, old_logprobs, mask),
-                  real_gain=surrogate(logprobs, old_logprobs, A, mask) - masked_mean(A, mask))
-    return stats()
+        kl_step += mean_kl(old_logits, logits, share[rows])
+        L = surrogate(logprobs, old_logprobs, advantages[rows])                  # (n, C)
+        real_gain += ((L - advantages[rows]) * share[rows]).sum()  # L before the step is A
+    return dict(kl_step=kl_step, real_gain=real_gain)
 
 
 def train(cfg):
-    run = Run(cfg, "trpo")
-    problems, validation, test = load_problems(cfg)
-    rewards = load_rewards(cfg, problems + validation + test)
+    cfg = check(cfg)
     policy, tokenizer = load_policy(cfg.model, cfg.device)
+    problems, validation, test = load_problems(cfg, policy, tokenizer)
+    rewards = load_rewards(cfg, problems + validation + test)
     policy.set_attn_implementation("eager")  # fused attention cannot be differentiated twice
     ref_model = copy.deepcopy(policy).requires_grad_(False) if cfg.kl_coef else None
     old_policy, parameters = copy.deepcopy(policy), list(policy.parameters())
-    run.open(policy, tokenizer, validation, test, rewards)
+    run = Run(cfg, "trpo", policy, tokenizer, (problems, validation, test), rewards)
 
     for step in run.steps():
         # 1. Sample K completions of each prompt of this step from softmax(logits / temperature).
@@ -162,40 +157,38 @@ def train(cfg):
         step_problems = draw_problems(problems, step, cfg.prompts_per_step, cfg.seed)
         batch = sample(policy, tokenizer, [problem["ids"] for problem in step_problems],
                        cfg.group_size, cfg.max_new_tokens, cfg.temperature, generator)
-        old_logprobs, mask = batch.logprobs, batch.mask  # (N, C) each; mask is 0 on padding
-        run.lap("sample")
+        old_logprobs, mask = batch.logprobs, batch.mask  # (N, C) each; both are 0 on padding
 
         # 2. Score the completions, and measure how far each token is from the reference policy.
         # score() returns texts, scores (N,) and, if there are several rewards, their means.
-        texts, scores, reward_means = score(rewards, step_problems, batch, tokenizer, step)
+        texts, scores, reward_means = score(rewards, step_problems, batch, tokenizer)
         ref_logprobs = old_logprobs if ref_model is None else all_logprobs(
             ref_model, batch, cfg.micro_batch_size, cfg.temperature)  # without a reference, kl is 0
         kl = kl_estimate(old_logprobs, ref_logprobs, "k1")  # (N, C); 0 on padding
-        if step == 0:
-            check_first_step(policy, batch, scores, kl, cfg)  # warns if ratio != 1 or kl != 0
-        run.lap("score")
 
         # 3. Advantages: how much better than the baseline? No gradient flows through them.
         normalized = normalize_rewards(scores, cfg.reward_clip) if cfg.reward_clip else scores
         advantages = reinforce_pp_advantages(normalized, kl, mask, cfg.kl_coef)
 
-        # 4. Update, once for the whole batch. by_token: the micro-batch's part of the tokens.
+        # 4. Update, once for the whole batch. share (N, C) is the weight of each token.
         everything, gradient = torch.arange(len(scores)), 0
-        for rows, by_token, _ in micro_batches(batch, everything, cfg.micro_batch_size):
+        share = mask / mask.sum()
+        for rows in micro_batches(batch, everything, cfg.micro_batch_size):
             logits = token_logits(policy, batch, rows, cfg.temperature)  # divided by temperature
             logprobs = pick(logits, batch.completions[rows], 1.0)                # (n, C)
             # Here pi_old is pi, so its log-probs are taken from logprobs: the ratio is exactly 1.
-            L = surrogate(logprobs, logprobs.detach(), advantages[rows], mask[rows])
-            parts = torch.autograd.grad(L * by_token, parameters, materialize_grads=True)
+            L = surrogate(logprobs, logprobs.detach(), advantages[rows])         # (n, C)
+            parts = torch.autograd.grad((L * share[rows]).sum(), parameters, materialize_grads=True)
             gradient += torch.cat([part.flatten() for part in parts])            # (D,), uphill
 
         def matvec(vector):  # (F + damping) v, from the first completions
-            product, part = 0, everything[: max(1, int(cfg.fisher_fraction * len(scores)))]
-            for rows, by_token, _ in micro_batches(batch, part, cfg.micro_batch_size):
+            part = everything[: max(1, int(cfg.fisher_fraction * len(scores)))]
+            share, product = mask / mask[part].sum(), cfg.damping * vector
+            for rows in micro_batches(batch, part, cfg.micro_batch_size):
                 logits = token_logits(policy, batch, rows, cfg.temperature)
-                kl_0 = mean_kl(logits.detach(), logits, mask[rows])  # it is 0; its Hessian is not
-                product += by_token * fisher_vector_product(kl_0, parameters, vector, cfg.damping)
-            return product  # by_token sums to 1, so the damping is in it once
+                kl_0 = mean_kl(logits.detach(), logits, share[rows])  # it is 0; its Hessian is not
+                product = product + fisher_vector_product(kl_0, parameters, vector)
+            return product
 
         x = conjugate_gradient(matvec, gradient, cfg.cg_iterations)
         full = x * (2 * cfg.delta / x.dot(matvec(x)).clamp(min=1e-8)).sqrt()  # not 0 / 0
@@ -206,20 +199,18 @@ def train(cfg):
         for scale in [cfg.backtrack**i for i in range(cfg.max_tries)] + [0]:  # 0: back to pi_old
             for p, old, part in zip(parameters, old_policy.parameters(), full.split(sizes)):
                 p.data.copy_(old + scale * part.view_as(p))
-            tries.append(measure_step(policy, old_policy, batch, advantages, cfg))
+            tries.append(measure_step(policy, old_policy, batch, advantages, share, cfg))
             if tries[-1]["kl_step"] <= cfg.delta and tries[-1]["real_gain"] > 0:
                 break
         stats = dict(tries[-1], tries=min(len(tries), cfg.max_tries),
                      kl_full_step=tries[0]["kl_step"], predicted_gain=scale * gradient.dot(full),
                      grad_norm=gradient.norm(), loss=-tries[-1]["real_gain"])
 
-        # 5. Log. The score shows progress. The loss is minus what L has gained by the step.
-        run.log(step, **batch_stats(scores, kl, batch, cfg.group_size), **reward_means, **stats)
-        run.show(step, step_problems, texts, scores)
-        run.end_step(step)  # validation, checkpoint, when due
+        # 5. Log, and save when due. The loss is minus what L has gained by the step.
+        run.log(step, step_problems, texts, scores, kl, batch, **reward_means, **stats)
 
     run.close()  # saves the model, and tests it on the test problems
 
 
 if __name__ == "__main__":
-    main(Config, REAL, train)
+    main(Config, TOY, train)

@@ -1,53 +1,50 @@
 """
-Prompts: what the policy is asked.
+Data: rows -> problems, and text -> tokens.
 
 A problem is a dict of ours, so that no column of the data can be in its way:
-    row           the row of the data, as it was found
-    columns       all columns of the data set, None where the row has none; rewards get them
-    prompt        text, or a list of messages
-    completion, completions    None, or what the row says of an answer: to_problem()
-    ids, targets  tokens: the prompt as the model sees it, and each completion that is learned from
+    row           the row of the data, with None for a column that only other rows have
+    prompt        text, or a list of messages {role, content}
+    completions   the texts that are learned from, best first; [] where a script only samples
+    ids, targets  tokens: the prompt as the model sees it, and each of the completions
+
+What the columns of a row mean, the same for every script:
+    prompt           `prompt`, or `question`
+    demonstration    `completion`; or an `answer` of the form "reasoning #### 42", as in GSM8K
+    pair             `chosen` and `rejected`, or `completions`, a list of two, best first
+    ranking          `completions`, or `chosen` and `rejected`
+If these are conversations, a last message is the completion, and what precedes it is the prompt, or
+the prompt's column is, if nothing does. All else is refused.
 """
 import json
-import os
 import random
 import re
+import tempfile
 import zlib
-from itertools import combinations, takewhile
+from itertools import combinations
 from pathlib import Path
 
 from plumbing import toy
 from plumbing.flags import fail
-from plumbing.model import load_tokenizer
 
-# --------------------------------------------------------------------------------------------------
-# From --data to problems
+SIZES = dict(demonstration=(1,), pair=(2,), ranking=range(2, 1000))  # of `completions`
+NEEDED = dict(demonstration="completion", pair="chosen and rejected", ranking="completions")
 
 
-def load_problems(cfg, wanted=None, splits=None):
-    """--data, or the rows of its splits -> training, validation and test problems.
+def load_problems(cfg, policy, tokenizer, wanted=None):
+    """--data -> training, validation and test problems.
 
-    wanted, beside the prompt: completion, pairs or rankings.
+    wanted: demonstration, pair or ranking, where completions are learned from. Training rows must
+    have them. A validation or test row may be a prompt alone, which the policy then answers.
     """
-    tokenizer, context, vocab_size, stop = load_tokenizer(cfg.model)
-    known_only = toy.is_toy(tokenizer) and splits is None  # what it has sampled may hold <unk>
-    splits = splits or read(cfg.data, cfg.eval_prompts)
-    cfg.data_checksum = checksum([*splits.values()])  # a run is not resumed on other data
-    splits = settle(splits, cfg.data, wanted)
-    for rows in splits.values():
-        encode(rows, tokenizer, f"--data {cfg.data}")
-        if wanted:
-            column = "completion" if wanted == "completion" else "completions"
-            encode_completions(rows, tokenizer, column, stop)
-        used = set()
-        for row in rows:
-            used.update(row["ids"], *row.get("targets", []))
-        if max(used) >= vocab_size:
-            fail(f"--model {cfg.model}: its tokenizer has tokens that the model lacks; replace it")
-        if known_only and tokenizer.unk_token_id in used:
-            fail(f"--data {cfg.data}: the toy model knows only digits, + - = and comma; name a "
-                 "--model that reads text")
-    splits = hold_out(drop_long(splits, cfg, context), cfg.data)
+    splits = read(cfg.data, cfg.eval_prompts, wanted)
+    columns = dict.fromkeys(key for rows in splits.values() for row in rows for key in row)
+    for split, rows in splits.items():
+        problems = []
+        for number, row in enumerate(rows, 1):
+            where = f"--data {cfg.data}: row {number} of {split}"
+            problems.append(to_problem({**columns, **row}, wanted, split == "train", where))
+        splits[split] = drop_unfit(encode(problems, tokenizer, cfg.data), policy, cfg, split)
+    splits = hold_out(splits, cfg.data)
     if cfg.eval_every and not splits["validation"]:
         fail("--eval_every: the data has too few prompts to hold some out for it; leave it at 0")
     for split in ("validation", "test"):
@@ -57,181 +54,133 @@ def load_problems(cfg, wanted=None, splits=None):
     return splits["train"], splits["validation"], splits["test"]
 
 
-def read(data, held_out):
-    """toy, words, .jsonl file, folder that `datasets` can load, hub name -> {split: rows}."""
+# --------------------------------------------------------------------------------------------------
+# From files to rows
+
+
+def read(data, held_out, wanted=None):
+    """toy, words, .jsonl file, folder or hub name -> {split: rows}."""
+    if data == "toy" and wanted in ("pair", "ranking"):
+        data = str(toy.PAIRS if wanted == "pair" else toy.RANKINGS)
     if data in toy.KINDS:
         sizes = dict(train=16384, validation=held_out, test=held_out)
         return {split: toy.problems(data, split, n) for split, n in sizes.items()}
-    data = os.path.expanduser(data)
-    path = Path(data)
-    named_as_file = path.suffix in (".jsonl", ".json") and not path.is_dir()
-    if path.is_file() or named_as_file:
-        return {"train": read_jsonl(path)}
-    from plumbing.hub_data import load  # here, because few runs need it
-    return load(data)
+    path, splits = Path(data), {}
+    if path.suffix in (".jsonl", ".json") and not path.is_dir():
+        return dict(train=read_jsonl(path))
+    for file in sorted(path.glob("*.jsonl")) if path.is_dir() else []:
+        name = re.match("(train|validation|test|)", file.stem)[0]
+        splits.setdefault(name or "train", []).extend(read_jsonl(file))
+    return splits or read_dataset(data)
 
 
 def read_jsonl(path):
     """One JSON object per line -> rows; empty lines are skipped."""
-    if not path.is_file() or path.suffix not in (".jsonl", ".json"):
-        fail(f"--data {path}: there is no such .jsonl file (of csv or parquet, name the folder)")
     rows = []
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
-        try:
+    try:
+        for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
             if line.strip():
                 rows.append({**json.loads(line)})
-        except (ValueError, TypeError, RecursionError) as error:  # not JSON; not UTF-8; no {...}
-            fail(f"--data {path}: line {number} is not a JSON object ({error}); mend or delete it")
+    except OSError as error:
+        fail(f"--data {path}: {error.strerror}; name a .jsonl file, or of other files the folder")
+    except (ValueError, TypeError, RecursionError) as error:  # not JSON; not UTF-8; no {...}
+        fail(f"--data {path}: line {number} is not a JSON object ({error}); mend or delete it")
     return rows
 
 
-NEEDED = dict(
-    prompt="a prompt (or question; or chosen and rejected that begin alike, and no other text)",
-    completion="a completion",
-    pairs="chosen and rejected (rankings are for dpo.py --loss plackett_luce)",
-    rankings="completions, a list, best first, or chosen and rejected")
+def read_dataset(data):
+    """What the library `datasets` reads: other files in a folder, or a data set of the hub."""
+    name, _, configuration = (data, "", "") if Path(data).is_dir() else data.partition(":")
+    import datasets  # here, because it takes a second
+    try:
+        if any(Path(name, saved).exists() for saved in ("dataset_dict.json", "state.json")):
+            found = datasets.load_from_disk(name)
+            return to_rows(found if isinstance(found, dict) else dict(train=found))
+        if not Path(name).is_dir():
+            return to_rows(datasets.load_dataset(name, configuration or None))
+        with tempfile.TemporaryDirectory() as cache:  # the usual one goes by the time of a file
+            return to_rows(datasets.load_dataset(name, cache_dir=cache))
+    except Exception as error:
+        error = error.__cause__ or error  # "An error occurred", says the one around it
+        fail(f"--data {data}: {' '.join(str(error).split())[:300]}; name toy, words, a .jsonl "
+             "file, a folder, or a name[:configuration] on the hub")
 
 
-def settle(splits, data, wanted=None):
-    """{split: rows as they were found} -> {split: problems}; a row that lacks something is refused.
+def to_rows(found):
+    """The splits of `datasets` -> {split: rows}, those called train, validation and test."""
+    wanted = ("train", "validation", "test") if "train" in found else found
+    return {split: list(found[split].with_format(None)) for split in found if split in wanted}
 
-    wanted, beside the prompt: completion, pairs or rankings.
+
+# --------------------------------------------------------------------------------------------------
+# From rows to problems
+
+
+def to_problem(row, wanted, needs, where):
+    """The rules at the top of this file. needs: refuse a row that lacks what is wanted."""
+    answer = row["answer"] if re.search(r"####\s*\S+\s*\Z", str(row.get("answer"))) else None
+    found = [[row.get("chosen"), row.get("rejected")], row.get("completions"),
+             [row.get("completion")], [answer]]
+    prompt = clean(row.get("question") if row.get("prompt") is None else row["prompt"])
+    sizes = SIZES.get(wanted, range(1000 if prompt is None else 0))  # it may be in a conversation
+    completions = next((texts for texts in found if isinstance(texts, list)
+                        and len(texts) in sizes and None not in texts), [])
+    there = ", ".join(key for key, value in row.items() if value is not None)
+    if needs and wanted and not completions:
+        fail(f"{where} has {there}; it must have {NEEDED[wanted]}")
+    texts = []
+    for completion in map(clean, completions):
+        if isinstance(completion, list):  # a conversation
+            *before, last = completion
+            if before and prompt in (None, before[-1]["content"]):
+                prompt = before
+            if before not in ([], prompt) or last["role"] != "assistant":
+                fail(f"{where}: the prompt and one message of the assistant is what a conversation "
+                     "must be; cut it, or delete the row")
+            completion = last["content"]
+        if completion is None:
+            fail(f"{where}: a completion is neither text nor messages {{role, content}}; mend it")
+        texts.append(completion)
+    if prompt is None:
+        fail(f"{where} has {there}; it must have a prompt (or question), text or messages {{role, "
+             "content}; from texts that begin with it, it has to be cut")
+    return dict(row=row, prompt=prompt, completions=texts if wanted else [])
+
+
+def clean(value):
+    """Text, or messages {role, content} without the keys that Arrow filled with None; else None."""
+    if isinstance(value, str):  # JSON may hold half a letter
+        return value if value == value.encode("utf-8", "ignore").decode() else None
+    if not isinstance(value, list) or not value or not all(
+            isinstance(message, dict) and isinstance(message.get("role"), str)
+            and isinstance(clean(message.get("content")), str) for message in value):
+        return None
+    return [{key: item for key, item in message.items() if item is not None} for message in value]
+
+
+def drop_unfit(problems, policy, cfg, split):
+    """Rows that are too long or have equal completions are left out and counted, never cut.
+
+    Where a model's positions change beyond a length (LongRoPE), that length is its context.
     """
-    columns = list(dict.fromkeys(key for rows in splits.values() for row in rows for key in row))
-    settled = {split: [] for split in splits}
-    for split, rows in splits.items():
-        if not rows:
-            fail(f"--data {data}: it is empty; give it rows with a prompt each")
-        for number, row in enumerate(rows, 1):
-            problem, where = to_problem(row, columns), f"--data {data}: row {number} of {split}"
-            check_parts(problem, wanted, where)
-            if wanted not in ("pairs", "rankings") or is_comparison(problem):
-                check_texts(problem, wanted, where)
-                settled[split].append(problem)
-        left_out = len(rows) - len(settled[split])
-        if left_out:
-            why = (f"dropped {left_out} of {len(rows)} rows of {split}: two completions are the "
-                   "same, or one is of several messages")
-            if not settled[split]:
-                fail(f"--data {data}: {why}; none is left")
-            print(why)
-    return settled
-
-
-def to_problem(row, columns):
-    """What the columns of a row mean, the same for every script -> a problem.
-
-    prompt        the column, or `question`; in a conversation, what chosen and rejected both begin
-                  with; in texts too, if no other column holds text, which may be what is meant
-    completion    the column, or an answer of the form "reasoning #### 42", as GSM8K has them
-    completions   chosen and rejected, or the column, best first
-    """
-    prompt = row.get("question") if row.get("prompt") is None else row["prompt"]
-    completion, completions = row.get("completion"), row.get("completions")
-    if completion is None and re.search(r"####\s*\S+\s*\Z", str(row.get("answer"))):
-        completion = row["answer"]
-    if row.get("chosen") is not None and row.get("rejected") is not None:
-        others = (key for key in columns if key not in ("chosen", "rejected"))
-        asked = any(key in ("prompt", "question") or is_text(row.get(key)) for key in others)
-        prompt, completions = to_pair(prompt, row["chosen"], row["rejected"], not asked)
-    return dict(row=row, columns={key: row.get(key) for key in columns}, prompt=prompt,
-                completion=completion, completions=completions)
-
-
-def to_pair(prompt, chosen, rejected, split_texts=False):
-    """-> prompt, [chosen, rejected]; without a prompt, they begin with it (texts if split_texts).
-
-    Conversations that both repeat the prompt are cut after it.
-    """
-    kinds = {type(chosen), type(rejected)}
-    splittable = kinds == {list} or (kinds == {str} and split_texts)
-    if prompt is None and splittable:
-        prompt, pair = split_prompt(chosen, rejected)
-        return prompt or None, pair
-    if kinds != {list}:
-        return prompt, [chosen, rejected]
-    if isinstance(prompt, list):
-        n = len(prompt) if chosen[: len(prompt)] == prompt else 0
-    else:  # text: the conversation may begin with a system message
-        contents = [message.get("content") for message in chosen if isinstance(message, dict)]
-        n = contents.index(prompt) + 1 if prompt in contents else 0
-    if chosen[:n] != rejected[:n]:
-        return prompt, [chosen, rejected]
-    return chosen[:n] or prompt, [chosen[n:], rejected[n:]]
-
-
-def split_prompt(chosen, rejected):
-    """Two texts, or lists of messages, that begin alike -> the beginning, and the two rests.
-
-    Texts are not cut inside a word, which may be one token, nor after a space, which tokenizers
-    take for the beginning of the next.
-    """
-    n = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected)))
-    if isinstance(chosen, str):
-        inside = any(re.match(r"\w\w", text[max(n - 1, 0):]) for text in (chosen, rejected))
-        n = re.search(r"\s?\w*\Z" if inside else r"\s?\Z", chosen[:n]).start()
-    return chosen[:n], [chosen[n:], rejected[n:]]
-
-
-def check_parts(problem, wanted, where):
-    """Refuse a row in which a part is missing."""
-    texts = problem["completions"]
-    several = isinstance(texts, list) and len(texts) > 1
-    there = dict(prompt=problem["prompt"] is not None, completion=problem["completion"] is not None,
-                 pairs=several and len(texts) == 2, rankings=several)
-    for part in ("prompt", wanted) if wanted else ("prompt",):
-        if not there[part]:
-            found = sorted(key for key, value in problem["row"].items() if value is not None)
-            fail(f"{where} has {', '.join(found)}; it must have {NEEDED[part]}")
-
-
-def is_comparison(problem):
-    """Whether the completions differ, and each is what follows a prompt in one turn."""
-    texts = problem["completions"]
-    if any(isinstance(text, list) and len(text) > 1 for text in texts):
-        return False
-    return all(one != other for one, other in combinations(texts, 2))
-
-
-def check_texts(problem, wanted, where):
-    """Refuse a row in which a part is no text."""
-    texts = [problem["completion"]] if wanted == "completion" else problem["completions"]
-    named = [("prompt", problem["prompt"])]
-    named += [("completion", text) for text in texts] if wanted else []
-    for name, value in named:
-        if not is_text(value, answer=name == "completion"):
-            fail(f"{where}: its {name} is {value!r:.100}; it must be text, or messages {{role, "
-                 "content} (of a completion: one, assistant)")
-
-
-def is_text(value, answer=False):
-    """Text, or a list of messages {role, content}? In an `answer`, one message of the assistant."""
-    if isinstance(value, str):
-        return value == value.encode("utf-8", "ignore").decode()  # JSON may hold half a letter
-    if not isinstance(value, list) or not value:
-        return False
-    for message in value:
-        if not isinstance(message, dict):
-            return False
-        if not is_text(message.get("role")) or not is_text(message.get("content")):
-            return False
-    return not answer or [message["role"] for message in value] == ["assistant"]
-
-
-def drop_long(splits, cfg, context):
-    """Rows that do not fit are left out and counted, never cut: half a question is another one."""
-    room = context - cfg.max_new_tokens
-    why = (f"prompts above {room} tokens (context {context} - max_new_tokens {cfg.max_new_tokens}) "
-           f"or completions above {cfg.max_new_tokens}")
-    kept = {}
-    for split, rows in splits.items():
-        kept[split] = [row for row in rows if len(row["ids"]) <= room
-                       and max(map(len, row.get("targets", [[]]))) <= cfg.max_new_tokens]
-        if not kept[split]:
-            fail(f"--data {cfg.data}: all {len(rows)} rows of {split} have {why}; change "
-                 "--max_new_tokens, or the data")
-        if len(kept[split]) < len(rows):
-            print(f"dropped {len(rows) - len(kept[split])} of {len(rows)} rows of {split}: {why}")
+    config = policy.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    lengths = (getattr(config, "max_position_embeddings", None),
+               rope.get("original_max_position_embeddings"))
+    room = min(length for length in (*lengths, 2**31) if length) - cfg.max_new_tokens
+    kept = [problem for problem in problems if len(problem["ids"]) <= room
+            and max(map(len, problem["targets"]), default=0) <= cfg.max_new_tokens
+            and all(one != other for one, other in combinations(problem["completions"], 2))]
+    why = (f"dropped {len(problems) - len(kept)} of {len(problems)} rows of {split}: their prompt "
+           f"has more than {room} tokens (context - max_new_tokens), or a completion more than "
+           f"{cfg.max_new_tokens}, or two completions are equal")
+    if not kept:
+        fail(f"--data {cfg.data}: {why}; change --max_new_tokens, or the data")
+    if len(kept) < len(problems):
+        print(why)
+    if max(max(row["ids"] + sum(row["targets"], [])) for row in kept) >= (
+            policy.get_input_embeddings().num_embeddings):
+        fail("--model: its tokenizer has tokens that the model lacks; replace the tokenizer")
     return kept
 
 
@@ -242,49 +191,49 @@ def hold_out(splits, data):
     test, 1 validation. Of a handful of prompts, one is test and none validation.
     """
     if len(splits) == 1:  # whatever it is called
-        (rows,) = splits.values()
-        splits = dict(train=rows)
+        splits = dict(train=[*splits.values()][0])
     if "train" not in splits:
         fail(f"--data {data}: of its splits, {', '.join(splits)}, none is called train; rename one")
-    given = dict(splits)
-    rows = given.pop("train")
-    made = {name: [] for name in ("train", "test", "validation") if name not in given}
-    for row in rows:
-        home = toy.split_of(checksum(row["prompt"]))
-        made[home if home in made else "train"].append(row)
-    if not made["train"] or made.get("test") == []:
-        first = min(checksum(row["prompt"]) for row in rows)
-        made["train"] = [row for row in rows if checksum(row["prompt"]) != first]
-        made["test"] = [row for row in rows if checksum(row["prompt"]) == first]
-        made["validation"] = []
-    if not made["train"]:
+    rows = splits["train"]
+    sums = [zlib.crc32(json.dumps(row["prompt"], sort_keys=True).encode()
+                       if isinstance(row["prompt"], list) else row["prompt"].encode())
+            for row in rows]
+    homes = [toy.split_of(number) for number in sums]
+    if "test" not in splits and not {"train", "test"} <= set(homes):
+        homes = ["test" if number == min(sums) else "train" for number in sums]
+    homes = ["train" if home in splits else home for home in homes]
+    if "train" not in homes:
         fail(f"--data {data}: it has only one prompt; give at least two, one of them is the test")
-    return {**made, **given}
-
-
-def checksum(value):
-    """Of a text, or of lists and dicts; of dates, pictures and so on, it takes the repr."""
-    text = value if isinstance(value, str) else json.dumps(
-        value, sort_keys=True, default=lambda other: re.sub(" at 0x[0-9A-Fa-f]+", "", repr(other)))
-    return zlib.crc32(text.encode())
+    made = {split: [row for row, home in zip(rows, homes) if home == split]
+            for split in ("train", "test", "validation")}
+    return {**made, **splits, "train": made["train"]}
 
 
 # --------------------------------------------------------------------------------------------------
 # From text to tokens
 
 
-def encode(problems, tokenizer, data="--data"):
-    """Add `ids` to each problem: through the chat template if there is one; with one BOS or none.
+def encode(problems, tokenizer, data="the data"):
+    """Add `ids`, the prompt through the chat template if there is one, and `targets`.
 
-    A rendered template mostly contains the BOS already, and tokenizers like to add a second.
+    A prompt begins with what the tokenizer puts before a text, if the template has not written it.
+    A completion is tokenised apart from the prompt, so that the boundary between them is one
+    between tokens, and it ends with one EOS: to stop is a decision too.
     """
-    bos = tokenizer.bos_token_id
-    wants_bos = bos is not None and tokenizer("a").input_ids[:1] == [bos]
+    eos, marked = tokenizer.eos_token, tokenizer("a").input_ids
+    before = marked[: marked.index(tokenizer("a", add_special_tokens=False).input_ids[0])]
     texts = [render(problem["prompt"], tokenizer, data) for problem in problems]
     for problem, ids in zip(problems, tokenizer(texts, add_special_tokens=False).input_ids):
-        problem["ids"] = [bos] + ids if wants_bos and ids[:1] != [bos] else ids
-        if not problem["ids"]:
-            fail(f"{data}: the prompt {problem['prompt']!r} has no tokens; delete it")
+        problem["ids"] = ids if ids[: len(before)] == before else before + ids
+        if not problem["ids"] or ("<unk>" == tokenizer.unk_token and tokenizer.unk_token_id in ids):
+            fail(f"--data {data}: the prompt {problem['prompt']!r:.200} is empty, or the tokenizer "
+                 "does not know all its characters; the toy's knows digits, + - = and comma")
+    texts = [text.rstrip().removesuffix(eos) if text.rstrip().endswith(eos) else text
+             for problem in problems for text in problem["completions"]]
+    targets = iter(tokenizer(texts, add_special_tokens=False).input_ids if texts else ())
+    for problem in problems:
+        problem["targets"] = [next(targets) + [tokenizer.eos_token_id]
+                              for _ in problem["completions"]]
     return problems
 
 
@@ -293,9 +242,9 @@ def render(prompt, tokenizer, data):
 
     What the data has begun of the answer (a last message of the assistant) follows to the letter.
     """
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if isinstance(prompt, str) and not tokenizer.chat_template:
         return prompt
+    messages = [dict(role="user", content=prompt)] if isinstance(prompt, str) else prompt
     begun = ""
     if messages[-1]["role"] == "assistant":
         begun, messages = messages[-1]["content"], messages[:-1]
@@ -304,36 +253,8 @@ def render(prompt, tokenizer, data):
                                              add_generation_prompt=True) + begun
     except Exception as error:  # templates raise what they like: "roles must alternate", ...
         reason = " ".join(str(error).split())[:200]  # also if the model has no template
-        fail(f"{data}: the prompt {prompt!r:.200} is refused by the model's chat template "
+        fail(f"--data {data}: the prompt {prompt!r:.200} is refused by the model's chat template "
              f"({reason}); mend it, or choose a chat model")
-
-
-def encode_completions(problems, tokenizer, column="completion", stop=()):
-    """Add `targets`: each completion's tokens, with one EOS at the end: to stop is a decision too.
-
-    Tokenised apart from the prompt, so that the boundary between them is one between tokens.
-    stop: what may stand for the EOS where the data has it written out.
-    """
-    texts = [row[column] if column == "completions" else [row[column]] for row in problems]
-    flat = [text if isinstance(text, str) else text[0]["content"] for row in texts for text in row]
-    ids = iter(tokenizer(flat, add_special_tokens=False).input_ids)
-    for problem, row in zip(problems, texts):
-        problem["targets"] = [end_once(next(ids), {tokenizer.eos_token_id, *stop}, tokenizer)
-                              for _ in row]
-    return problems
-
-
-def end_once(ids, stop, tokenizer):
-    """Tokens of a completion -> the same up to the EOS that ends it, which is added if need be.
-
-    An EOS in the data ends it if nothing comes after it but white space and more of its kind.
-    """
-    for i, token in enumerate(ids):
-        if token in stop:
-            rest = [other for other in ids[i:] if other not in stop]
-            if not tokenizer.decode(rest).strip():
-                return ids[: i + 1]
-    return ids + [tokenizer.eos_token_id]
 
 
 def draw_problems(problems, step, n, seed):

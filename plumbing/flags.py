@@ -1,10 +1,11 @@
 """
-The flags that all scripts share, what their numbers may be, and how a run is refused.
+The flags that all scripts share, what they may be, and how a run is refused.
 """
+import copy
 import math
-import re
+import os
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Optional
 
 import torch
@@ -13,43 +14,51 @@ from transformers.hf_argparser import HfArg
 
 @dataclass
 class RunConfig:
-    """The flags of every script, with defaults for the toy. REAL in each script has a real model's.
+    """The flags of every script. The defaults are for a real model on a GPU; TOY in each script has
+    those for the toy's model.
     """
 
     model: Optional[str] = HfArg(default=None, help="folder of a model or of a run, or name on the "
                                                     "hub; None: the toy's model")
-    data: str = HfArg(default="toy", help="toy, words, or your own: a .jsonl file, a folder, or a "
-                                          "name[:configuration] on the hub")
-    steps: int = HfArg(default=60, help="training steps")
-    lr: float = HfArg(default=2e-4, help="AdamW learning rate at its peak")
+    data: str = HfArg(default="words", help="toy, words, or your own: a .jsonl file, a folder, or "
+                                            "a name[:configuration] on the hub")
+    steps: int = HfArg(default=200, help="training steps")
+    lr: float = HfArg(default=1e-6, help="AdamW learning rate at its peak")
     warmup_steps: int = HfArg(default=0, help="steps in which the learning rate rises to its peak")
     weight_decay: float = HfArg(default=0.0, help="AdamW weight decay")
     max_grad_norm: float = HfArg(default=1.0, help="gradients are clipped to this norm")
-    minibatch_size: int = HfArg(default=64, help="completions per optimizer step")
-    micro_batch_size: int = HfArg(default=64, help="completions per pass; changes no result")
+    minibatch_size: int = HfArg(default=128, help="completions per optimizer step, at most")
+    micro_batch_size: int = HfArg(default=8, help="completions per pass; changes no result")
     gradient_checkpointing: bool = HfArg(default=False, help="recompute activations: less memory")
-    max_new_tokens: int = HfArg(default=32, help="longest completion, in tokens")
+    max_new_tokens: int = HfArg(default=256, help="longest completion, in tokens")
     compile: bool = HfArg(default=False, help="sample with torch.compile; for a GPU")
     log_every: int = HfArg(default=5, help="steps between printed lines and kept samples")
     eval_every: int = HfArg(default=0, help="steps between evaluations on validation data; 0: none")
-    eval_prompts: int = HfArg(default=512, help="held-out prompts per evaluation")
+    eval_prompts: int = HfArg(default=256, help="held-out prompts per evaluation")
     save_every: int = HfArg(default=20, help="steps between checkpoints")
     seed: int = HfArg(default=1, help="seed of all random numbers")
     device: Optional[str] = HfArg(default=None, help="cpu or cuda; None: cuda if present")
     out_dir: Optional[str] = HfArg(default=None, help="folder of the run; None: runs/SCRIPT, "
                                                       "numbered if it exists")
-    resume: bool = HfArg(default=False, help="go on from the checkpoint in the folder of the run")
-    data_checksum: Optional[int] = field(default=None, init=False)  # no flag: load_problems sets it
+    resume: Optional[str] = HfArg(default=None, help="folder of a run to go on with; its flags "
+                                                     "hold, except those that you type")
 
 
-class Failure(SystemExit):
-    """Raised by fail(), which has printed the reason."""
+@dataclass
+class OnlineConfig(RunConfig):
+    """The flags of every script that samples."""
+
+    reward: str = HfArg(default="last_number", help="last_number, file.py:function or a reward "
+                        "model's folder; several, with commas between, are added")
+    prompts_per_step: int = HfArg(default=64, help="prompts of a step")
+    group_size: int = HfArg(default=4, help="completions of each prompt, K")
+    temperature: float = HfArg(default=1.0, help="sampling temperature; log-probs use it too")
 
 
 def fail(message, code=2):
     """Stop with one sentence, no traceback. Code 2: wrong input; 1: it happened on the way."""
-    print("stopped:" if code == 130 else "error:", *str(message).splitlines(), file=sys.stderr)
-    raise Failure(code)
+    print("error:", " ".join(str(message).split()), file=sys.stderr)
+    sys.exit(code)
 
 
 # A number must be above 0, except where 0 has a meaning; and some have an upper end.
@@ -59,40 +68,58 @@ AT_MOST = dict(gamma=1, lam=1, decay=1, backtrack=1, fisher_fraction=1, accuracy
     dict.fromkeys(("max_grad_norm", "clip_eps", "value_clip", "reward_clip"), math.inf)
 
 
-def check_ranges(cfg):
-    """Every number among the flags."""
+def check(cfg, min_group=1):
+    """Refuse what cannot work, before anything is loaded -> a copy of cfg to work with.
+
+    In the copy, the device is found and paths are absolute, so that a reward may change the current
+    folder and a run can be resumed from anywhere. min_group: the smallest group size that works.
+    """
+    cfg = copy.copy(cfg)
     for key, value in vars(cfg).items():
+        if value == "":
+            fail(f"--{key}: it is empty; give it a value, or leave it out")
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             continue
-        if key in ZERO_IS_FINE and not value >= 0:  # `not`, because nan is refused, too
-            fail(f"--{key} {value}: it must be at least 0")
-        if key not in ZERO_IS_FINE and not value > 0:
-            fail(f"--{key} {value}: it must be above 0")
+        if not (value > 0 or (value == 0 and key in ZERO_IS_FINE)):  # `not`, because of nan
+            fail(f"--{key} {value}: it must be {'at least' if key in ZERO_IS_FINE else 'above'} 0")
         highest = AT_MOST.get(key, 2**63 - 1)
         if value > highest:
             fail(f"--{key} {value}: it must be at most {highest}")
-    if hasattr(cfg, "group_size"):
-        check_groups(cfg)
+    if getattr(cfg, "group_size", min_group) < min_group:
+        fail(f"--group_size {cfg.group_size}: completions of a prompt are compared with each "
+             f"other; take at least {min_group}")
+    try:
+        cfg.device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        torch.empty(1, device=cfg.device)
+        known = torch.device(cfg.device).type in ("cpu", "cuda")
+    except (RuntimeError, AssertionError):  # no such device; torch without CUDA
+        known = False
+    if not known:
+        fail(f"--device {cfg.device}: choose cpu or cuda; torch sees {torch.cuda.device_count()} "
+             "GPUs on this machine")
+    cfg.model = cfg.model and absolute(cfg.model)
+    if cfg.data not in ("toy", "words"):
+        cfg.data = absolute(cfg.data)
+    if hasattr(cfg, "reward"):
+        cfg.reward = ",".join(split_rewards(cfg.reward))
+    if cfg.out_dir:
+        cfg.out_dir = os.path.abspath(os.path.expanduser(cfg.out_dir))
+        if not cfg.resume and os.path.lexists(cfg.out_dir):
+            fail(f"--out_dir {cfg.out_dir}: it exists; name another, or --resume the run in it")
+    return cfg
 
 
-def check_groups(cfg):
-    """The completions of a prompt, and how many of them fit into a mini-batch."""
-    K, batch = cfg.group_size, cfg.prompts_per_step * cfg.group_size
-    compares = type(cfg)().group_size > 1 or getattr(cfg, "group_baseline", False)
-    if compares and K == 1:
-        fail("--group_size 1: completions of a prompt are compared with each other; take 4, say")
-    if cfg.minibatch_size and not K <= cfg.minibatch_size <= batch:
-        fail(f"--minibatch_size {cfg.minibatch_size}: it must be at least a group of --group_size "
-             f"{K}, and at most the {batch} completions of a step (--prompts_per_step groups)")
+def absolute(name):
+    """A file or folder that is there, with its whole path; any other name as it is."""
+    path = os.path.abspath(os.path.expanduser(name))
+    return path if os.path.exists(path) else name
 
 
-def find_device(name):
-    """--device, checked; None: a GPU if there is one."""
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        fail(f"--device {name}: choose cpu or cuda")
-    number = int(name.partition(":")[2] or 0)
-    if name != "cpu" and number >= torch.cuda.device_count():
-        fail(f"--device {name}: torch sees {torch.cuda.device_count() or 'no'} GPU on this "
-             "machine; use --device cpu")
-    return name
+def split_rewards(spec):
+    """--reward -> its parts, with whole paths. A path may have commas if it is the only part."""
+    file, colon, function = spec.strip().rpartition(":")
+    if colon and os.path.exists(absolute(file)):
+        return [f"{absolute(file)}:{function}"]
+    if "," in spec and not os.path.exists(absolute(spec)):
+        return [part for one in spec.split(",") for part in split_rewards(one)]
+    return [absolute(spec.strip())]

@@ -67,34 +67,19 @@ def without_gradient(device):
     return torch.inference_mode() if device.type == "cpu" else torch.no_grad()
 
 
-def attention_mask(policy, valid, at):
-    """Who sees whom: the columns `at` (q,) look back at those that `valid` (n, W) marks real.
-
-    -> additive (n, 1, q, W), 0 or hugely negative. Additive because eager attention silently
-    misreads a bool mask; finite because padding sees nothing, and softmax of all -inf is nan.
-    """
-    config = policy.config.get_text_config()
-    back = at[:, None] - torch.arange(valid.shape[1], device=at.device)  # (q, W): how far back
-    visible = valid[:, None, None] & (back >= 0)      # (n, 1, q, W)
-
-    def additive(visible):
-        return torch.where(visible, 0.0, torch.finfo(torch.bfloat16).min)  # fits bf16 and fp32
-    window = getattr(config, "sliding_window", None)
-    kinds = set(getattr(config, "layer_types", None) or [])
-    if "sliding_attention" in kinds:                  # Gemma-3, Qwen: some layers have a window
-        local = additive(visible & (back < window))
-        return {k: local if k == "sliding_attention" else additive(visible) for k in kinds}
-    if window and not kinds:                          # Mistral, Phi-3: all layers have it
-        visible = visible & (back < window)
-    return additive(visible)
+def forward(policy, ids, valid, cache=None, keep=0, at=None):
+    """Logits (n, q or keep, V) of ids (n, q), the columns `at` (None: the last) of valid (n, W)."""
+    named_cache = {cache_argument(type(policy.base_model)): cache}
+    return policy(**inputs(ids, valid, at), **named_cache, use_cache=cache is not None,
+                  logits_to_keep=keep).logits
 
 
-def inputs(policy, ids, valid, at=None):
-    """What a model takes: `ids` (n, q) are the columns `at` of `valid` (n, W); None: the last q."""
-    if at is None:
-        at = torch.arange(valid.shape[1] - ids.shape[1], valid.shape[1], device=ids.device)
-    positions = (valid.cumsum(1) - 1).clamp(min=0)  # padding does not count: GPT-2 would notice
-    return dict(input_ids=ids, attention_mask=attention_mask(policy, valid, at),
+def inputs(ids, valid, at=None):
+    """What a model takes. Padding has no position of its own: GPT-2 would notice."""
+    positions = (valid.cumsum(1) - 1).clamp(min=0)
+    at = torch.arange(valid.shape[1] - ids.shape[1], valid.shape[1],
+                      device=ids.device) if at is None else at
+    return dict(input_ids=ids, attention_mask=valid.long(),
                 position_ids=positions.index_select(1, at))
 
 
@@ -103,13 +88,6 @@ def cache_argument(model_class):
     """What forward() calls the cache: transformers 5.24 renamed `past_key_values` to `cache`."""
     parameters = inspect.signature(model_class.forward).parameters
     return "cache" if "cache" in parameters else "past_key_values"
-
-
-def forward(policy, ids, valid, cache=None, keep=0, at=None):
-    """Logits (n, q or keep, V) of ids (n, q)."""
-    named_cache = {cache_argument(type(policy.base_model)): cache}
-    return policy(**inputs(policy, ids, valid, at), **named_cache, use_cache=cache is not None,
-                  logits_to_keep=keep).logits
 
 
 def pad_left(prompts, device, multiple=1):
@@ -192,7 +170,7 @@ def token_values(critic, batch, rows):
 def for_all(per_rows, model, batch, micro_batch_size, *more):
     """per_rows, token_logprobs or token_values, over the whole batch in slices of its rows."""
     result = torch.zeros_like(batch.mask)
-    for rows, *_ in micro_batches(batch, torch.arange(len(result)), micro_batch_size):
+    for rows in micro_batches(batch, torch.arange(len(result)), micro_batch_size):
         result[rows] = per_rows(model, batch, rows, *more)
     return result
 
@@ -221,7 +199,7 @@ def sequence_scores(scorer, batch, rows):
     ids = torch.cat([prompt_ids, ids], 1)
     valid = torch.cat([valid, mask], 1)
     with precision(ids.device):
-        hidden = scorer.base_model(**inputs(scorer, ids, valid), use_cache=False).last_hidden_state
+        hidden = scorer.base_model(**inputs(ids, valid), use_cache=False).last_hidden_state
     scorer.eval()
     last = valid.cumsum(1).argmax(1)  # the first column with the full count
     hidden = hidden[torch.arange(len(rows), device=ids.device), last]            # (R, d)
@@ -304,21 +282,14 @@ def step_generator(seed, step):
     return torch.Generator().manual_seed(number)
 
 
-def eos_ids(generation_config, config, tokenizer):
-    """The token ids that end a completion, all of them, sorted.
+def eos_ids(generation_config, tokenizer):
+    """The token ids that end a completion, sorted: the tokenizer's EOS and generation_config's.
 
-    Those of generation_config.json, or of config.json only where that names none, because often it
-    is older; and the tokenizer's EOS. load_policy() writes them into the policy's
-    generation_config, so that whoever loads the trained model stops where the training did.
+    Where the checkpoint has no generation_config.json, transformers makes one of config.json.
     """
-    ids = getattr(generation_config, "eos_token_id", None)
-    if ids is None:
-        ids = getattr(config.get_text_config(), "eos_token_id", None)
-    if ids is None:
-        ids = []
-    elif not isinstance(ids, (list, tuple)):
-        ids = [ids]
-    return sorted({*ids, tokenizer.eos_token_id})
+    ids = generation_config.eos_token_id
+    ids = ids if isinstance(ids, (list, tuple)) else [ids]
+    return sorted({tokenizer.eos_token_id, *ids} - {None})
 
 
 def sample(policy, tokenizer, prompts, group_size, max_new_tokens, temperature, generator):
@@ -329,7 +300,7 @@ def sample(policy, tokenizer, prompts, group_size, max_new_tokens, temperature, 
     Temperature 0 takes the most likely token, with its log-prob at temperature 1; it draws nothing.
     """
     device = policy.device
-    stop = torch.tensor(eos_ids(policy.generation_config, policy.config, tokenizer), device=device)
+    stop = torch.tensor(eos_ids(policy.generation_config, tokenizer), device=device)
     owner = torch.arange(len(prompts), device=device).repeat_interleave(group_size)
     ids = torch.zeros(len(owner), max_new_tokens, dtype=torch.long, device=device)
     mask, logprobs = torch.zeros(ids.shape, device=device), torch.zeros(ids.shape, device=device)
@@ -394,14 +365,12 @@ def to_texts(tokenizer, batch):
 
 
 def micro_batches(batch, rows, size, advantages=None):
-    """Split a mini-batch into forwards of `size` rows -> yields (rows, by_token, by_row).
+    """Split the rows of a mini-batch into parts of `size`, each to be forwarded at once.
 
-    by_token and by_row are the part of the mini-batch's tokens and of its rows. Means of the parts,
-    weighted by the one or the other, add up to the mean over the mini-batch, so that `size` changes
-    memory and not the gradient. A forward is as wide as its longest row, and has each prompt once:
-    so the completions of a prompt stay together, and prompts with short ones come first. If a loss
-    is nothing but `advantages` (N,) or (N, C) times something, a row where they are 0 has no
-    gradient, and is not forwarded; the weights of the others stay.
+    A forward is as wide as its longest row, and has each prompt once: so the completions of a
+    prompt stay together, and prompts with short ones come first. If a loss is nothing but
+    `advantages` (N,) or (N, C) times something, a row where they are 0 has no gradient, and is not
+    forwarded.
     """
     lengths, owner = batch.mask[rows].sum(1).long().cpu(), batch.owner[rows].cpu()
     longest = torch.zeros(len(batch.prompts), dtype=torch.long)
@@ -412,6 +381,5 @@ def micro_batches(batch, rows, size, advantages=None):
         forwarded[0] = True  # for AdamW: a gradient of 0 moves a parameter, none at all does not
         order = order[forwarded[order]]
     for part in order.split(size):
-        by_token = (lengths[part].sum() / lengths.sum()).item()
         # One copy to the device here, instead of one for each tensor that is indexed with the rows.
-        yield rows[part].to(batch.mask.device), by_token, len(part) / len(rows)
+        yield rows[part].to(batch.mask.device)

@@ -10,9 +10,7 @@ coin between the two, so that toy_policy/ shows its work half of the time, and i
 often when it does. What reinforcement learning discovers then is: show your work. Answers get
 longer because that is useful. `words` is the same arithmetic as a question to a pretrained model.
 """
-import bisect
-import functools
-import itertools
+import json
 import random
 import re
 import zlib
@@ -22,11 +20,11 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from plumbing.rollout import to_text
-
 KINDS = "toy", "words"
 HIGHEST = 50   # all running totals lie in 0..50
 POLICY = Path(__file__).with_name("toy_policy")  # made by `python sft.py`
+PAIRS = Path(__file__).with_name("toy_pairs")    # made by tools/make_pairs.py, like the next one
+RANKINGS = Path(__file__).with_name("toy_rankings")
 
 
 def make_tokenizer():
@@ -41,9 +39,17 @@ def make_tokenizer():
                                    unk_token="<unk>")
 
 
-def is_toy(tokenizer):
-    """Whether a tokenizer knows what make_tokenizer()'s knows, and nothing else."""
-    return tokenizer.get_vocab() == make_tokenizer().get_vocab()
+def is_toy(name):
+    """Whether --model is the toy's: no name, or a folder whose tokenizer has the same tokens."""
+    def tokens(folder):
+        file = json.loads((folder / "tokenizer.json").read_text())
+        return file["model"]["vocab"], [token["content"] for token in file["added_tokens"]]
+
+    folder = Path(name or POLICY).expanduser()
+    try:
+        return tokens(folder / "model" if (folder / "model").is_dir() else folder) == tokens(POLICY)
+    except (OSError, ValueError, KeyError, TypeError):  # no such file, or another kind of tokenizer
+        return False
 
 
 def make_model(seed):
@@ -114,7 +120,7 @@ def check_steps(prompt, completion):
             for i, step in enumerate(steps)]
 
 
-def score_steps(problems, batch, texts, scores, tokenizer):
+def score_steps(problems, batch, texts, scores):
     """Process supervision of the toy -> rewards of each completion's steps, and where they end.
 
     Two lists of N lists; an end is the 0-based index of the step's last token. The last step's
@@ -122,18 +128,12 @@ def score_steps(problems, batch, texts, scores, tokenizer):
     action too. A step before it can be right only if it is not the last line of the work, or it
     would pay to say the result once more.
     """
-    length = functools.cache(lambda i: len(to_text(tokenizer, [i])))
     step_rewards, step_ends = [], []
     for i, text in enumerate(texts):
-        size = int(batch.mask[i].sum())
-        ids = batch.completions[i, : size - int(batch.finished[i])].tolist()
-        reach = list(itertools.accumulate(map(length, ids)))  # characters up to and with token t
-        if reach and reach[-1] != len(text):  # tokens that decode otherwise alone: bytes, spaces
-            reach = [len(to_text(tokenizer, ids[: t + 1])) for t in range(len(ids))]
         prompt = problems[batch.owner[i]]["prompt"]
+        text = re.sub("<[a-z]+>", "?", text)  # a special token: now a character is a token
         steps, lines = check_steps(prompt, text)[:-1], len(re.findall("[+-]", prompt))
         rewards = [right * (j < lines - 1) for j, (_, right) in enumerate(steps)]
-        ends = [bisect.bisect_right(reach, end) for end, _ in steps]
         step_rewards.append(rewards + [scores[i].item()])
-        step_ends.append(ends + [size - 1])
+        step_ends.append([end for end, _ in steps] + [int(batch.mask[i].sum()) - 1])
     return step_rewards, step_ends
