@@ -2,23 +2,21 @@
 The mathematics that the scripts share: functions of tensors and numbers. Any of them can be pasted
 elsewhere; some need masked_mean() beside them.
 
-Letters: B prompts, K completions of each prompt, N = B * K completions, C completion tokens. The
-K completions of a prompt are neighbouring rows. A mini-batch is the rows of one optimizer step, and
-a micro-batch is the part of it that is forwarded at once, with n rows. Log-probs and the KL are in
-nats.
+Letters: B prompts, K completions of each prompt, N = B * K completions, C completion tokens; n rows
+of a micro-batch, which is the part of a mini-batch that is forwarded at once. The K completions of
+a prompt are neighbouring rows. Log-probs and the KL are in nats.
 
 `mask` (N, C) is 1 on the tokens of a completion, its EOS included, and 0 on the padding to their
-right. A function that takes the mask may be given anything on padding, even nan: padding changes
-none of its results, and a result per token is 0 there. A function that takes no mask needs finite
-values on padding. In the scripts, log-probs, values and advantages are 0 there.
+right. A function that takes the mask may be given anything on padding, even nan, and its results
+are 0 there. A function that takes no mask needs finite values; those of the scripts are 0 there.
 
 A loss is an equation per token. `share` (N, C) is the weight of each token in the loss of a
-mini-batch. It is 0 on padding and sums to 1, so that (losses * share).sum() is a weighted mean:
+mini-batch, 0 on padding. It sums to 1, so that (losses * share).sum() is a mean:
 
     mask / mask[minibatch].sum()                            each token counts the same
     mask / mask.sum(dim=1, keepdim=True) / len(minibatch)   each completion counts the same
 
-The share is known before the mini-batch is split, so the gradients of its micro-batches add up.
+The share is known before a mini-batch is split, so that the gradients of its micro-batches add up.
 """
 import math
 

@@ -54,8 +54,9 @@ from plumbing.command_line import main
 from plumbing.data import draw_problems, load_problems
 from plumbing.flags import HfArg, RunConfig, check, fail
 from plumbing.model import load_policy
-from plumbing.preferences import for_all_completions, held_out_stats, preference_stats
-from plumbing.rollout import all_logprobs, make_batch, micro_batches, token_logprobs
+from plumbing.offline import (for_all_completions, held_out_stats, make_batch,
+                              preference_stats)
+from plumbing.rollout import all_logprobs, micro_batches, token_logprobs
 from plumbing.run import Run
 
 

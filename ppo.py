@@ -53,8 +53,8 @@ from plumbing.evaluation import approx_kl
 from plumbing.flags import HfArg, OnlineConfig, check, fail
 from plumbing.model import load_policy
 from plumbing.rewards import load_rewards, score
-from plumbing.rollout import (all_logprobs, all_values, micro_batches, sample, step_generator,
-                              token_logprobs, token_values)
+from plumbing.rollout import (all_logprobs, for_all, micro_batches, per_token, sample,
+                              step_generator, token_logprobs)
 from plumbing.run import Run
 
 
@@ -85,6 +85,11 @@ def make_critic(policy):
     torch.nn.init.zeros_(head.bias)
     critic.set_output_embeddings(head)
     return critic
+
+
+def token_values(critic, batch, rows):
+    """V(x, y_<t), the value of where y_t was chosen, of completions `rows` (n,) -> (n, C)."""
+    return per_token(critic, batch, rows, lambda outputs, tokens: outputs.float().squeeze(-1))
 
 
 def gae(rewards, values, mask, gamma, lam):
@@ -156,7 +161,7 @@ def train(cfg):
         ref_logprobs = old_logprobs if ref_model is None else all_logprobs(
             ref_model, batch, cfg.micro_batch_size, cfg.temperature)  # without a reference, kl is 0
         kl = kl_estimate(old_logprobs, ref_logprobs, "k1")  # (N, C); 0 on padding
-        old_values = all_values(critic, batch, cfg.micro_batch_size)             # (N, C)
+        old_values = for_all(token_values, critic, batch, cfg.micro_batch_size)         # (N, C)
 
         # 3. Advantages: how much better than the baseline? No gradient flows through them.
         shaped = token_rewards(scores, kl, mask, cfg.kl_coef)                    # (N, C)

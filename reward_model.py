@@ -39,9 +39,11 @@ from plumbing.command_line import main
 from plumbing.data import draw_problems, load_problems
 from plumbing.flags import HfArg, RunConfig, check, fail
 from plumbing.model import load_policy, remove_dropout
-from plumbing.preferences import for_all_completions, held_out_stats, preference_stats
-from plumbing.rollout import all_scores, make_batch, micro_batches, sequence_scores
+from plumbing.offline import (for_all_completions, held_out_stats, make_batch,
+                              preference_stats)
+from plumbing.rollout import micro_batches
 from plumbing.run import Run
+from plumbing.scorer import REWARD, all_scores, sequence_scores
 
 
 @dataclass
@@ -121,6 +123,7 @@ def train(cfg):
         run.log(step)  # also saves when due
 
     run.close()  # saves the model, and tests it on the test problems
+    (run.folder / "reward.py").write_text(REWARD)  # now the folder is a reward
 
 
 if __name__ == "__main__":

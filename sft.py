@@ -23,14 +23,15 @@ from dataclasses import dataclass
 import torch
 
 from common import learning_rate
-from plumbing import toy
 from plumbing.command_line import main
 from plumbing.data import draw_problems, load_problems
+from plumbing.evaluation import interval
 from plumbing.flags import HfArg, RunConfig, check
 from plumbing.model import load_policy
-from plumbing.evaluation import interval
-from plumbing.rollout import all_logprobs, make_batch, micro_batches, token_logprobs
+from plumbing.offline import make_batch
+from plumbing.rollout import all_logprobs, micro_batches, token_logprobs
 from plumbing.run import Run
+from plumbing.toy_model import make_model, make_tokenizer
 
 
 @dataclass
@@ -49,7 +50,7 @@ def train(cfg):
     if cfg.model:
         policy, tokenizer = load_policy(cfg.model, cfg.device)
     else:
-        policy, tokenizer = toy.make_model(cfg.seed).to(cfg.device), toy.make_tokenizer()
+        policy, tokenizer = make_model(cfg.seed).to(cfg.device), make_tokenizer()
     problems, validation, test = load_problems(cfg, policy, tokenizer, "demonstration")
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.98),  # short runs
                                   weight_decay=cfg.weight_decay, fused=True)

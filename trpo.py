@@ -52,7 +52,7 @@ from plumbing.data import draw_problems, load_problems
 from plumbing.flags import HfArg, OnlineConfig, check, fail
 from plumbing.model import load_policy
 from plumbing.rewards import load_rewards, score
-from plumbing.rollout import all_logprobs, micro_batches, pick, sample, step_generator, token_logits
+from plumbing.rollout import all_logprobs, micro_batches, per_token, pick, sample, step_generator
 from plumbing.run import Run
 from reinforce_pp import reinforce_pp_advantages
 
@@ -80,6 +80,11 @@ class Config(OnlineConfig):  # more flags, such as --data and --seed, are in plu
 # The defaults above are for a real model on a GPU, these for the toy's model.
 TOY = dict(data="toy", steps=30, prompts_per_step=512, micro_batch_size=64, max_new_tokens=32,
            kl_coef=0.01, eval_prompts=512, delta=0.005, damping=1.0, fisher_fraction=0.0625)
+
+
+def token_logits(policy, batch, rows, temperature):
+    """logits / temperature of all tokens that could be y_t -> (n, C, vocabulary); always fp32."""
+    return per_token(policy, batch, rows, lambda logits, tokens: logits / temperature, fp32=True)
 
 
 def surrogate(logprobs, old_logprobs, advantages):

@@ -43,34 +43,27 @@ def main(config_class, toy_defaults, train):
         train(cfg)
     except KeyboardInterrupt:
         fail("stopped", code=130)
-    except (OSError, RuntimeError) as error:
-        fail(explain(error, cfg), code=1)
+    except OSError as error:  # a full disk, a screen that was closed
+        fail(error, code=1)
+    except RuntimeError as error:
+        if "non-finite" in str(error):  # of clip_grad_norm_
+            fail("a gradient is nan or infinite: take a smaller --lr or --max_grad_norm", code=1)
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        fail(f"out of memory: halve --micro_batch_size (it is {cfg.micro_batch_size}), which "
+             "changes no result, then the prompts of a step", code=1)
     finally:
         if Run.unfinished:
             print(f"to go on from the last checkpoint: python {shlex.quote(sys.argv[0])} --resume "
                   f"{shlex.quote(Run.unfinished)}", file=sys.stderr)
 
 
-def explain(error, cfg):
-    """What ended a run, in a sentence; an error that is not foreseen is raised again."""
-    if isinstance(error, OSError):  # a full disk, a screen that was closed
-        return error
-    if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
-        return (f"out of memory: halve --micro_batch_size (it is {cfg.micro_batch_size}), which "
-                "changes no result, then the prompts of a step")
-    if "non-finite" in str(error):  # of clip_grad_norm_
-        return "a gradient is nan or infinite: take a smaller --lr or --max_grad_norm"
-    raise error
-
-
 def read_config(folder, config_class):
     """The flags of the run in a folder, which are the defaults of --resume."""
-    path = Path(folder).expanduser() / "config.json"
     try:
-        saved = json.loads(path.read_text())
+        saved = json.loads((Path(folder).expanduser() / "config.json").read_text())
         del saved["script"], saved["checksum"]  # run.py looks at these
         config_class(**saved)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        fail(f"--resume {folder}: {path} is not the config.json of a run of this script ({error}); "
-             "name the folder of such a run")
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        fail(f"--resume {folder}: no config.json of a run of this script is in it ({error})")
     return saved

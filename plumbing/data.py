@@ -6,28 +6,18 @@ A problem is a dict of ours, so that no column of the data can be in its way:
     prompt        text, or a list of messages {role, content}
     completions   the texts that are learned from, best first; [] where a script only samples
     ids, targets  tokens: the prompt as the model sees it, and each of the completions
-
-What the columns of a row mean, the same for every script:
-    prompt           `prompt`, or `question`
-    demonstration    `completion`; or an `answer` of the form "reasoning #### 42", as in GSM8K
-    pair             `chosen` and `rejected`, or `completions`, a list of two, best first
-    ranking          `completions`, or `chosen` and `rejected`
-If these are conversations, a last message is the completion, and what precedes it is the prompt, or
-the prompt's column is, if nothing does. All else is refused.
 """
 import json
 import random
 import re
 import tempfile
 import zlib
-from itertools import combinations
 from pathlib import Path
 
 from plumbing import toy
 from plumbing.flags import fail
 
 SIZES = dict(demonstration=(1,), pair=(2,), ranking=range(2, 1000))  # of `completions`
-NEEDED = dict(demonstration="completion", pair="chosen and rejected", ranking="completions")
 
 
 def load_problems(cfg, policy, tokenizer, wanted=None):
@@ -39,23 +29,18 @@ def load_problems(cfg, policy, tokenizer, wanted=None):
     splits = read(cfg.data, cfg.eval_prompts, wanted)
     columns = dict.fromkeys(key for rows in splits.values() for row in rows for key in row)
     for split, rows in splits.items():
-        problems = []
-        for number, row in enumerate(rows, 1):
-            where = f"--data {cfg.data}: row {number} of {split}"
-            problems.append(to_problem({**columns, **row}, wanted, split == "train", where))
+        problems = [to_problem({**columns, **row}, wanted, split == "train",
+                               f"--data {cfg.data}: row {number} of {split}")
+                    for number, row in enumerate(rows, 1)]
         splits[split] = drop_unfit(encode(problems, tokenizer, cfg.data), policy, cfg, split)
     splits = hold_out(splits, cfg.data)
-    if cfg.eval_every and not splits["validation"]:
-        fail("--eval_every: the data has too few prompts to hold some out for it; leave it at 0")
     for split in ("validation", "test"):
         if len(splits[split]) > cfg.eval_prompts:
             splits[split] = random.Random(0).sample(splits[split], cfg.eval_prompts)
+    if cfg.eval_every and not splits["validation"]:
+        fail("--eval_every: the data has too few prompts to hold some out for it; leave it at 0")
     print(f"data {cfg.data}: " + ", ".join(f"{len(rows):,} {key}" for key, rows in splits.items()))
     return splits["train"], splits["validation"], splits["test"]
-
-
-# --------------------------------------------------------------------------------------------------
-# From files to rows
 
 
 def read(data, held_out, wanted=None):
@@ -69,55 +54,46 @@ def read(data, held_out, wanted=None):
     if path.suffix in (".jsonl", ".json") and not path.is_dir():
         return dict(train=read_jsonl(path))
     for file in sorted(path.glob("*.jsonl")) if path.is_dir() else []:
-        name = re.match("(train|validation|test|)", file.stem)[0]
-        splits.setdefault(name or "train", []).extend(read_jsonl(file))
-    return splits or read_dataset(data)
-
-
-def read_jsonl(path):
-    """One JSON object per line -> rows; empty lines are skipped."""
-    rows = []
-    try:
-        for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
-            if line.strip():
-                rows.append({**json.loads(line)})
-    except OSError as error:
-        fail(f"--data {path}: {error.strerror}; name a .jsonl file, or of other files the folder")
-    except (ValueError, TypeError, RecursionError) as error:  # not JSON; not UTF-8; no {...}
-        fail(f"--data {path}: line {number} is not a JSON object ({error}); mend or delete it")
-    return rows
-
-
-def read_dataset(data):
-    """What the library `datasets` reads: other files in a folder, or a data set of the hub."""
-    name, _, configuration = (data, "", "") if Path(data).is_dir() else data.partition(":")
+        split = re.match("train|validation|test|", file.stem)[0] or "train"
+        splits[split] = splits.get(split, []) + read_jsonl(file)
+    if splits:
+        return splits
     import datasets  # here, because it takes a second
+    name, _, configuration = (data, "", "") if path.is_dir() else data.partition(":")
     try:
-        if any(Path(name, saved).exists() for saved in ("dataset_dict.json", "state.json")):
-            found = datasets.load_from_disk(name)
-            return to_rows(found if isinstance(found, dict) else dict(train=found))
-        if not Path(name).is_dir():
-            return to_rows(datasets.load_dataset(name, configuration or None))
-        with tempfile.TemporaryDirectory() as cache:  # the usual one goes by the time of a file
-            return to_rows(datasets.load_dataset(name, cache_dir=cache))
+        with tempfile.TemporaryDirectory() as folder:  # the usual cache believes a file's time
+            cache = dict(cache_dir=folder, keep_in_memory=True) if path.is_dir() else {}
+            splits = datasets.load_dataset(name, configuration or None, **cache)
     except Exception as error:
         error = error.__cause__ or error  # "An error occurred", says the one around it
         fail(f"--data {data}: {' '.join(str(error).split())[:300]}; name toy, words, a .jsonl "
              "file, a folder, or a name[:configuration] on the hub")
+    known = ("train", "validation", "test") if "train" in splits else splits
+    return {split: splits[split].to_list() for split in splits if split in known}
 
 
-def to_rows(found):
-    """The splits of `datasets` -> {split: rows}, those called train, validation and test."""
-    wanted = ("train", "validation", "test") if "train" in found else found
-    return {split: list(found[split].with_format(None)) for split in found if split in wanted}
-
-
-# --------------------------------------------------------------------------------------------------
-# From rows to problems
+def read_jsonl(path):
+    """One JSON object per line -> rows; empty lines are skipped."""
+    rows, number = [], 0
+    try:
+        for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+            rows += [{**json.loads(line)}] if line.strip() else []
+    except (OSError, ValueError, TypeError, RecursionError) as error:  # not UTF-8; not {...}; ...
+        fail(f"--data {path}: line {number} is not a JSON object ({error})" if number else
+             f"--data {path}: {error.strerror}; name a .jsonl file, or of other files the folder")
+    return rows
 
 
 def to_problem(row, wanted, needs, where):
-    """The rules at the top of this file. needs: refuse a row that lacks what is wanted."""
+    """What the columns of a row mean, the same for every script; all else is refused.
+
+    prompt           `prompt`, or `question`
+    demonstration    `completion`; or an `answer` of the form "reasoning #### 42", as in GSM8K
+    pair             `chosen` and `rejected`, or `completions`, a list of two, best first
+    ranking          `completions`, or `chosen` and `rejected`
+    In a conversation, the last message is the completion. What precedes it is the prompt, or the
+    prompt's column is, if nothing does.
+    """
     answer = row["answer"] if re.search(r"####\s*\S+\s*\Z", str(row.get("answer"))) else None
     found = [[row.get("chosen"), row.get("rejected")], row.get("completions"),
              [row.get("completion")], [answer]]
@@ -125,25 +101,22 @@ def to_problem(row, wanted, needs, where):
     sizes = SIZES.get(wanted, range(1000 if prompt is None else 0))  # it may be in a conversation
     completions = next((texts for texts in found if isinstance(texts, list)
                         and len(texts) in sizes and None not in texts), [])
-    there = ", ".join(key for key, value in row.items() if value is not None)
-    if needs and wanted and not completions:
-        fail(f"{where} has {there}; it must have {NEEDED[wanted]}")
     texts = []
     for completion in map(clean, completions):
         if isinstance(completion, list):  # a conversation
             *before, last = completion
             if before and prompt in (None, before[-1]["content"]):
                 prompt = before
-            if before not in ([], prompt) or last["role"] != "assistant":
-                fail(f"{where}: the prompt and one message of the assistant is what a conversation "
-                     "must be; cut it, or delete the row")
-            completion = last["content"]
+            right = before in ([], prompt) and last["role"] == "assistant"
+            completion = last["content"] if right else None
         if completion is None:
-            fail(f"{where}: a completion is neither text nor messages {{role, content}}; mend it")
+            fail(f"{where}: a completion must be text, or the messages {{role, content}} of the "
+                 "prompt and one of the assistant; cut it, or delete the row")
         texts.append(completion)
-    if prompt is None:
+    if prompt is None or (wanted and needs and not texts):
+        there = ", ".join(key for key, value in row.items() if value is not None)
         fail(f"{where} has {there}; it must have a prompt (or question), text or messages {{role, "
-             "content}; from texts that begin with it, it has to be cut")
+             f"content}}{f', and a {wanted}' if wanted else ''}; docs/data_and_rewards.md says how")
     return dict(row=row, prompt=prompt, completions=texts if wanted else [])
 
 
@@ -165,19 +138,18 @@ def drop_unfit(problems, policy, cfg, split):
     """
     config = policy.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
-    lengths = (getattr(config, "max_position_embeddings", None),
-               rope.get("original_max_position_embeddings"))
-    room = min(length for length in (*lengths, 2**31) if length) - cfg.max_new_tokens
-    kept = [problem for problem in problems if len(problem["ids"]) <= room
-            and max(map(len, problem["targets"]), default=0) <= cfg.max_new_tokens
-            and all(one != other for one, other in combinations(problem["completions"], 2))]
+    room = min(getattr(config, "max_position_embeddings", 0) or 2**31,
+               rope.get("original_max_position_embeddings", 2**31)) - cfg.max_new_tokens
+    kept = [row for row in problems if len(row["ids"]) <= room
+            and all(len(target) <= cfg.max_new_tokens for target in row["targets"])
+            and len(set(row["completions"])) == len(row["completions"])]
     why = (f"dropped {len(problems) - len(kept)} of {len(problems)} rows of {split}: their prompt "
            f"has more than {room} tokens (context - max_new_tokens), or a completion more than "
            f"{cfg.max_new_tokens}, or two completions are equal")
-    if not kept:
-        fail(f"--data {cfg.data}: {why}; change --max_new_tokens, or the data")
     if len(kept) < len(problems):
         print(why)
+    if not kept:
+        fail(f"--data {cfg.data}: {why}; none is left: change --max_new_tokens, or the data")
     if max(max(row["ids"] + sum(row["targets"], [])) for row in kept) >= (
             policy.get_input_embeddings().num_embeddings):
         fail("--model: its tokenizer has tokens that the model lacks; replace the tokenizer")
@@ -187,30 +159,22 @@ def drop_unfit(problems, policy, cfg, split):
 def hold_out(splits, data):
     """Make the test and validation rows that the data lacks -> {split: rows}.
 
-    As in the toy, the prompt's checksum decides, so that no prompt lies in two splits: 0 of 8 is
-    test, 1 validation. Of a handful of prompts, one is test and none validation.
+    The prompt's checksum decides, so that no prompt lies in two splits: the eighth with the lowest
+    ones is test, the next eighth validation. Of a handful of prompts, one is test.
     """
-    if len(splits) == 1:  # whatever it is called
-        splits = dict(train=[*splits.values()][0])
-    if "train" not in splits:
-        fail(f"--data {data}: of its splits, {', '.join(splits)}, none is called train; rename one")
-    rows = splits["train"]
-    sums = [zlib.crc32(json.dumps(row["prompt"], sort_keys=True).encode()
-                       if isinstance(row["prompt"], list) else row["prompt"].encode())
-            for row in rows]
-    homes = [toy.split_of(number) for number in sums]
-    if "test" not in splits and not {"train", "test"} <= set(homes):
-        homes = ["test" if number == min(sums) else "train" for number in sums]
-    homes = ["train" if home in splits else home for home in homes]
-    if "train" not in homes:
-        fail(f"--data {data}: it has only one prompt; give at least two, one of them is the test")
-    made = {split: [row for row, home in zip(rows, homes) if home == split]
-            for split in ("train", "test", "validation")}
-    return {**made, **splits, "train": made["train"]}
-
-
-# --------------------------------------------------------------------------------------------------
-# From text to tokens
+    rows = splits.pop("train", None) or (splits.popitem()[1] if len(splits) == 1 else [])
+    sums = [zlib.crc32(str(row["prompt"]).encode()) for row in rows]
+    order, eighth = sorted(set(sums)), len(set(sums)) // 8
+    homes = dict.fromkeys(order[: max(2 * eighth, 1)], "validation") | dict.fromkeys(
+        order[: max(eighth, 1)], "test")
+    made = dict(train=[], validation=[], test=[])
+    for row, number in zip(rows, sums):
+        home = homes.get(number, "train")
+        made["train" if home in splits else home].append(row)
+    if not made["train"]:
+        fail(f"--data {data}: there must be a split called train, or one split of at least two "
+             "prompts, one of which is the test")
+    return made | splits
 
 
 def encode(problems, tokenizer, data="the data"):
@@ -228,12 +192,10 @@ def encode(problems, tokenizer, data="the data"):
         if not problem["ids"] or ("<unk>" == tokenizer.unk_token and tokenizer.unk_token_id in ids):
             fail(f"--data {data}: the prompt {problem['prompt']!r:.200} is empty, or the tokenizer "
                  "does not know all its characters; the toy's knows digits, + - = and comma")
-    texts = [text.rstrip().removesuffix(eos) if text.rstrip().endswith(eos) else text
-             for problem in problems for text in problem["completions"]]
-    targets = iter(tokenizer(texts, add_special_tokens=False).input_ids if texts else ())
-    for problem in problems:
-        problem["targets"] = [next(targets) + [tokenizer.eos_token_id]
-                              for _ in problem["completions"]]
+        texts = [text.rstrip().removesuffix(eos) if text.rstrip().endswith(eos) else text
+                 for text in problem["completions"]]
+        problem["targets"] = [ids + [tokenizer.eos_token_id] for ids in (
+            tokenizer(texts, add_special_tokens=False).input_ids if texts else [])]
     return problems
 
 
@@ -244,17 +206,15 @@ def render(prompt, tokenizer, data):
     """
     if isinstance(prompt, str) and not tokenizer.chat_template:
         return prompt
-    messages = [dict(role="user", content=prompt)] if isinstance(prompt, str) else prompt
-    begun = ""
+    messages, begun = [dict(role="user", content=prompt)] if isinstance(prompt, str) else prompt, ""
     if messages[-1]["role"] == "assistant":
-        begun, messages = messages[-1]["content"], messages[:-1]
+        messages, begun = messages[:-1], messages[-1]["content"]
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False,
                                              add_generation_prompt=True) + begun
-    except Exception as error:  # templates raise what they like: "roles must alternate", ...
-        reason = " ".join(str(error).split())[:200]  # also if the model has no template
+    except Exception as error:  # templates raise what they like; a model may have none
         fail(f"--data {data}: the prompt {prompt!r:.200} is refused by the model's chat template "
-             f"({reason}); mend it, or choose a chat model")
+             f"({' '.join(str(error).split())[:200]}); mend it, or choose a chat model")
 
 
 def draw_problems(problems, step, n, seed):

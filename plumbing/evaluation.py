@@ -3,7 +3,6 @@ Looking at a policy: what the log says of a step, and how it fares on held-out p
 """
 import json
 import resource
-import sys
 from pathlib import Path
 
 import torch
@@ -78,24 +77,17 @@ def look(policy, tokenizer, problems, cfg, judges, temperature, generator, group
 
 def wilson(hits):
     """Share of ones in a list of zeros and ones, and Wilson's 95 % interval: [share, low, high]."""
-    n, z2 = len(hits), 1.96**2
-    share = sum(hits) / n
-    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
-    margin = (z2 * (share * (1 - share) / n + z2 / (4 * n * n))) ** 0.5 / (1 + z2 / n)
+    n, z, share = len(hits), 1.96, sum(hits) / len(hits)
+    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    margin = z * (share * (1 - share) / n + z**2 / (4 * n * n)) ** 0.5 / (1 + z**2 / n)
     return [share, centre - margin, centre + margin]
 
 
 def interval(values):
-    """Mean of N numbers, and its bootstrapped 95 % interval: [mean, low, high].
-
-    Of 1,000 means of N numbers that are drawn from these, with replacement, by a fixed seed.
-    """
-    values, generator = torch.tensor(values, dtype=torch.float64), torch.Generator().manual_seed(0)
-    n = len(values)
-    draws = [torch.randint(n, (n,), generator=generator) for _ in range(1000)]
-    means = torch.stack([values[drawn].mean() for drawn in draws])
-    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return [values.mean().item(), low, high]
+    """Mean of N numbers, and its 95 % interval by the normal distribution: [mean, low, high]."""
+    values = torch.tensor(values, dtype=torch.float64)
+    mean, margin = values.mean().item(), 1.96 * values.std(correction=0).item() / len(values) ** 0.5
+    return [mean, mean - margin, mean + margin]
 
 
 def report(before, after, folder):
@@ -103,20 +95,17 @@ def report(before, after, folder):
     names = dict(sampled="exact match, sampled", greedy="exact match, greedy",
                  score_sampled="score, sampled", score_greedy="score, greedy",
                  shows_work="shows its work", length="mean length (tokens)",
-                 nats="nats per demonstration", margin="margin",
-                 accuracy=f"in right order, n = {after.get('n_rated')}")
+                 nats="nats per demonstration", margin="margin", accuracy="pairs in right order")
     print(f"\n{'test problems, n = ' + str(after['n']):24s}{'before':>8s} [95 % interval]      "
           f"{'after':>8s} [95 % interval]")
     for key, name in names.items():
         if key in after:
             cells = ["{:8.3f} [{:6.3f}, {:6.3f}]".format(*found[key]) for found in (before, after)]
             print(f"{name:24s}" + "     ".join(cells))
+    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # of this process, on Linux
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        peak = torch.cuda.max_memory_allocated()  # of tensors
-    else:  # of this process; Linux counts in kilobytes
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-            1 if sys.platform == "darwin" else 1024)
+        peak = torch.cuda.max_memory_allocated()  # of tensors on the GPU
     results = dict(before=before, after=after, peak_memory=peak)
     Path(folder, "test.json").write_text(json.dumps(results, indent=1))
-    print(f"\nPeak memory: {peak / 1e9:.2f} GB. The trained model is in {folder / 'model'}, the log "
-          f"in {folder / 'metrics.jsonl'}.")
+    print(f"\nPeak memory: {peak / 1e9:.2f} GB. The trained model is in {folder / 'model'}, the "
+          f"log in {folder / 'metrics.jsonl'}.")

@@ -2,7 +2,6 @@
 The flags that all scripts share, what they may be, and how a run is refused.
 """
 import copy
-import math
 import os
 import sys
 from dataclasses import dataclass
@@ -61,11 +60,10 @@ def fail(message, code=2):
     sys.exit(code)
 
 
-# A number must be above 0, except where 0 has a meaning; and some have an upper end.
+# A number must be above 0, except where 0 has a meaning; and some must be at most 1.
 ZERO_IS_FINE = set("lr critic_lr prm_lr warmup_steps critic_warmup weight_decay eval_every seed "
                    "kl_coef reward_clip gamma lam decay beta damping accuracy_filter".split())
-AT_MOST = dict(gamma=1, lam=1, decay=1, backtrack=1, fisher_fraction=1, accuracy_filter=0.5) | \
-    dict.fromkeys(("max_grad_norm", "clip_eps", "value_clip", "reward_clip"), math.inf)
+AT_MOST_1 = "gamma", "lam", "decay", "backtrack", "fisher_fraction", "accuracy_filter"
 
 
 def check(cfg, min_group=1):
@@ -76,36 +74,27 @@ def check(cfg, min_group=1):
     """
     cfg = copy.copy(cfg)
     for key, value in vars(cfg).items():
+        number = type(value) in (int, float)
         if value == "":
             fail(f"--{key}: it is empty; give it a value, or leave it out")
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            continue
-        if not (value > 0 or (value == 0 and key in ZERO_IS_FINE)):  # `not`, because of nan
+        if number and not (value > 0 or (value == 0 and key in ZERO_IS_FINE)):  # nan is refused
             fail(f"--{key} {value}: it must be {'at least' if key in ZERO_IS_FINE else 'above'} 0")
-        highest = AT_MOST.get(key, 2**63 - 1)
-        if value > highest:
-            fail(f"--{key} {value}: it must be at most {highest}")
+        if number and key in AT_MOST_1 and value > 1:
+            fail(f"--{key} {value}: it must be at most 1")
     if getattr(cfg, "group_size", min_group) < min_group:
         fail(f"--group_size {cfg.group_size}: completions of a prompt are compared with each "
              f"other; take at least {min_group}")
+    cfg.device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        cfg.device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
         torch.empty(1, device=cfg.device)
-        known = torch.device(cfg.device).type in ("cpu", "cuda")
-    except (RuntimeError, AssertionError):  # no such device; torch without CUDA
-        known = False
-    if not known:
-        fail(f"--device {cfg.device}: choose cpu or cuda; torch sees {torch.cuda.device_count()} "
-             "GPUs on this machine")
+    except (RuntimeError, AssertionError) as error:  # no such device; torch without CUDA
+        fail(f"--device {cfg.device}: {str(error).splitlines()[0]}; choose cpu or cuda")
     cfg.model = cfg.model and absolute(cfg.model)
-    if cfg.data not in ("toy", "words"):
-        cfg.data = absolute(cfg.data)
+    cfg.data = cfg.data if cfg.data in ("toy", "words") else absolute(cfg.data)
     if hasattr(cfg, "reward"):
         cfg.reward = ",".join(split_rewards(cfg.reward))
-    if cfg.out_dir:
-        cfg.out_dir = os.path.abspath(os.path.expanduser(cfg.out_dir))
-        if not cfg.resume and os.path.lexists(cfg.out_dir):
-            fail(f"--out_dir {cfg.out_dir}: it exists; name another, or --resume the run in it")
+    if cfg.out_dir and not cfg.resume and os.path.lexists(os.path.expanduser(cfg.out_dir)):
+        fail(f"--out_dir {cfg.out_dir}: it exists; name another, or --resume the run in it")
     return cfg
 
 

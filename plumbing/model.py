@@ -1,5 +1,5 @@
 """
-Checkpoints: a folder or a name on the hub -> policy and tokenizer; and back into a folder.
+Checkpoints: a folder or a name on the hub -> policy and tokenizer.
 
 Wherever a model folder is expected, a run folder stands for the model/ in it. Nothing here runs a
 checkpoint's own code: trust_remote_code stays off.
@@ -22,38 +22,30 @@ def load(auto_class, flag, name, **options):
     neighbouring bf16 numbers, and would be rounded away.
     """
     folder = Path(name).expanduser()
-    if (folder / "checkpoint.pt").exists() and not (folder / "model").is_dir():
-        fail(f"{flag} {name}: this run has not finished, so it has no model yet; --resume it")
     where = str(next((path for path in (folder / "model", folder) if path.is_dir()), name))
     transformers.utils.logging.set_verbosity_error()  # what matters of its reports is said here
     transformers.utils.logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(where, trust_remote_code=False)
         if getattr(config, "quantization_config", None):
-            raise ValueError("its weights are quantised, and all weights are trained in fp32 here; "
-                             "choose the model that it was made from")
+            raise ValueError("its weights are quantised; choose the model that it was made from")
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
+        eos = tokenizer.eos_token_id
+        if eos is None or eos >= config.get_text_config().vocab_size:
+            raise ValueError("its tokenizer has no EOS that the model knows; set its eos_token")
         model, info = auto_class.from_pretrained(
             where, dtype=torch.float32, trust_remote_code=False, output_loading_info=True,
             ignore_mismatched_sizes=True, **options)
-        missing = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
-        if missing:
-            raise ValueError(f"{len(missing)} weights are missing or of the wrong shape, "
-                             f"{missing[0]} for one; choose a complete model")
-        eos, size = tokenizer.eos_token_id, config.get_text_config().vocab_size
-        if eos is None or eos >= size:
-            raise ValueError("its tokenizer has no EOS that the model knows, so that no completion "
-                             "could end; set eos_token in its tokenizer_config.json")
+        for key in (*info["missing_keys"], *info["mismatched_keys"]):
+            raise ValueError(f"weights are missing or of another shape, {key} for one")
         if not all(parameter.isfinite().all() for parameter in model.parameters()):
-            raise ValueError("some of its weights are nan or infinite; choose another model")
+            raise ValueError("some of its weights are nan or infinite")
     except Exception as error:  # no such name, no network, a torn file, code of its own, ...
-        fail(f"{flag} {name}: {' '.join(str(error).split())[:300] or type(error).__name__}")
-    unused = sorted(key for key in info["unexpected_keys"] if "inv_freq" not in key)
+        fail(f"{flag} {name}: {str(error)[:400] or type(error).__name__}")
+    unused = [key for key in info["unexpected_keys"] if "inv_freq" not in key]
     if unused:
-        print(f"warning: {flag} {name}: {len(unused)} weights of the checkpoint have no place in "
-              f"the model and are not used, {unused[0]} for one")
-    if Path(where, "adapter_config.json").exists():
-        print(f"warning: {flag} {name}: the adapter beside the model is not used")
+        print(f"warning: {flag} {name}: {len(unused)} weights have no place in the model and are "
+              f"not used, {unused[0]} for one")
     return remove_dropout(model), tokenizer
 
 
@@ -71,8 +63,8 @@ def load_policy(name, device):
     """Hub name, model folder, run folder, or None for the toy's policy -> (policy, tokenizer)."""
     policy, tokenizer = load(AutoModelForCausalLM, "--model", name or str(toy.POLICY))
     # Whoever loads the trained model stops where the training did; nothing else of it is used.
-    stop = eos_ids(policy.generation_config, tokenizer)
-    policy.generation_config = GenerationConfig(eos_token_id=stop)
+    policy.generation_config = GenerationConfig(
+        eos_token_id=eos_ids(policy.generation_config, tokenizer))
     probe(policy, tokenizer, name)
     return policy.to(device), tokenizer
 
@@ -85,16 +77,13 @@ def probe(policy, tokenizer, name):
     pass, and a plain forward of each row, without padding or cache. Prompts are ragged, and lie on
     both sides of each length up to 1,024 that the config names: of a window, of a rope.
     """
-    config, named = policy.config.get_text_config(), [4]
-    rope = getattr(config, "rope_parameters", None) or {}
-    for n in (getattr(config, "sliding_window", None), rope.get("original_max_position_embeddings"),
-              getattr(config, "attention_chunk_size", None)):
-        if n and 4 < n <= min(1024, config.max_position_embeddings - 5):
-            named.append(n)
-    vocabulary = policy.get_input_embeddings().num_embeddings
+    config = policy.config.get_text_config()
+    rope, size = getattr(config, "rope_parameters", None) or {}, config.vocab_size
+    named = (4, getattr(config, "sliding_window", 0), getattr(config, "attention_chunk_size", 0),
+             rope.get("original_max_position_embeddings", 0))
     try:
-        for n in named:
-            prompts = [[7 * i % vocabulary for i in range(length)] for length in (n + 2, n - 1)]
+        for n in [n for n in named if n and 4 <= n <= min(1024, config.max_position_embeddings - 5)]:
+            prompts = [[7 * i % size for i in range(length)] for length in (n + 2, n - 1)]
             batch = sample(policy, tokenizer, prompts, 2, 3, 0.7, torch.Generator().manual_seed(0))
             shared, plain = token_logprobs(policy, batch, torch.arange(4), 0.7), 0 * batch.mask
             for i, row in enumerate(plain_logprobs(policy, batch, 0.7)):
@@ -103,9 +92,9 @@ def probe(policy, tokenizer, name):
             if not gap < 1e-3:
                 raise ValueError(f"cached and plain log-probs differ by {gap:.1g} at {n} tokens")
     except Exception as error:  # whatever a foreign architecture says to our cache
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
         fail(f"--model {name}: the architecture {policy.config.model_type} does not work with our "
-             f"sampler ({reason}); use a causal decoder that keeps a key/value cache")
+             f"sampler ({type(error).__name__}: {error}); use a causal decoder with a key/value "
+             "cache")
 
 
 def plain_logprobs(policy, batch, temperature):

@@ -15,6 +15,7 @@ import copy
 import importlib.util
 import math
 import re
+import runpy
 import sys
 import traceback
 import types
@@ -22,20 +23,17 @@ from decimal import Decimal
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForSequenceClassification
 
-from plumbing.data import encode
 from plumbing.flags import fail, split_rewards
-from plumbing.model import load
-from plumbing.rollout import all_scores, make_batch, to_texts
+from plumbing.rollout import to_texts
 
 # The last word with a digit, freed of the marks around it, is the number; or there is none. Words
 # that belong together are one: 9 500, 3 - 4, 12 : 30, 5 million are not the numbers 500, 4, 30, 5.
-WORD = re.compile(r"(?:[-+−][^\S\n]+)?(?:[^\s=]*\d(?:[^\S\n]*[-+−*/×÷^]|[^\S\n]+:)?[^\S\n]+)*[^\s=]*\d"
-                  r"[^\s=]*(?:\s(?:hundred|thousand|[mb]illion|trillion|dozen))?")
-NUMBER = re.compile(r"(?:\\boxed|[\\$€£*_~`'\"([{<,])*"
+WORD = re.compile(r"(?:[-+−] +)?(?:[^\s=]*\d(?: *[-+−*/×÷^]| +:)?[^\S\n]+)*[^\s=]*\d[^\s=]*"
+                  r"(?: (?:hundred|thousand|[mb]illion|trillion|dozen))?")
+NUMBER = re.compile(r"(?:\\boxed|[\\$€£*_`'\"([{<,])*"
                     r"([-+−]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?)"
-                    r"[\\$€£*_~`'\")\]}>,.;:!?%°²³]*")
+                    r"[\\$€£*_`'\")\]}>,.;:!?%°²³]*")
 
 
 def read_number(text):
@@ -61,22 +59,22 @@ def load_rewards(cfg, problems):
     """--reward, its parts with commas between -> {name: function}, each tried once."""
     rewards = {}
     for part in split_rewards(cfg.reward):
-        file, colon, name = part.rpartition(":")
+        file, _, name = part.rpartition(":")
         if part == "last_number":
             answers = [problem["row"].get("answer") for problem in problems]
-            wrong = [answer for answer in answers if read_number(answer) is None]
+            wrong = [str(answer)[:100] for answer in answers if read_number(answer) is None]
             if wrong:
-                fail(f"--reward last_number: {len(wrong)} of {len(problems)} answers are no number, "
-                     f"{str(wrong[0])[:100]!r} for one; mend the column answer of --data, or write "
-                     "a reward of your own, file.py:function")
+                fail(f"--reward last_number: {len(wrong)} of {len(problems)} answers are no "
+                     f"number, {wrong[0]!r} for one; mend the column answer of --data, or write a "
+                     "reward of your own, file.py:function")
             function = last_number
-        elif Path(part).is_dir():
-            name, function = Path(part).name, load_scorer(part, cfg)
-        elif colon and Path(file).is_file():
+        elif Path(part, "reward.py").is_file():  # reward_model.py has written it
+            name, function = Path(part).name, runpy.run_path(f"{part}/reward.py")["score"]
+        elif Path(file).is_file():
             function = load_function(Path(file), name)
         else:
-            fail(f"--reward {part}: there is no such file or folder; choose last_number, the "
-                 "folder of a reward model, or a function of your own, file.py:function")
+            fail(f"--reward {part}: choose last_number, the folder of a finished run of "
+                 "reward_model.py, or a function of your own, file.py:function")
         if name in rewards:
             fail(f"--reward {cfg.reward}: two are called {name}; rename one")
         rewards[name] = function
@@ -91,36 +89,17 @@ def load_function(path, name):
     functions to a pool of processes. no_grad restores the gradient mode that a file changes.
     """
     sys.path.append(str(path.parent))
-    known = importlib.util.find_spec(path.stem) if path.stem.isidentifier() else None
-    if known is None or not known.origin or Path(known.origin).resolve() != path.resolve():
-        fail(f"--reward {path}:{name}: `import {path.stem}` finds another module, or none, so this "
-             "file needs another name")
-    sys.modules[path.stem] = module = types.ModuleType(path.stem)
-    module.__file__, module.__spec__ = str(path), known
     try:
+        known = importlib.util.find_spec(path.stem)
+        if not (known and known.origin and path.samefile(known.origin)):
+            raise ImportError(f"another module is called {path.stem}; rename the file")
+        sys.modules[path.stem] = module = types.ModuleType(path.stem)
+        module.__file__, module.__spec__ = str(path), known
         with torch.no_grad():
             exec(compile(path.read_bytes(), path, "exec"), module.__dict__)
         return getattr(module, name)
     except (Exception, SystemExit) as error:
-        fail(f"--reward {path}:{name}: {describe(error)}; mend the file")
-
-
-def load_scorer(folder, cfg):
-    """The folder of a run of reward_model.py, or of such a model -> a reward, like any other."""
-    scorer, tokenizer = load(AutoModelForSequenceClassification, "--reward", folder, num_labels=1)
-    scorer.to(cfg.device).requires_grad_(False)
-
-    def learned(prompts, completions, finished, **columns):
-        rows = encode([dict(prompt=prompt, completions=[text])
-                       for prompt, text in zip(prompts, completions)], tokenizer)
-        targets = [row["targets"][0] if done else row["targets"][0][:-1]  # cut short: without EOS
-                   for row, done in zip(rows, finished)]
-        longest = max(len(row["ids"]) + len(target) for row, target in zip(rows, targets))
-        if longest > getattr(scorer.config, "max_position_embeddings", longest):
-            raise ValueError(f"{longest} tokens are more than it can read: lower --max_new_tokens")
-        batch = make_batch([row["ids"] for row in rows], targets, cfg.device)
-        return all_scores(scorer, batch, cfg.micro_batch_size).tolist()
-    return learned
+        fail(f"--reward {path}:{name}: {describe(error)}")
 
 
 def describe(error):
@@ -133,15 +112,15 @@ def describe(error):
 def judge(name, reward, problems, texts, finished, completion_ids):
     """One reward's scores of texts[i] as an answer to problems[i] -> list of N floats."""
     # Everything is a copy, and each completion's its own: a reward may change what it is given.
-    prompts = [copy.deepcopy(problem["prompt"]) for problem in problems]
-    columns = {key: [copy.deepcopy(problem["row"][key]) for problem in problems]
-               for key in problems[0]["row"] if key not in ("prompt", "prompts", "completions")}
-    columns.update(finished=list(finished), completion_ids=[list(ids) for ids in completion_ids])
+    rows = [copy.deepcopy(problem["row"] | dict(prompt=problem["prompt"])) for problem in problems]
+    columns = {key: [row[key] for row in rows] for key in rows[0]}
+    columns.update(prompts=columns.pop("prompt"), completions=list(texts),
+                   finished=list(finished), completion_ids=[list(ids) for ids in completion_ids])
     try:
-        values = reward(prompts=prompts, completions=list(texts), **columns)
+        values = reward(**columns)
     except Exception as error:
-        fail(f"--reward {name} raised {describe(error)}; it is called by keyword, with prompts, "
-             f"completions, {', '.join(columns)}")
+        fail(f"--reward {name} raised {describe(error)}; it is called by keyword, with "
+             f"{', '.join(columns)}")
     try:
         scores = [float(value) for value in values]
     except (TypeError, ValueError):  # None, or a list with None in it; a coroutine; ...
@@ -160,8 +139,7 @@ def score(rewards, problems, batch, tokenizer):
     """
     texts, owners = to_texts(tokenizer, batch), [problems[i] for i in batch.owner.tolist()]
     ids = [row[mask.bool()].tolist() for row, mask in zip(batch.completions, batch.mask)]
-    finished = batch.finished.tolist()
-    each = {name: torch.tensor(judge(name, reward, owners, texts, finished, ids),
+    each = {name: torch.tensor(judge(name, reward, owners, texts, batch.finished.tolist(), ids),
                                dtype=torch.float64)  # or .1 + .6 + .1 + .2 would be above 1
             for name, reward in rewards.items()}
     means = {f"reward_{name}": scores.mean() for name, scores in each.items() if len(each) > 1}

@@ -36,19 +36,6 @@ class Batch:
     finished: Optional[torch.Tensor] = None   # (N,) bool: ended by an EOS, not by max_new_tokens
 
 
-def make_batch(prompts, completions, device):
-    """Given texts as lists of token ids, EOS included, K for each of the prompts -> Batch."""
-    width, K = max(map(len, completions)), len(completions) // len(prompts)
-    ids = torch.tensor([c + [0] * (width - len(c)) for c in completions], dtype=torch.long)
-    mask = torch.tensor([[1.0] * len(c) + [0.0] * (width - len(c)) for c in completions])
-    owner = torch.arange(len(prompts), device=device).repeat_interleave(K)
-    return Batch(prompts, owner, ids.to(device), mask.to(device))
-
-
-# --------------------------------------------------------------------------------------------------
-# One forward pass over prompts, one over completions that share them
-
-
 def use_bf16(device):
     """Passes run in bf16 on a GPU that has it in hardware; weights and log-probs stay fp32."""
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -57,14 +44,6 @@ def use_bf16(device):
 def precision(device, keep_casts=True):
     return torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(device),
                           cache_enabled=keep_casts)
-
-
-def without_gradient(device):
-    """Inference mode on a CPU, where it saves a tenth of the sampling; no_grad elsewhere.
-
-    Under inference mode, autocast keeps no bf16 weights: it would cast each of them at each token.
-    """
-    return torch.inference_mode() if device.type == "cpu" else torch.no_grad()
 
 
 def forward(policy, ids, valid, cache=None, keep=0, at=None):
@@ -76,9 +55,9 @@ def forward(policy, ids, valid, cache=None, keep=0, at=None):
 
 def inputs(ids, valid, at=None):
     """What a model takes. Padding has no position of its own: GPT-2 would notice."""
+    if at is None:
+        at = torch.arange(valid.shape[1] - ids.shape[1], valid.shape[1], device=ids.device)
     positions = (valid.cumsum(1) - 1).clamp(min=0)
-    at = torch.arange(valid.shape[1] - ids.shape[1], valid.shape[1],
-                      device=ids.device) if at is None else at
     return dict(input_ids=ids, attention_mask=valid.long(),
                 position_ids=positions.index_select(1, at))
 
@@ -156,19 +135,9 @@ def token_logprobs(policy, batch, rows, temperature):
     return per_token(policy, batch, rows, read)
 
 
-def token_logits(policy, batch, rows, temperature):
-    """logits / temperature of all tokens that could be y_t -> (n, C, vocabulary); always fp32."""
-    return per_token(policy, batch, rows, lambda logits, tokens: logits / temperature, fp32=True)
-
-
-def token_values(critic, batch, rows):
-    """V(x, y_<t), the value of where y_t was chosen, from a model with one output -> (n, C)."""
-    return per_token(critic, batch, rows, lambda outputs, tokens: outputs.float().squeeze(-1))
-
-
 @torch.no_grad()
 def for_all(per_rows, model, batch, micro_batch_size, *more):
-    """per_rows, token_logprobs or token_values, over the whole batch in slices of its rows."""
+    """per_rows, such as token_logprobs, for all completions, without gradient -> (N, C)."""
     result = torch.zeros_like(batch.mask)
     for rows in micro_batches(batch, torch.arange(len(result)), micro_batch_size):
         result[rows] = per_rows(model, batch, rows, *more)
@@ -178,43 +147,6 @@ def for_all(per_rows, model, batch, micro_batch_size, *more):
 def all_logprobs(policy, batch, micro_batch_size, temperature):
     """log pi(y_t | x, y_<t) of all completions, without gradient -> (N, C)."""
     return for_all(token_logprobs, policy, batch, micro_batch_size, temperature)
-
-
-def all_values(critic, batch, micro_batch_size):
-    """V(x, y_<t) of all completions, without gradient -> (N, C)."""
-    return for_all(token_values, critic, batch, micro_batch_size)
-
-
-def sequence_scores(scorer, batch, rows):
-    """s(x, y) = w^T h of completions `rows` (n,), by a sequence classifier -> (n,), with gradient.
-
-    h is the last layer's output at the last token, which is known from the mask. The classifier's
-    own forward looks for the last id that is not pad: where pad is the EOS, the token before it.
-    """
-    scorer.train(recomputes(scorer))
-    prompt_ids, valid = pad_left([batch.prompts[i] for i in batch.owner[rows].tolist()],
-                                 batch.mask.device)
-    mask = batch.mask[rows, : int(batch.mask[rows].sum(1).max())].bool()
-    ids = torch.where(mask, batch.completions[rows, : mask.shape[1]], 0)
-    ids = torch.cat([prompt_ids, ids], 1)
-    valid = torch.cat([valid, mask], 1)
-    with precision(ids.device):
-        hidden = scorer.base_model(**inputs(ids, valid), use_cache=False).last_hidden_state
-    scorer.eval()
-    last = valid.cumsum(1).argmax(1)  # the first column with the full count
-    hidden = hidden[torch.arange(len(rows), device=ids.device), last]            # (R, d)
-    return scorer.score(hidden.float()).squeeze(-1)
-
-
-@torch.no_grad()
-def all_scores(scorer, batch, micro_batch_size):
-    """s(x, y) of all completions, without gradient -> (N,)."""
-    rows = torch.arange(len(batch.mask), device=batch.mask.device).split(micro_batch_size)
-    return torch.cat([sequence_scores(scorer, batch, part) for part in rows])
-
-
-# --------------------------------------------------------------------------------------------------
-# Sampling
 
 
 def draw(logits, temperature, uniform):
@@ -273,9 +205,8 @@ def step_generator(seed, step):
     """For the random numbers of a step, a function of seed and step alone -> torch.Generator.
 
     step: its number, or a name where the numbers are for something else. The generator is on the
-    CPU, so that a GPU uses the same random numbers. It uses 32 bits of its seed. They are a hash of
-    seed and step, because with their sum, seed 2 would repeat seed 1, one step earlier. The global
-    generators (random, numpy, torch, CUDA) are seeded too, for rewards that draw from them.
+    CPU, so that a GPU uses the same numbers. Its seed is a hash, because with a sum, seed 2 would
+    repeat seed 1, one step earlier. The global generators are seeded too, for rewards that draw.
     """
     number = random.Random(f"{seed} {step}").getrandbits(32)
     transformers.set_seed(number)
@@ -288,8 +219,7 @@ def eos_ids(generation_config, tokenizer):
     Where the checkpoint has no generation_config.json, transformers makes one of config.json.
     """
     ids = generation_config.eos_token_id
-    ids = ids if isinstance(ids, (list, tuple)) else [ids]
-    return sorted({tokenizer.eos_token_id, *ids} - {None})
+    return sorted({tokenizer.eos_token_id, *(ids if isinstance(ids, list) else [ids])} - {None})
 
 
 def sample(policy, tokenizer, prompts, group_size, max_new_tokens, temperature, generator):
@@ -309,7 +239,9 @@ def sample(policy, tokenizer, prompts, group_size, max_new_tokens, temperature, 
     if temperature > 0:
         uniform = torch.rand(ids.shape, dtype=torch.float64, generator=generator).to(device)
     compiled = getattr(policy, "compiled_forward", None)
-    with without_gradient(device), precision(device, keep_casts=not compiled):
+    # Inference mode saves a tenth on a CPU. On a GPU, autocast would cast all weights every time.
+    no_grad = torch.inference_mode() if device.type == "cpu" else torch.no_grad()
+    with no_grad, precision(device, keep_casts=not compiled):
         prompt_ids, valid = pad_left(prompts, device, 64 if compiled else 1)
         cache = DynamicCache()
         logits = forward(policy, prompt_ids, valid, cache, keep=1)[owner, -1]
@@ -348,20 +280,15 @@ def sample(policy, tokenizer, prompts, group_size, max_new_tokens, temperature, 
     return Batch(prompts, owner, ids[:, :C], mask[:, :C], logprobs[:, :C], finished)
 
 
-def to_text(tokenizer, ids):
-    """Tokens -> their text, to the letter: special tokens are written out, nothing is tidied."""
-    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-
-
 def to_texts(tokenizer, batch):
-    """The N completions as text, without padding and without the EOS that ended them."""
+    """The N completions as text, without padding and without the EOS that ended them.
+
+    To the letter: special tokens are written out, and nothing is tidied.
+    """
     lengths = (batch.mask.sum(1).long() - batch.finished.long()).tolist()
-    return [to_text(tokenizer, ids[:length])
+    return [tokenizer.decode(ids[:length], skip_special_tokens=False,
+                             clean_up_tokenization_spaces=False)
             for ids, length in zip(batch.completions.tolist(), lengths)]
-
-
-# --------------------------------------------------------------------------------------------------
-# Slices of a batch
 
 
 def micro_batches(batch, rows, size, advantages=None):

@@ -28,13 +28,13 @@ class Run:
                  **trained):
         """Make the folder; with --resume, load the checkpoint; look at the test problems.
 
-        problems: those of training, validation and test. rewards, measure: see evaluate().
-        trained: what else a checkpoint holds the state of, as optimizer=optimizer, critic=critic.
-        A script may put numbers of its own into self.kept, which a checkpoint holds too.
+        problems: training, validation, test. rewards, measure: see evaluate(). trained: what else a
+        checkpoint holds the state of, as optimizer=optimizer, critic=critic. It also holds `kept`,
+        where a script may put numbers of its own.
         """
         self.cfg, self.name, self.policy, self.tokenizer = cfg, name, policy, tokenizer
-        self.trained = dict(policy=policy, **trained)
-        self.first, self.before, self.kept = 0, None, {}
+        self.trained, self.first = dict(policy=policy, **trained), 0
+        self.before, self.kept = None, {}
         checksum = checksum_of(policy, problems)
         self.folder = self.find(cfg.resume, checksum) if cfg.resume else self.make(cfg.out_dir)
         Run.unfinished = str(self.folder)
@@ -50,46 +50,43 @@ class Run:
               f"{policy.device}, computing in {'bf16' if use_bf16(policy.device) else 'fp32'} over "
               f"fp32 weights, into {self.folder}", flush=True)
         _, self.validation, self.test = problems
-        self.evaluate = lambda held_out: evaluate(policy, tokenizer, held_out, cfg, rewards, measure)
+        self.evaluate = lambda split: evaluate(policy, tokenizer, split, cfg, rewards, measure)
         self.before = self.before or self.evaluate(self.test)
 
     def make(self, out_dir):
-        """--out_dir, or the first free of runs/NAME, runs/NAME-2, ..."""
-        number, folder = 1, Path(out_dir or f"runs/{self.name}").absolute()
-        while True:
-            try:
-                folder.parent.mkdir(parents=True, exist_ok=True)
-                folder.mkdir()  # fails if another process was faster
-                return folder
-            except FileExistsError as error:
-                if out_dir or not os.path.lexists(folder):
-                    fail(f"--out_dir {folder}: {error.strerror}; name another")
+        """A new folder: --out_dir, or the first free of runs/NAME, runs/NAME-2, ..."""
+        folder, number = Path(out_dir or f"runs/{self.name}").expanduser().absolute(), 1
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            while not out_dir and os.path.lexists(folder):
                 number += 1
                 folder = folder.with_name(f"{self.name}-{number}")
-            except OSError as error:
-                fail(f"--out_dir {folder}: {error.strerror}; name a folder that can be written into")
+            folder.mkdir()  # fails if another process was faster
+        except OSError as error:
+            fail(f"--out_dir {folder}: {error.strerror}; name another")
+        return folder
 
     def find(self, folder, checksum):
         """The folder to --resume, and in it the checkpoint, if there is one yet."""
         folder = Path(folder).expanduser().absolute()
         try:
             config = json.loads((folder / "config.json").read_text())
-            if config["script"] != self.name or config["checksum"] != checksum:
-                raise ValueError(f"it was made by {config['script']}.py, or from other data or "
-                                 "another model than those that are there now")
+            if (config["script"], config["checksum"]) != (self.name, checksum):
+                raise ValueError(f"made by {config['script']}.py, or from other data or another "
+                                 "model than there is now")
             if (folder / "checkpoint.pt").exists():
                 state = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
                 for key, thing in self.trained.items():
                     thing.load_state_dict(state[key])
                 self.first, self.before, self.kept = (state[k] for k in ("step", "before", "kept"))
+            for path in folder.glob("*.jsonl"):  # what was logged after it will be logged again
+                rows = [row for row in path.read_text().splitlines(True) if row[-1] == "\n"]
+                rows = [row for row in rows if json.loads(row)["step"] <= self.first]
+                path.write_text("".join(rows))
         except Exception as error:  # of json, of zip, of pickle, of other shapes, ...
-            fail(f"--resume {folder}: {type(error).__name__}: {error}; start anew, into another "
-                 "--out_dir")
+            fail(f"--resume {folder}: {str(error).splitlines()[0] or error!r}; start anew")
         if self.first > self.cfg.steps:
             fail(f"--steps {self.cfg.steps}: this run has made {self.first} already; ask for more")
-        for path in folder.glob("*.jsonl"):  # what was logged after the checkpoint is made again
-            rows = [row for row in path.read_text().splitlines(keepends=True) if row[-1] == "\n"]
-            path.write_text("".join(row for row in rows if json.loads(row)["step"] <= self.first))
         return folder
 
     def steps(self):
@@ -100,8 +97,7 @@ class Run:
         try:
             with tqdm(total=self.cfg.steps, initial=self.first, dynamic_ncols=True) as self.bar:
                 for step in range(self.first, self.cfg.steps):
-                    self.sums, self.minibatches = Counter(), 0
-                    self.begun = time.perf_counter()
+                    self.sums, self.minibatches, self.begun = Counter(), 0, time.perf_counter()
                     yield step
                     self.bar.update()
         finally:
@@ -117,84 +113,81 @@ class Run:
         self.minibatches += 1
 
     def log(self, step, problems=None, texts=None, scores=None, kl=None, batch=None, **metrics):
-        """The end of a step: one JSON line; what is shown, looked at and saved when it is due.
+        """The end of a step: write the log; show, evaluate and save when it is due.
 
-        The numbers of count() are means over the step's mini-batches. On screen there is the bar,
-        and every --log_every steps a line, with a prompt and a completion where there are some.
+        The numbers of count() become means over the step's mini-batches. Every --log_every steps,
+        there is a line on screen, with a prompt and a completion where there are some.
         """
-        due = (step + 1) % self.cfg.log_every == 0 or step + 1 == self.cfg.steps
+        cfg, done = self.cfg, step + 1
         if scores is not None:
-            metrics = batch_stats(scores, kl, batch, self.cfg.group_size) | metrics
+            metrics = batch_stats(scores, kl, batch, cfg.group_size) | metrics
         metrics.update({key: value / max(1, self.minibatches) for key, value in self.sums.items()})
         if "optimizer" in self.trained:
             metrics["lr"] = self.trained["optimizer"].param_groups[0]["lr"]
         metrics["loss"] = metrics.pop("loss", 0.0)  # last: everyone looks at it; it says little
         metrics = {key: float(value) for key, value in metrics.items()}
         metrics["time_step"] = time.perf_counter() - self.begun
-        self.write("metrics.jsonl", step, **metrics)
+        self.write("metrics.jsonl", done, **metrics)
         short = {key: f"{value:.3g}" for key, value in metrics.items() if key not in QUIET}
         self.bar.set_postfix({k: short[k] for k in ("score", "kl", "length", "loss") if k in short})
-        if due:
-            self.bar.write(f"step {step + 1}: " + ", ".join(f"{k} {v}" for k, v in short.items()))
-        if due and texts:
-            for i in range(0, len(texts), max(1, len(texts) // 4)):
+        if done % cfg.log_every == 0 or done == cfg.steps:
+            self.bar.write(f"step {done}: " + ", ".join(f"{k} {v}" for k, v in short.items()))
+            for i in range(0, len(texts or []), max(1, len(texts or []) // 4)):
                 problem = problems[i * len(problems) // len(texts)]
-                self.write("samples.jsonl", step, prompt=problem["prompt"], completion=texts[i],
+                self.write("samples.jsonl", done, prompt=problem["prompt"], completion=texts[i],
                            score=scores[i].item(), row=problem["row"])
-            self.bar.write(f"    {problems[0]['prompt']!r:.300} -> {texts[0]!r:.300} scores "
-                           f"{scores[0].item():g}")
-        if step == 0 and scores is not None and scores.max() == scores.min():
-            print(f"warning: all {len(scores)} scores are {scores[0].item():g}, which may leave "
-                  "nothing to learn: is the task too hard, or --max_new_tokens too small?")
+                if i == 0:
+                    self.bar.write(f"    {problem['prompt']!r:.300} -> {texts[0]!r:.300} scores "
+                                   f"{scores[0].item():g}")
+        if step == 0 and metrics.get("score_std") == 0:
+            self.bar.write("warning: all scores are equal, which may leave nothing to learn: is the "
+                           "task too hard, or --max_new_tokens too small?")
         if step == 0 and metrics.get("truncated", 0) > 0.5:
-            print(f"warning: {metrics['truncated']:.0%} of the completions were cut off before they "
-                  "ended; raise --max_new_tokens")
-        if self.cfg.eval_every and (step + 1) % self.cfg.eval_every == 0:
+            self.bar.write("warning: more than half of the completions were cut off before they "
+                           "ended; raise --max_new_tokens")
+        if cfg.eval_every and done % cfg.eval_every == 0:
             results = self.evaluate(self.validation)
-            self.write("validation.jsonl", step, **results)
-            self.bar.write(f"step {step + 1}: validation, n = {results.pop('n')}: " + ", ".join(
-                f"{key} {value[0]:.3f}" for key, value in results.items()
-                if isinstance(value, list)))
-        if (step + 1) % self.cfg.save_every == 0 or step + 1 == self.cfg.steps:
+            self.write("validation.jsonl", done, **results)
+            means = {key: value[0] for key, value in results.items() if isinstance(value, list)}
+            self.bar.write(f"step {done}, validation: "
+                           + ", ".join(f"{key} {mean:.3f}" for key, mean in means.items()))
+        if done % cfg.save_every == 0 or done == cfg.steps:
             state = {key: thing.state_dict() for key, thing in self.trained.items()}
-            state.update(step=step + 1, before=self.before, kept=self.kept)
+            state.update(step=done, before=self.before, kept=self.kept)
             self.replace("checkpoint.pt", lambda path: torch.save(state, path))
 
     def write(self, name, step, **fields):
         with open(self.folder / name, "a") as file:
-            file.write(json.dumps({"step": step + 1, **fields}, default=str) + "\n")
+            file.write(json.dumps({"step": step, **fields}, default=str) + "\n")
 
     def replace(self, name, write):
-        """Write a neighbour, then rename it: whenever killed, it leaves all of the old or the new.
-        """
+        """Write a neighbour, then rename it: whenever killed, what was there is kept."""
         path = (self.folder / name).resolve()  # what a link points to
-        new, old = (path.with_name(f"{path.name}.{end}") for end in ("new", "old"))
+        new = path.with_name(f"{path.name}.new")
         try:
             write(new)
             if path.is_dir():
-                path.rename(old)
+                shutil.rmtree(path)
             new.replace(path)
-            shutil.rmtree(old, ignore_errors=True)
-        except Exception as error:  # torch and safetensors have errors of their own for a full disk
-            fail(f"cannot write {path} ({str(error).splitlines()[0]}); what was there is kept; make "
-                 "room", code=1)
+        except Exception as error:  # torch and safetensors have their own errors for a full disk
+            fail(f"cannot write {path} ({str(error).splitlines()[0]}); make room", code=1)
 
     def close(self):
         """Save the model, and report how it fares on the test problems."""
         if not all(parameter.isfinite().all() for parameter in self.policy.parameters()):
             fail("the last update made weights nan or infinite; take a smaller --lr", code=1)
-        self.replace("model", lambda path: (self.policy.save_pretrained(path),
-                                            self.tokenizer.save_pretrained(path)))
+        self.replace("model", lambda path: [thing.save_pretrained(path)
+                                            for thing in (self.policy, self.tokenizer)])
         report(self.before, self.evaluate(self.test), self.folder)
         Run.unfinished = None
 
 
 def checksum_of(policy, problems):
-    """Of the weights and the prompts of a run, which is not resumed with others."""
+    """Of the prompts and the weights that a run begins with: it is not resumed with others."""
     checksum = 0
-    for row in [row for part in problems for row in part]:
+    for row in sum(problems, []):
         checksum = zlib.crc32(repr((row["ids"], row["targets"])).encode(), checksum)
-    for parameter in policy.parameters():
-        checksum = zlib.crc32(parameter.detach().cpu().contiguous().view(torch.uint8).numpy(),
-                              checksum)
+    for weights in policy.parameters():
+        weights = weights.detach().cpu().contiguous().view(torch.uint8).numpy()
+        checksum = zlib.crc32(weights, checksum)
     return checksum

@@ -1,11 +1,21 @@
 """
-Completions that the data has and that are compared: for reward_model.py, dpo.py and orpo.py.
+What the scripts share that learn from completions in the data: sft.py, reward_model.py, dpo.py and
+orpo.py.
 """
 import torch
 from tqdm import tqdm
 
-from plumbing.evaluation import interval, wilson
-from plumbing.rollout import make_batch
+from plumbing.evaluation import interval
+from plumbing.rollout import Batch
+
+
+def make_batch(prompts, completions, device):
+    """Given texts as lists of token ids, EOS included, K for each of the prompts -> Batch."""
+    width, K = max(map(len, completions)), len(completions) // len(prompts)
+    ids = torch.tensor([c + [0] * (width - len(c)) for c in completions], dtype=torch.long)
+    mask = torch.tensor([[1.0] * len(c) + [0.0] * (width - len(c)) for c in completions])
+    owner = torch.arange(len(prompts), device=device).repeat_interleave(K)
+    return Batch(prompts, owner, ids.to(device), mask.to(device))
 
 
 def preference_stats(rewards, n):
@@ -34,5 +44,4 @@ def for_all_completions(measure, problems, cfg):
 def held_out_stats(rewards):
     """For the table before and after: (B, K), as above -> {name: [value, low, high]}."""
     found = [preference_stats(row[None], 1) for row in rewards]
-    return {"n_rated": len(found), "accuracy": wilson([row["accuracy"].item() for row in found]),
-            "margin": interval([row["margin"].item() for row in found])}
+    return {key: interval([row[key].item() for row in found]) for key in ("accuracy", "margin")}
