@@ -32,8 +32,7 @@ def masked_mean(values, mask):
 def whiten(values, mask):
     """(x - mean) / sqrt(var + 1e-8), mean and var over all valid tokens: (N, C) -> (N, C).
 
-    The variance divides by the number of tokens, as in OpenRLHF; TRL and verl divide by one less.
-    There are so many tokens that it makes no difference.
+    The variance divides by the number of tokens, as in OpenRLHF; verl divides by one less.
     """
     mean = masked_mean(values, mask)
     var = masked_mean((values - mean) ** 2, mask)
@@ -53,7 +52,6 @@ def kl_estimate(logprobs, ref_logprobs, kind="k1"):
     They ignore that a token also decides which states come next. k1 in the reward takes this into
     account; docs/gradients.md says how far apart the gradients are. All of this is exact while pi
     is the policy that drew the tokens, and approximate after an update.
-    This function takes no mask: on padding it returns 0 only if both log-probs are equal there.
     """
     log_r = ref_logprobs - logprobs
     if kind == "k1":
@@ -68,8 +66,7 @@ def kl_estimate(logprobs, ref_logprobs, kind="k1"):
 def normalize_rewards(scores, clip):
     """(score - mean) / std over the batch, clipped to [-clip, clip]: (N,) -> (N,).
 
-    The std divides by N - 1, which is torch's default; with hundreds of completions it makes no
-    difference. 1e-8 is added to it. Equal scores give exactly 0.
+    The std divides by N - 1, and 1e-8 is added to it. Equal scores give exactly 0.
     """
     if scores.max() == scores.min():  # or else their std may be a rounding error, and not 0
         return torch.zeros_like(scores)

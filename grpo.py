@@ -11,11 +11,10 @@ before the training; the KL keeps the policy near it.
     loss = mean_i mean_t [-min(ratio_t A_i, clip(ratio_t, 1 - eps, 1 + eps) A_i) + kl_coef * k3_t]
            mean_t: over the tokens of a completion, then mean_i: over the mini-batch's completions
 
-Because of two divisions, by the std and by the number of tokens, the gradient does not have the
-direction of the gradient of the mean score; docs/gradients.md measures how far they are apart.
 Because of the std, a prompt whose K scores nearly agree counts about as much as any other. Because
 of mean_t, a token of a long completion counts less than one of a short completion: it is pushed up
-less if A > 0, and down less if A < 0.
+less if A > 0, and down less if A < 0. docs/gradients.md measures how far these two divisions turn
+the gradient.
 k3 estimates KL(pi || pi_ref), but its expected gradient is that of KL(pi_ref || pi): see
 kl_estimate() in common.py.
 

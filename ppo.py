@@ -53,8 +53,8 @@ from plumbing.evaluation import approx_kl
 from plumbing.flags import HfArg, OnlineConfig, check, fail
 from plumbing.model import load_policy
 from plumbing.rewards import load_rewards, score
-from plumbing.rollout import (all_logprobs, for_all, micro_batches, per_token, sample,
-                              step_generator, token_logprobs)
+from plumbing.rollout import (all_logprobs, micro_batches, per_token, sample, step_generator,
+                              token_logprobs)
 from plumbing.run import Run
 
 
@@ -90,6 +90,15 @@ def make_critic(policy):
 def token_values(critic, batch, rows):
     """V(x, y_<t), the value of where y_t was chosen, of completions `rows` (n,) -> (n, C)."""
     return per_token(critic, batch, rows, lambda outputs, tokens: outputs.float().squeeze(-1))
+
+
+@torch.no_grad()
+def all_values(critic, batch, micro_batch_size):
+    """V(x, y_<t) of all completions, without gradient -> (N, C)."""
+    result = torch.zeros_like(batch.mask)
+    for rows in micro_batches(batch, torch.arange(len(result)), micro_batch_size):
+        result[rows] = token_values(critic, batch, rows)
+    return result
 
 
 def gae(rewards, values, mask, gamma, lam):
@@ -161,7 +170,7 @@ def train(cfg):
         ref_logprobs = old_logprobs if ref_model is None else all_logprobs(
             ref_model, batch, cfg.micro_batch_size, cfg.temperature)  # without a reference, kl is 0
         kl = kl_estimate(old_logprobs, ref_logprobs, "k1")  # (N, C); 0 on padding
-        old_values = for_all(token_values, critic, batch, cfg.micro_batch_size)         # (N, C)
+        old_values = all_values(critic, batch, cfg.micro_batch_size)             # (N, C)
 
         # 3. Advantages: how much better than the baseline? No gradient flows through them.
         shaped = token_rewards(scores, kl, mask, cfg.kl_coef)                    # (N, C)

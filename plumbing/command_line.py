@@ -1,6 +1,4 @@
-"""
-The command line: what a user types -> the config of a script; and how a run that fails ends.
-"""
+"""The command line: what a user types -> the config of a script; and how a run that fails ends."""
 import argparse
 import json
 import os
@@ -36,9 +34,8 @@ def main(config_class, toy_defaults, train):
         parser.set_defaults(**toy_defaults)
     cfg = config_class(**vars(parser.parse_args()))
     if not is_toy(cfg.model) and (cfg.device == "cpu" or not torch.cuda.is_available()):
-        online = " --prompts_per_step 16" if hasattr(cfg, "prompts_per_step") else ""
-        print("a real model is slow on a CPU; flags that are small enough to see it learn: --steps "
-              f"20 --lr 1e-5 --max_new_tokens 48 --eval_prompts 64 --minibatch_size 16{online}")
+        print("on a CPU, try --steps 20 --lr 1e-5 --max_new_tokens 48 --eval_prompts 64 "
+              "--minibatch_size 16" + " --prompts_per_step 16" * hasattr(cfg, "prompts_per_step"))
     try:
         train(cfg)
     except KeyboardInterrupt:
@@ -50,8 +47,8 @@ def main(config_class, toy_defaults, train):
             fail("a gradient is nan or infinite: take a smaller --lr or --max_grad_norm", code=1)
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
-        fail(f"out of memory: halve --micro_batch_size (it is {cfg.micro_batch_size}), which "
-             "changes no result, then the prompts of a step", code=1)
+        fail(f"out of memory: halve --micro_batch_size {cfg.micro_batch_size}, which changes no "
+             "result, then the prompts of a step", code=1)
     finally:
         if Run.unfinished:
             print(f"to go on from the last checkpoint: python {shlex.quote(sys.argv[0])} --resume "

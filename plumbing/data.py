@@ -23,8 +23,8 @@ SIZES = dict(demonstration=(1,), pair=(2,), ranking=range(2, 1000))  # of `compl
 def load_problems(cfg, policy, tokenizer, wanted=None):
     """--data -> training, validation and test problems.
 
-    wanted: demonstration, pair or ranking, where completions are learned from. Training rows must
-    have them. A validation or test row may be a prompt alone, which the policy then answers.
+    wanted: demonstration, pair or ranking, which each training row must then have. A validation or
+    test row may be a prompt alone, which the policy answers.
     """
     splits = read(cfg.data, cfg.eval_prompts, wanted)
     columns = dict.fromkeys(key for rows in splits.values() for row in rows for key in row)
@@ -64,10 +64,9 @@ def read(data, held_out, wanted=None):
         with tempfile.TemporaryDirectory() as folder:  # the usual cache believes a file's time
             cache = dict(cache_dir=folder, keep_in_memory=True) if path.is_dir() else {}
             splits = datasets.load_dataset(name, configuration or None, **cache)
-    except Exception as error:
-        error = error.__cause__ or error  # "An error occurred", says the one around it
-        fail(f"--data {data}: {' '.join(str(error).split())[:300]}; name toy, words, a .jsonl "
-             "file, a folder, or a name[:configuration] on the hub")
+    except Exception as error:  # its cause says more than "An error occurred"
+        fail(f"--data {data}: {str(error.__cause__ or error)[:300]}; name toy, words, a .jsonl file, "
+             "a folder, or a name[:configuration] on the hub")
     known = ("train", "validation", "test") if "train" in splits else splits
     return {split: splits[split].to_list() for split in splits if split in known}
 
@@ -110,8 +109,8 @@ def to_problem(row, wanted, needs, where):
             right = before in ([], prompt) and last["role"] == "assistant"
             completion = last["content"] if right else None
         if completion is None:
-            fail(f"{where}: a completion must be text, or the messages {{role, content}} of the "
-                 "prompt and one of the assistant; cut it, or delete the row")
+            fail(f"{where}: a completion must be text, or messages {{role, content}}: those of the "
+                 "prompt, and one of the assistant")
         texts.append(completion)
     if prompt is None or (wanted and needs and not texts):
         there = ", ".join(key for key, value in row.items() if value is not None)
@@ -143,13 +142,11 @@ def drop_unfit(problems, policy, cfg, split):
     kept = [row for row in problems if len(row["ids"]) <= room
             and all(len(target) <= cfg.max_new_tokens for target in row["targets"])
             and len(set(row["completions"])) == len(row["completions"])]
-    why = (f"dropped {len(problems) - len(kept)} of {len(problems)} rows of {split}: their prompt "
-           f"has more than {room} tokens (context - max_new_tokens), or a completion more than "
-           f"{cfg.max_new_tokens}, or two completions are equal")
     if len(kept) < len(problems):
-        print(why)
+        print(f"dropped {len(problems) - len(kept)} of {len(problems)} rows of {split}: a prompt of "
+              f"over {room} tokens, or a completion of over {cfg.max_new_tokens}, or equal ones")
     if not kept:
-        fail(f"--data {cfg.data}: {why}; none is left: change --max_new_tokens, or the data")
+        fail(f"--data {cfg.data}: no row of {split} is left; change --max_new_tokens, or the data")
     if max(max(row["ids"] + sum(row["targets"], [])) for row in kept) >= (
             policy.get_input_embeddings().num_embeddings):
         fail("--model: its tokenizer has tokens that the model lacks; replace the tokenizer")
@@ -172,8 +169,7 @@ def hold_out(splits, data):
         home = homes.get(number, "train")
         made["train" if home in splits else home].append(row)
     if not made["train"]:
-        fail(f"--data {data}: there must be a split called train, or one split of at least two "
-             "prompts, one of which is the test")
+        fail(f"--data {data}: give a split called train, or one of two or more different prompts")
     return made | splits
 
 

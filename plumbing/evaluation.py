@@ -15,8 +15,7 @@ from plumbing.rollout import sample, step_generator, to_texts
 
 def batch_stats(scores, kl, batch, group_size):
     """What the log says of a rollout batch: scores (N,), kl (N, C) -> dict of scalars."""
-    # Groups whose scores are all equal: where the group is the baseline, they teach nothing.
-    # Without groups, the batch is the group.
+    # Without groups, the batch is the group. Groups of equal scores often teach nothing.
     groups = scores.view(-1, group_size if group_size > 1 else len(scores))
     return dict(
         score=scores.mean(), score_std=scores.std(correction=0),
@@ -36,9 +35,8 @@ def evaluate(policy, tokenizer, problems, cfg, rewards=None, measure=None):
     """How the policy fares on held-out problems -> {name: [value, low, high]}, 95 % intervals.
 
     Sampled at temperature 1, and greedy: the exact match (last_number) where all answers are
-    numbers, and the rewards where they say something else. measure(problems) says more, of the
-    completions in the data. Every evaluation uses the same random numbers and has its own
-    generator, so it does not change the run.
+    numbers, and the rewards where they say something else; and what measure(problems) says of the
+    completions in the data. All evaluations use the same random numbers, of their own generator.
     """
     results = {"n": len(problems)}
     if policy.can_generate():  # a reward model cannot

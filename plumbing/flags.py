@@ -13,9 +13,7 @@ from transformers.hf_argparser import HfArg
 
 @dataclass
 class RunConfig:
-    """The flags of every script. The defaults are for a real model on a GPU; TOY in each script has
-    those for the toy's model.
-    """
+    """The flags of every script. The defaults are for a real model on a GPU."""
 
     model: Optional[str] = HfArg(default=None, help="folder of a model or of a run, or name on the "
                                                     "hub; None: the toy's model")
@@ -69,8 +67,8 @@ AT_MOST_1 = "gamma", "lam", "decay", "backtrack", "fisher_fraction", "accuracy_f
 def check(cfg, min_group=1):
     """Refuse what cannot work, before anything is loaded -> a copy of cfg to work with.
 
-    In the copy, the device is found and paths are absolute, so that a reward may change the current
-    folder and a run can be resumed from anywhere. min_group: the smallest group size that works.
+    In the copy, the device is found and paths are absolute, so that a run can be resumed from
+    anywhere. min_group: the smallest group size that works.
     """
     cfg = copy.copy(cfg)
     for key, value in vars(cfg).items():
@@ -82,8 +80,7 @@ def check(cfg, min_group=1):
         if number and key in AT_MOST_1 and value > 1:
             fail(f"--{key} {value}: it must be at most 1")
     if getattr(cfg, "group_size", min_group) < min_group:
-        fail(f"--group_size {cfg.group_size}: completions of a prompt are compared with each "
-             f"other; take at least {min_group}")
+        fail(f"--group_size {cfg.group_size}: it must be at least {min_group}, to compare answers")
     cfg.device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(1, device=cfg.device)

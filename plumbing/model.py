@@ -44,8 +44,8 @@ def load(auto_class, flag, name, **options):
         fail(f"{flag} {name}: {str(error)[:400] or type(error).__name__}")
     unused = [key for key in info["unexpected_keys"] if "inv_freq" not in key]
     if unused:
-        print(f"warning: {flag} {name}: {len(unused)} weights have no place in the model and are "
-              f"not used, {unused[0]} for one")
+        print(f"warning: {flag} {name}: weights without a place in the model are not used: "
+              f"{', '.join(unused)[:300]}")
     return remove_dropout(model), tokenizer
 
 
@@ -79,10 +79,11 @@ def probe(policy, tokenizer, name):
     """
     config = policy.config.get_text_config()
     rope, size = getattr(config, "rope_parameters", None) or {}, config.vocab_size
-    named = (4, getattr(config, "sliding_window", 0), getattr(config, "attention_chunk_size", 0),
-             rope.get("original_max_position_embeddings", 0))
+    named = {4, getattr(config, "sliding_window", 4), getattr(config, "attention_chunk_size", 4),
+             rope.get("original_max_position_embeddings", 4)}
+    context = min(1024, getattr(config, "max_position_embeddings", 1024) - 5)
     try:
-        for n in [n for n in named if n and 4 <= n <= min(1024, config.max_position_embeddings - 5)]:
+        for n in [n for n in named if n and n <= context]:
             prompts = [[7 * i % size for i in range(length)] for length in (n + 2, n - 1)]
             batch = sample(policy, tokenizer, prompts, 2, 3, 0.7, torch.Generator().manual_seed(0))
             shared, plain = token_logprobs(policy, batch, torch.arange(4), 0.7), 0 * batch.mask
@@ -92,9 +93,8 @@ def probe(policy, tokenizer, name):
             if not gap < 1e-3:
                 raise ValueError(f"cached and plain log-probs differ by {gap:.1g} at {n} tokens")
     except Exception as error:  # whatever a foreign architecture says to our cache
-        fail(f"--model {name}: the architecture {policy.config.model_type} does not work with our "
-             f"sampler ({type(error).__name__}: {error}); use a causal decoder with a key/value "
-             "cache")
+        fail(f"--model {name}: {policy.config.model_type} does not work with our sampler "
+             f"({error!r:.300}); use a causal decoder that keeps a key/value cache")
 
 
 def plain_logprobs(policy, batch, temperature):

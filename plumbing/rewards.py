@@ -6,8 +6,7 @@ A reward is a function that is called as TRL calls it, by keyword, and returns a
     reward(prompts=..., completions=..., **columns)
 
 Every argument is a list with one item per completion. Completions are text, without the EOS that
-ended them, also where the data has messages (TRL passes messages there). The columns are those of
-the data, None where a row has none, and two more:
+ended them, also where the data has messages. The columns are those of the data, and two more:
     finished         True where the completion ended by itself, False where it was cut off
     completion_ids   its tokens, EOS included
 """
@@ -18,7 +17,6 @@ import re
 import runpy
 import sys
 import traceback
-import types
 from decimal import Decimal
 from pathlib import Path
 
@@ -64,9 +62,8 @@ def load_rewards(cfg, problems):
             answers = [problem["row"].get("answer") for problem in problems]
             wrong = [str(answer)[:100] for answer in answers if read_number(answer) is None]
             if wrong:
-                fail(f"--reward last_number: {len(wrong)} of {len(problems)} answers are no "
-                     f"number, {wrong[0]!r} for one; mend the column answer of --data, or write a "
-                     "reward of your own, file.py:function")
+                fail(f"--reward last_number: {len(wrong)} of {len(problems)} answers are no number "
+                     f"({wrong[0]!r}); mend the column answer, or write a reward of your own")
             function = last_number
         elif Path(part, "reward.py").is_file():  # reward_model.py has written it
             name, function = Path(part).name, runpy.run_path(f"{part}/reward.py")["score"]
@@ -85,16 +82,15 @@ def load_rewards(cfg, problems):
 def load_function(path, name):
     """The function `name` of the Python file at `path`, which is read anew.
 
-    The file is a module by its own name, so that it can import its neighbours and hand its
-    functions to a pool of processes. no_grad restores the gradient mode that a file changes.
+    It is a module by its own name, so that it can import its neighbours and hand its functions to a
+    pool of processes. no_grad restores the gradient mode that a file changes.
     """
     sys.path.append(str(path.parent))
     try:
         known = importlib.util.find_spec(path.stem)
         if not (known and known.origin and path.samefile(known.origin)):
             raise ImportError(f"another module is called {path.stem}; rename the file")
-        sys.modules[path.stem] = module = types.ModuleType(path.stem)
-        module.__file__, module.__spec__ = str(path), known
+        sys.modules[path.stem] = module = importlib.util.module_from_spec(known)
         with torch.no_grad():
             exec(compile(path.read_bytes(), path, "exec"), module.__dict__)
         return getattr(module, name)
@@ -134,8 +130,8 @@ def judge(name, reward, problems, texts, finished, completion_ids):
 def score(rewards, problems, batch, tokenizer):
     """Score a batch of completions, completion i as an answer to problems[i // K].
 
-    -> texts (N strings), scores (N,), which are the sum of the rewards, and the mean of each reward
-    as a dict for the log; it is empty if there is one reward only.
+    -> texts (N strings), scores (N,), which are the sum of the rewards, and for the log a dict with
+    the mean of each reward, empty if there is only one.
     """
     texts, owners = to_texts(tokenizer, batch), [problems[i] for i in batch.owner.tolist()]
     ids = [row[mask.bool()].tolist() for row, mask in zip(batch.completions, batch.mask)]

@@ -1,7 +1,6 @@
 """
-From prompts to completions and their log-probs: sample(), token_logprobs(), micro_batches().
-
-The only file that knows padding, positions and key/value caches. Three facts shape it:
+From prompts to completions and their log-probs: sample(), token_logprobs(), micro_batches(). The
+only file that knows padding, positions and key/value caches. Three facts shape it:
 - The distribution that is sampled must be the one that is differentiated: softmax(logits / T), and
   nothing else, whatever top_k or repetition_penalty the checkpoint's generation_config asks for.
 - The completions of one prompt share it, so each prompt is forwarded once per group, in the sampler
@@ -55,11 +54,9 @@ def forward(policy, ids, valid, cache=None, keep=0, at=None):
 
 def inputs(ids, valid, at=None):
     """What a model takes. Padding has no position of its own: GPT-2 would notice."""
-    if at is None:
-        at = torch.arange(valid.shape[1] - ids.shape[1], valid.shape[1], device=ids.device)
     positions = (valid.cumsum(1) - 1).clamp(min=0)
-    return dict(input_ids=ids, attention_mask=valid.long(),
-                position_ids=positions.index_select(1, at))
+    positions = positions[:, -ids.shape[1]:] if at is None else positions.index_select(1, at)
+    return dict(input_ids=ids, attention_mask=valid.long(), position_ids=positions)
 
 
 @functools.cache
@@ -99,10 +96,9 @@ def recomputes(policy):
 def per_token(model, batch, rows, read, fp32=False):
     """read(outputs, tokens) for the tokens of completions `rows` -> (n, C, ...), 0 on padding.
 
-    The outputs of a column are about the token after it: the only shift by one in this suite. And
-    so the last completion token is not forwarded. A prompt that several rows share is forwarded
-    once, and its keys and values copied to them: by index_select, whose backward, unlike that of
-    plain indexing, adds in a fixed order.
+    The outputs of a column are about the token after it: the only shift by one in this suite. So the
+    last token is not forwarded. A prompt that several rows share is forwarded once, and its keys
+    and values are copied, by index_select, whose backward adds in a fixed order.
     """
     model.train(recomputes(model))  # transformers recomputes in train mode only; no dropout here
     width = int(batch.mask[rows].sum(1).max())
@@ -136,17 +132,12 @@ def token_logprobs(policy, batch, rows, temperature):
 
 
 @torch.no_grad()
-def for_all(per_rows, model, batch, micro_batch_size, *more):
-    """per_rows, such as token_logprobs, for all completions, without gradient -> (N, C)."""
-    result = torch.zeros_like(batch.mask)
-    for rows in micro_batches(batch, torch.arange(len(result)), micro_batch_size):
-        result[rows] = per_rows(model, batch, rows, *more)
-    return result
-
-
 def all_logprobs(policy, batch, micro_batch_size, temperature):
     """log pi(y_t | x, y_<t) of all completions, without gradient -> (N, C)."""
-    return for_all(token_logprobs, policy, batch, micro_batch_size, temperature)
+    result = torch.zeros_like(batch.mask)
+    for rows in micro_batches(batch, torch.arange(len(result)), micro_batch_size):
+        result[rows] = token_logprobs(policy, batch, rows, temperature)
+    return result
 
 
 def draw(logits, temperature, uniform):
@@ -166,9 +157,7 @@ def draw(logits, temperature, uniform):
 
 
 class FixedLayer(StaticLayer):
-    """One layer's cache, of a fixed shape and dtype: under autocast, keys come in fp32, values in
-    bf16.
-    """
+    """A layer's cache of fixed shape and dtype: under autocast, keys are fp32 and values bf16."""
 
     def update(self, keys, values, *args, **kwargs):
         return super().update(keys.to(self.keys.dtype), values.to(self.values.dtype))
@@ -204,9 +193,8 @@ def compile_decoding(policy):
 def step_generator(seed, step):
     """For the random numbers of a step, a function of seed and step alone -> torch.Generator.
 
-    step: its number, or a name where the numbers are for something else. The generator is on the
-    CPU, so that a GPU uses the same numbers. Its seed is a hash, because with a sum, seed 2 would
-    repeat seed 1, one step earlier. The global generators are seeded too, for rewards that draw.
+    On the CPU, so that a GPU uses the same numbers. Its seed is a hash, because with a sum, seed 2
+    would repeat seed 1, one step earlier. The global generators are seeded, for rewards that draw.
     """
     number = random.Random(f"{seed} {step}").getrandbits(32)
     transformers.set_seed(number)
@@ -214,10 +202,7 @@ def step_generator(seed, step):
 
 
 def eos_ids(generation_config, tokenizer):
-    """The token ids that end a completion, sorted: the tokenizer's EOS and generation_config's.
-
-    Where the checkpoint has no generation_config.json, transformers makes one of config.json.
-    """
+    """The ids that end a completion: the tokenizer's EOS, and those of generation_config."""
     ids = generation_config.eos_token_id
     return sorted({tokenizer.eos_token_id, *(ids if isinstance(ids, list) else [ids])} - {None})
 
@@ -225,9 +210,8 @@ def eos_ids(generation_config, tokenizer):
 def sample(policy, tokenizer, prompts, group_size, max_new_tokens, temperature, generator):
     """K = group_size completions of each of B prompts (lists of token ids) -> Batch of N = B * K.
 
-    Completion i belongs to prompt i // K. Every token has its random number before the first is
-    drawn, from `generator` on the CPU: so neither the device nor what other rows do changes a row.
-    Temperature 0 takes the most likely token, with its log-prob at temperature 1; it draws nothing.
+    Completion i belongs to prompt i // K. All tokens get their random numbers first, on the CPU, so
+    that neither the device nor other rows change a row. Temperature 0 takes the likeliest token.
     """
     device = policy.device
     stop = torch.tensor(eos_ids(policy.generation_config, tokenizer), device=device)
@@ -295,9 +279,8 @@ def micro_batches(batch, rows, size, advantages=None):
     """Split the rows of a mini-batch into parts of `size`, each to be forwarded at once.
 
     A forward is as wide as its longest row, and has each prompt once: so the completions of a
-    prompt stay together, and prompts with short ones come first. If a loss is nothing but
-    `advantages` (N,) or (N, C) times something, a row where they are 0 has no gradient, and is not
-    forwarded.
+    prompt stay together, and prompts with short ones come first. Rows where `advantages`, (N,) or
+    (N, C), are 0 are not forwarded: for losses that are a product with them.
     """
     lengths, owner = batch.mask[rows].sum(1).long().cpu(), batch.owner[rows].cpu()
     longest = torch.zeros(len(batch.prompts), dtype=torch.long)

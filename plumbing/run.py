@@ -3,7 +3,6 @@ A run: its folder (config.json, metrics.jsonl, samples.jsonl, validation.jsonl, 
 test.json, model/) and its screen. Nothing here learns.
 """
 import json
-import os
 import shutil
 import time
 import zlib
@@ -55,16 +54,15 @@ class Run:
 
     def make(self, out_dir):
         """A new folder: --out_dir, or the first free of runs/NAME, runs/NAME-2, ..."""
-        folder, number = Path(out_dir or f"runs/{self.name}").expanduser().absolute(), 1
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            while not out_dir and os.path.lexists(folder):
-                number += 1
-                folder = folder.with_name(f"{self.name}-{number}")
-            folder.mkdir()  # fails if another process was faster
-        except OSError as error:
-            fail(f"--out_dir {folder}: {error.strerror}; name another")
-        return folder
+        numbered = [f"runs/{self.name}", *(f"runs/{self.name}-{n}" for n in range(2, 10_000))]
+        for name in [out_dir] if out_dir else numbered:
+            folder = Path(name).expanduser().absolute()
+            try:
+                folder.mkdir(parents=True)  # fails if it exists, or another process is faster
+                return folder
+            except OSError as error:
+                if out_dir or not folder.exists():
+                    fail(f"--out_dir {folder}: {error.strerror}; name another")
 
     def find(self, folder, checksum):
         """The folder to --resume, and in it the checkpoint, if there is one yet."""
@@ -84,24 +82,18 @@ class Run:
                 rows = [row for row in rows if json.loads(row)["step"] <= self.first]
                 path.write_text("".join(rows))
         except Exception as error:  # of json, of zip, of pickle, of other shapes, ...
-            fail(f"--resume {folder}: {str(error).splitlines()[0] or error!r}; start anew")
+            fail(f"--resume {folder}: {error!r:.300}; start anew")
         if self.first > self.cfg.steps:
             fail(f"--steps {self.cfg.steps}: this run has made {self.first} already; ask for more")
         return folder
 
     def steps(self):
-        """Count the steps. On a CPU, the same run gives the same weights, to the last bit."""
-        before = torch.are_deterministic_algorithms_enabled()
-        torch.use_deterministic_algorithms(self.policy.device.type == "cpu")
-        torch.utils.deterministic.fill_uninitialized_memory = False  # costs 3 %, decides nothing
-        try:
-            with tqdm(total=self.cfg.steps, initial=self.first, dynamic_ncols=True) as self.bar:
-                for step in range(self.first, self.cfg.steps):
-                    self.sums, self.minibatches, self.begun = Counter(), 0, time.perf_counter()
-                    yield step
-                    self.bar.update()
-        finally:
-            torch.use_deterministic_algorithms(before)
+        """Count the steps, from the one after the checkpoint."""
+        with tqdm(total=self.cfg.steps, initial=self.first, dynamic_ncols=True) as self.bar:
+            for step in range(self.first, self.cfg.steps):
+                self.sums, self.minibatches, self.begun = Counter(), 0, time.perf_counter()
+                yield step
+                self.bar.update()
 
     def count(self, **parts):
         """Of a micro-batch: its part of each number of the mini-batch, for the log."""
@@ -140,17 +132,15 @@ class Run:
                     self.bar.write(f"    {problem['prompt']!r:.300} -> {texts[0]!r:.300} scores "
                                    f"{scores[0].item():g}")
         if step == 0 and metrics.get("score_std") == 0:
-            self.bar.write("warning: all scores are equal, which may leave nothing to learn: is the "
-                           "task too hard, or --max_new_tokens too small?")
+            self.bar.write("warning: all scores are equal; is the task too hard?")
         if step == 0 and metrics.get("truncated", 0) > 0.5:
-            self.bar.write("warning: more than half of the completions were cut off before they "
-                           "ended; raise --max_new_tokens")
+            self.bar.write("warning: most completions were cut off; raise --max_new_tokens")
         if cfg.eval_every and done % cfg.eval_every == 0:
             results = self.evaluate(self.validation)
             self.write("validation.jsonl", done, **results)
-            means = {key: value[0] for key, value in results.items() if isinstance(value, list)}
-            self.bar.write(f"step {done}, validation: "
-                           + ", ".join(f"{key} {mean:.3f}" for key, mean in means.items()))
+            n, *means = [f"{key} {value[0]:.3f}" if isinstance(value, list) else f"n = {value}"
+                         for key, value in results.items()]
+            self.bar.write(f"step {done}: validation, {n}: {', '.join(means)}")
         if done % cfg.save_every == 0 or done == cfg.steps:
             state = {key: thing.state_dict() for key, thing in self.trained.items()}
             state.update(step=done, before=self.before, kept=self.kept)
@@ -188,6 +178,5 @@ def checksum_of(policy, problems):
     for row in sum(problems, []):
         checksum = zlib.crc32(repr((row["ids"], row["targets"])).encode(), checksum)
     for weights in policy.parameters():
-        weights = weights.detach().cpu().contiguous().view(torch.uint8).numpy()
-        checksum = zlib.crc32(weights, checksum)
+        checksum = zlib.crc32(weights.detach().cpu().numpy().tobytes(), checksum)
     return checksum

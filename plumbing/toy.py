@@ -5,10 +5,9 @@ The embedded world: chain arithmetic, and a language model small enough to learn
     completion   8+9=17,17-5=12,12-8=4,4-2=2<eos>     shows its work
              or  2<eos>                               answers directly
 
-Both are legal; the answer is the last number. The demonstrations of SFT are all correct and flip a
-coin between the two, so that toy_policy/ shows its work half of the time, and is right far more
-often when it does. What reinforcement learning discovers then is: show your work. Answers get
-longer because that is useful. `words` is the same arithmetic as a question to a pretrained model.
+Both are legal; the answer is the last number. The demonstrations of SFT are right, and half of them
+show the work, so toy_policy/ shows it half of the time, and is right far more often when it does.
+Then reinforcement learning makes answers longer. `words` asks a pretrained model the same.
 """
 import json
 import random
@@ -17,9 +16,8 @@ import zlib
 from pathlib import Path
 
 KINDS = "toy", "words"
-HIGHEST = 50   # all running totals lie in 0..50
 POLICY = Path(__file__).with_name("toy_policy")  # made by `python sft.py`
-PAIRS = Path(__file__).with_name("toy_pairs")    # made by tools/make_pairs.py, like the next one
+PAIRS = Path(__file__).with_name("toy_pairs")    # made by tools/make_pairs.py, as is toy_rankings
 RANKINGS = Path(__file__).with_name("toy_rankings")
 
 
@@ -40,7 +38,8 @@ def problems(kind, split, n):
     """n problems, always the same ones -> rows {prompt, answer, completion (a demonstration)}.
 
     kind: toy (2 to 5 operands, symbols) or words (2 or 3 operands, a question in English).
-    split: test, validation or train, by the checksum of the operands, so that they never overlap.
+    split: test, validation or train, by the checksum of the chain, so that they never overlap.
+    All running totals lie in 0..50.
     """
     rng, rows, seen = random.Random(f"{kind} {split}"), [], set()
     for _ in range(100 * n):  # gives up in the end: there are fewer than 512 short test problems
@@ -52,19 +51,14 @@ def problems(kind, split, n):
         for term in chain[1:]:
             totals.append(totals[-1] + int(term))
         text = "".join(chain)
-        home = split_of(zlib.crc32(f"{text}=".encode()))
-        if home != split or min(totals) < 0 or max(totals) > HIGHEST:
+        home = {0: "test", 1: "validation"}.get(zlib.crc32(f"{text}=".encode()) % 8, "train")
+        if home != split or min(totals) < 0 or max(totals) > 50:
             continue
         if split != "train" and text in seen:  # repeats would make a held-out interval too narrow
             continue
         seen.add(text)
         rows.append(make_row(kind, chain, totals, rng.random() < 0.5))
     return rows
-
-
-def split_of(checksum):
-    """Where a prompt belongs, by its checksum: one of eight is for test, one for validation."""
-    return {0: "test", 1: "validation"}.get(checksum % 8, "train")
 
 
 def make_row(kind, chain, totals, show_work):

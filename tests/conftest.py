@@ -1,4 +1,4 @@
-"""Tiny models and helpers of all tests. No network; PAPER_CUDA=1: see paper_cuda.py."""
+"""Tiny models and helpers of all tests. No network; PAPER_CUDA=1: see paper_cuda/device.py."""
 import functools
 import json
 import os
@@ -6,24 +6,26 @@ import sys
 import tempfile
 from pathlib import Path
 
+TESTS = Path(__file__).resolve().parent
+ROOT = TESTS.parent
+sys.path[:0] = [str(ROOT), str(TESTS)]  # for the tests in folders too
+
 if os.environ.get("PAPER_CUDA"):
-    import paper_cuda  # before torch
-    paper_cuda.install()
+    sys.path.insert(0, str(TESTS / "paper_cuda"))
+    import device  # before torch
+    device.install()
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # pytest -n 2: beside others, one thread is faster
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp()
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 
-from plumbing import data  # noqa: E402
-from plumbing import toy  # noqa: E402
-from plumbing.model import load_model  # noqa: E402
+from plumbing import data, model, toy  # noqa: E402
+from plumbing.toy_model import make_tokenizer  # noqa: E402
 
 PLAIN = dict(vocab_size=18, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
 ROPE = dict(**PLAIN, intermediate_size=64, num_key_value_heads=2)
@@ -54,24 +56,24 @@ def make_model(name, scale=0.3, seed=0):
     config = CONFIGS[name]()
     config.bos_token_id, config.eos_token_id, config.pad_token_id = 1, 2, 0
     torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    for parameter in model.parameters():
+    policy = transformers.AutoModelForCausalLM.from_config(config)
+    for parameter in policy.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=scale)
-    return model
+    return policy
 
 
 def save_folder(folder, name="llama", hostile=False, template=None, dtype=torch.float32,
                 pad="<pad>", text=False, **kwargs):
     """A model folder as it would come from the hub -> its path as a string.
 
-    Its tokenizer is the toy's; with text it knows one token more, and is a real model's.
+    Its tokenizer is the toy's; with text it has one token more, as a real model's would.
     """
-    model, tokenizer = make_model(name, **kwargs).to(dtype), toy.make_tokenizer()
+    policy, tokenizer = make_model(name, **kwargs).to(dtype), make_tokenizer()
     if text:
         tokenizer.add_tokens(["<more>"])
     tokenizer.chat_template, tokenizer.pad_token = template, pad
-    model.save_pretrained(folder)
+    policy.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     if hostile:
         (Path(folder) / "generation_config.json").write_text(json.dumps(HOSTILE))
@@ -114,22 +116,26 @@ def policy(request):
 
 @pytest.fixture
 def tokenizer():
-    return toy.make_tokenizer()
+    return make_tokenizer()
 
 
 @pytest.fixture
 def few_problems(monkeypatch):
-    """The toy with 300 training problems: making and encoding 16,384 takes longer than a test."""
+    """At most 300 problems of each split: making and encoding 16,384 takes longer than a test."""
+    read = data.read
     monkeypatch.setattr(toy, "problems", lambda kind, split, n: [
         dict(row) for row in toy_problems(kind, split, min(n, 300))])
+    monkeypatch.setattr(data, "read", lambda *arguments: {
+        split: rows[:300] for split, rows in read(*arguments).items()})
 
 
 toy_problems = functools.cache(toy.problems)
 
 
-def to_problems(rows, tokenizer=None):
+def to_problems(rows, tokenizer=None, wanted=None):
     """Rows of data -> problems, encoded where there is a tokenizer."""
-    problems = data.settle({"test": rows}, "data")["test"]
+    columns = dict.fromkeys(key for row in rows for key in row)
+    problems = [data.to_problem({**columns, **row}, wanted, True, "the data") for row in rows]
     return data.encode(problems, tokenizer) if tokenizer else problems
 
 
@@ -139,7 +145,9 @@ def seeded(seed=0):
 
 def moved(before, after):
     """The share of the weights that differ between two model folders or run folders."""
-    old, new = (load_model(str(folder)).state_dict() for folder in (before, after))
+    auto = transformers.AutoModelForCausalLM
+    old, new = (model.load(auto, "--model", str(folder))[0].state_dict()
+                for folder in (before, after))
     return torch.cat([(old[key] != new[key]).flatten() for key in old]).float().mean()
 
 

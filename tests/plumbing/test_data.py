@@ -1,0 +1,414 @@
+"""Data: what a row means, what is refused, which rows are held out, and text -> tokens."""
+import json
+import os
+import zlib
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import datasets
+import pytest
+import transformers
+from conftest import TEMPLATE, write_jsonl
+from tokenizers.processors import TemplateProcessing
+
+from plumbing import data
+from plumbing.toy_model import make_model, make_tokenizer
+
+POLICY = make_model(0)  # its context is 128 tokens
+
+
+def user(text, **more):
+    return dict(role="user", content=text, **more)
+
+
+def assistant(text, **more):
+    return dict(role="assistant", content=text, **more)
+
+
+@contextmanager
+def refused(capsys, *words):
+    """The run ends with exit code 2 and one sentence that contains the words."""
+    with pytest.raises(SystemExit) as stop:
+        yield
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
+    assert all(word in error for word in words), error
+
+
+def load(where, wanted=None, policy=POLICY, tokenizer=None, **flags):
+    """The three splits that load_problems() makes of a file or folder."""
+    settings = dict(data=str(where), max_new_tokens=32, eval_prompts=1000, eval_every=0)
+    return data.load_problems(SimpleNamespace(**{**settings, **flags}), policy,
+                              tokenizer or make_tokenizer(), wanted)
+
+
+def sums(n, **more):
+    """n rows with a different prompt each."""
+    return [dict(prompt=f"{i % 10}+{i // 10 % 10}+{i // 100}=", **more) for i in range(n)]
+
+
+def prompts(problems):
+    return {problem["prompt"] for problem in problems}
+
+
+# ------------------------------------------------------------------------------ what a row means
+
+SKY = dict(chosen="The sky is blue.", rejected="The sky is green.")
+CHAT = [user("p")]
+
+
+@pytest.mark.parametrize("wanted, row, prompt, completions", [
+    (None, dict(prompt="p"), "p", []),
+    (None, dict(prompt=""), "", []),                               # whether it is empty: encode()
+    (None, dict(question="q"), "q", []),
+    (None, dict(prompt=None, question="q"), "q", []),
+    (None, dict(prompt="p", question="q"), "p", []),
+    (None, dict(prompt=[user("p", name=None, tool_calls=None)]), CHAT, []),   # as Arrow fills
+    (None, dict(prompt=[user("p", name="n")]), [user("p", name="n")], []),
+    (None, dict(chosen=[*CHAT, assistant("3")], rejected=[*CHAT, assistant("4")]), CHAT, []),
+    (None, dict(prompt="p", completion=7, chosen=8), "p", []),     # not wanted, so not looked at
+    ("demonstration", dict(prompt="p", completion="c"), "p", ["c"]),
+    ("demonstration", dict(prompt="p", completion=[assistant("c")]), "p", ["c"]),
+    ("demonstration", dict(completion=[*CHAT, assistant("c")]), CHAT, ["c"]),
+    ("demonstration", dict(prompt=[*CHAT, assistant("b")], completion="c"),
+     [*CHAT, assistant("b")], ["c"]),
+    ("demonstration", dict(question="q", answer="So\n#### 1,234"), "q", ["So\n#### 1,234"]),
+    ("demonstration", dict(prompt="p", completion="c", answer="a\n#### 4"), "p", ["c"]),
+    ("pair", dict(prompt="p", **SKY), "p", list(SKY.values())),
+    ("pair", dict(prompt="p", completions=["a", "b"]), "p", ["a", "b"]),
+    ("pair", dict(prompt="p", chosen="a", rejected="b", score=7, answer="x\n#### 4"), "p",
+     ["a", "b"]),
+    ("pair", dict(prompt="p", chosen="a", rejected="b", completions=["x", "y", "z"]), "p",
+     ["a", "b"]),
+    ("pair", dict(prompt="p", chosen=[assistant("a")], rejected=[assistant("b")]), "p", ["a", "b"]),
+    ("pair", dict(chosen=[*CHAT, assistant("a")], rejected=[*CHAT, assistant("b")]), CHAT,
+     ["a", "b"]),
+    ("pair", dict(prompt="p", chosen=[*CHAT, assistant("a")], rejected=[*CHAT, assistant("b")]),
+     CHAT, ["a", "b"]),
+    ("pair", dict(prompt=[user("p", name=None)], chosen=[user("p", name=None), assistant("a")],
+                  rejected=[*CHAT, assistant("b", name=None)]), CHAT, ["a", "b"]),
+    ("pair", dict(prompt="p", chosen=[user("s"), *CHAT, assistant("a")],
+                  rejected=[user("s"), *CHAT, assistant("b")]), [user("s"), *CHAT], ["a", "b"]),
+    ("ranking", dict(prompt="p", completions=["a", "b", "c"]), "p", ["a", "b", "c"]),
+    ("ranking", dict(prompt="p", chosen="a", rejected="b"), "p", ["a", "b"]),
+    ("ranking", dict(prompt="p", chosen="a", rejected="b", completions=["a", "b", "c"]), "p",
+     ["a", "b", "c"])])
+def test_what_a_row_means(wanted, row, prompt, completions):
+    problem = data.to_problem(row, wanted, True, "here")
+    assert problem == dict(row=row, prompt=prompt, completions=completions)
+
+
+@pytest.mark.parametrize("wanted, row, words", [
+    (None, dict(text="1"), ["row 7 has text; it must have a prompt"]),
+    (None, dict(prompt=3), ["row 7 has prompt", "text"]),
+    (None, dict(prompt=[]), ["prompt"]),
+    (None, dict(prompt=["p"]), ["role", "content"]),
+    (None, dict(prompt=[dict(role="user")]), ["role", "content"]),
+    (None, dict(prompt=[user(None)]), ["role", "content"]),
+    (None, dict(prompt=[user("p\ud800")]), ["prompt"]),            # half a letter
+    (None, dict(prompt="p\ud800"), ["prompt"]),
+    (None, dict(SKY), ["has chosen, rejected; it must have a prompt"]),
+    ("pair", dict(SKY), ["has chosen, rejected; it must have a prompt"]),      # as hh-rlhf has them
+    ("pair", dict(SKY, instruction="Look up."), ["must have a prompt"]),
+    ("pair", dict(prompt="p", chosen="a"), ["row 7 has prompt, chosen", "pair"]),
+    ("pair", dict(prompt="p", chosen="a", rejected=None), ["has prompt, chosen;", "pair"]),
+    ("pair", dict(prompt="p", completions=["a", "b", "c"]), ["pair"]),
+    ("pair", dict(prompt="p", completion="a"), ["pair"]),
+    ("pair", dict(prompt="p", chosen=3, rejected=4), ["completion must be text"]),
+    ("pair", dict(prompt="p", chosen="a", rejected="\ud800"), ["completion must be text"]),
+    ("pair", dict(prompt="p", chosen=["a"], rejected=["b"]), ["completion must be text"]),
+    ("pair", dict(chosen=[*CHAT, assistant("a")], rejected=[user("q"), assistant("b")]),
+     ["completion", "assistant"]),
+    ("pair", dict(prompt="q", chosen=[*CHAT, assistant("a")], rejected=[*CHAT, assistant("b")]),
+     ["completion", "assistant"]),
+    ("pair", dict(prompt=CHAT, chosen=[user("s"), *CHAT, assistant("a")], rejected="b"),
+     ["completion", "assistant"]),
+    ("demonstration", dict(prompt="p", answer="1"), ["has prompt, answer", "demonstration"]),
+    ("demonstration", dict(prompt="p", answer="#### A title\ntext"), ["demonstration"]),
+    ("demonstration", dict(prompt="p", completion=[user("c")]), ["assistant"]),
+    ("demonstration", dict(prompt="p", completion=[assistant("a"), user("b"), assistant("c")]),
+     ["assistant"]),
+    ("ranking", dict(prompt="p", completions=["a"]), ["ranking"]),
+    ("ranking", dict(prompt="p", completions="abc"), ["ranking"]),
+    ("ranking", dict(prompt="p", completions=["a", None]), ["ranking"]),
+    ("ranking", dict(prompt="p", completions=["a", 2]), ["completion must be text"])])
+def test_a_row_that_is_refused(capsys, wanted, row, words):
+    with refused(capsys, *words):
+        data.to_problem(row, wanted, True, "row 7")
+
+
+def test_only_training_rows_need_completions():
+    for row in (dict(prompt="p"), dict(prompt="p", chosen="a"), dict(prompt="p", completions=[])):
+        assert data.to_problem(row, "pair", False, "here")["completions"] == []
+
+
+def test_a_problem_has_every_column_of_the_data_whatever_its_name(tmp_path):
+    """A row that lacks a column has None for it, and so has one of another split."""
+    (tmp_path / "set").mkdir()
+    write_jsonl(tmp_path / "set" / "train.jsonl", sums(9, ids=7) + [dict(prompt="9-9=", targets=8)])
+    write_jsonl(tmp_path / "set" / "test.jsonl", [dict(prompt="1=", row=[1], completions="x")])
+    write_jsonl(tmp_path / "set" / "validation.jsonl", [dict(question="1-1=")])
+    found = sum(load(tmp_path / "set"), [])
+    names = ["ids", "targets", "row", "completions", "prompt", "question"]
+    assert len(found) == 12 and all(sorted(problem["row"]) == sorted(names) for problem in found)
+    assert found[9]["row"] == dict(dict.fromkeys(names), prompt="9-9=", targets=8)
+    assert found[10]["row"]["question"] == found[10]["prompt"] == "1-1="
+    assert all(problem["targets"] == problem["completions"] == [] and problem["ids"]
+               == make_tokenizer()(problem["prompt"]).input_ids for problem in found)
+
+
+@pytest.mark.parametrize("wanted, rows, words", [
+    (None, [], ["a.jsonl"]),
+    (None, sums(2) + [dict(prompt=3)], ["row 3 of train"]),
+    ("demonstration", [dict(row, completion=None) for row in sums(9)], ["row 1 of train"]),
+    ("ranking", [dict(row, completions=["4", "5", "6"][: 2 + i % 2])
+                 for i, row in enumerate(sums(9))], ["completions"]),
+    (None, [dict(prompt="What is 1?")] * 3, ["'What is 1?'", "characters"]),
+    (None, [dict(prompt="")] * 3, ["''", "empty"]),
+    (None, [dict(prompt=CHAT)] * 3, ["chat template"])])
+def test_data_that_is_refused(tmp_path, capsys, wanted, rows, words):
+    with refused(capsys, "--data", *words):
+        load(write_jsonl(tmp_path / "a.jsonl", rows), wanted)
+
+
+# ------------------------------------------------------------------------------ files and folders
+
+def test_a_file_as_windows_writes_it(tmp_path):
+    """A BOM, \\r\\n, empty lines, no last newline, and a line separator inside a text."""
+    path = tmp_path / "a.jsonl"
+    path.write_bytes('\ufeff{"prompt": "1\u20282"}\r\n\r\n  \r\n{"prompt": "3"}'.encode())
+    assert data.read_jsonl(path) == [dict(prompt="1\u20282"), dict(prompt="3")]
+
+
+@pytest.mark.parametrize("line", [b'{"prompt":', b"[1, 2]", b"3", b"[" * 100_000,
+                                  '{"prompt": "\u00e9"}'.encode("latin-1")])
+def test_a_broken_line_is_named(tmp_path, capsys, line):
+    (tmp_path / "a.jsonl").write_bytes(b'{"prompt": "1"}\n\n' + line + b"\n")
+    with refused(capsys, "a.jsonl", "line 3"):
+        data.read_jsonl(tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize("name", ["{}/no.jsonl", "{}/nothing", "{}", "{}/a.csv", "nobody/nothing",
+                                  "nobody/nothing:main"])
+def test_what_is_not_there_is_one_sentence(tmp_path, capsys, name):
+    (tmp_path / "a.csv").write_text("prompt\n1+1=\n") if "csv" in name else None
+    with refused(capsys, f"--data {name.format(tmp_path)}", "name"):
+        data.read(name.format(tmp_path), 8)
+
+
+ROWS = [dict(prompt=f"{i}=", born=f"2001-02-0{i}", symbol=text)
+        for i, text in enumerate(["None", "NA", "null", "007", ""], 1)]
+
+
+@pytest.mark.parametrize("name", ["json", "text", "set.jsonl", "my data, new"])
+def test_a_folder_gives_the_same_values_as_its_files(tmp_path, monkeypatch, name):
+    """Dates stay text; a folder may be called as a format of the library is."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).mkdir()
+    files = {"train-0": ROWS[:1], "train-1": ROWS[1:2], "more": ROWS[2:3], "test": ROWS[3:4],
+             "validation": ROWS[4:]}
+    for file, rows in files.items():
+        write_jsonl(tmp_path / name / f"{file}.jsonl", rows)
+    for where in (name, str(tmp_path / name)):
+        assert data.read(where, 8) == dict(train=[ROWS[2], ROWS[0], ROWS[1]], test=ROWS[3:4],
+                                           validation=ROWS[4:])
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet", "jsonl"])
+def test_a_folder_is_read_anew_although_its_time_is_the_same(tmp_path, kind):
+    folder, found = tmp_path / kind, []
+    folder.mkdir()
+    for answer in (5, 7):
+        rows = [dict(prompt=f"{i}+1=", answer=answer) for i in range(3)]
+        table = datasets.Dataset.from_list(rows)
+        write = dict(csv=table.to_csv, parquet=table.to_parquet, jsonl=table.to_json)[kind]
+        write(folder / f"train.{kind}")
+        os.utime(folder / f"train.{kind}", (10**9, 10**9))
+        found.append(data.read(str(folder), 8) == dict(train=rows))
+    assert found == [True, True]
+
+
+def test_messages_are_the_same_from_a_file_and_from_parquet(tmp_path):
+    """Arrow gives every message all keys; a template would take the None for a name."""
+    rows = [dict(prompt=[user(f"{i}", **dict(name="1") if i % 2 else {})]) for i in range(9)]
+    (tmp_path / "set").mkdir()
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "set" / "train.parquet")
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = ("{% for m in messages %}{% if 'name' in m %}{{ 1 + m['name'] }}"
+                               "{% endif %}{{ m['content'] }}{% endfor %}=").replace("1 + ", "")
+    found = [[problem["ids"] for part in load(where, tokenizer=tokenizer) for problem in part]
+             for where in (write_jsonl(tmp_path / "a.jsonl", rows), tmp_path / "set")]
+    assert found[0] == found[1] and sorted(map(len, found[0])) == [2] * 5 + [3] * 4
+
+
+def test_a_configuration_is_named_after_a_colon(tmp_path):
+    """Of a data set of the hub; a folder that is built like one stands for it here."""
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        write_jsonl(tmp_path / name / "train.jsonl", [dict(prompt=name)])
+    (tmp_path / "README.md").write_text("---\nconfigs:\n" + "".join(
+        f"- config_name: {name}\n  data_files: {name}/train.jsonl\n" for name in ("one", "two"))
+        + "---\n")
+    assert data.read(f"{tmp_path}:two", 8) == dict(train=[dict(prompt="two")])
+
+
+# ------------------------------------------------------------------------------ what is held out
+
+def split(n, repeat=1, **given):
+    rows = sums(n) * repeat
+    return data.hold_out(dict(train=rows, **given), "x"), sorted(
+        {row["prompt"] for row in rows}, key=lambda prompt: zlib.crc32(prompt.encode()))
+
+
+@pytest.mark.parametrize("n, eighth", [(2, 0), (7, 0), (8, 1), (15, 1), (16, 2), (100, 12)])
+def test_an_eighth_of_the_prompts_is_test_and_the_next_validation(n, eighth):
+    """However often a prompt is repeated, it lies in one split; there is always a test."""
+    made, order = split(n, repeat=3)
+    tests = max(eighth, 1)
+    assert prompts(made["test"]) == set(order[:tests])
+    assert prompts(made["validation"]) == set(order[tests : tests + eighth])
+    assert prompts(made["train"]) == set(order[tests + eighth :])
+    assert sum(map(len, made.values())) == 3 * n
+
+
+def test_splits_that_the_data_has_stay(capsys):
+    given = [dict(prompt="own")]
+    made, order = split(16, test=given)
+    assert made["test"] == given and prompts(made["validation"]) == set(order[2:4])
+    assert prompts(made["train"]) == set(order) - set(order[2:4])
+    made, order = split(16, validation=given)
+    assert made["validation"] == given and prompts(made["test"]) == set(order[:2])
+    made, order = split(16, validation=given, test=given)
+    assert prompts(made["train"]) == set(order)
+    one = data.hold_out(dict(easy=sums(16)), "x")  # one split of any name is divided
+    assert one == split(16)[0]
+    for splits in (dict(test=sums(9), validation=sums(9)), dict(train=sums(1) * 9)):
+        with refused(capsys, "--data x", "train"):
+            data.hold_out(splits, "x")
+
+
+def test_a_split_is_trained_on_only_if_it_has_what_is_wanted(tmp_path, capsys):
+    """Also if it is the only one, and called test."""
+    (tmp_path / "set").mkdir()
+    write_jsonl(tmp_path / "set" / "test.jsonl", sums(9))
+    with refused(capsys, "demonstration"):
+        load(tmp_path / "set", "demonstration")
+
+
+def test_few_of_many_held_out_prompts_are_always_the_same(tmp_path, capsys):
+    path = write_jsonl(tmp_path / "a.jsonl", sums(400))
+    train, validation, test = load(path)
+    few = load(path, eval_prompts=5)
+    assert few == load(path, eval_prompts=5) and few[0] == train
+    for part, rest in ((few[1], validation), (few[2], test)):
+        assert len(part) == 5 and prompts(part) < prompts(rest) != prompts(part)
+        assert prompts(part) != prompts(rest[:5])  # drawn from all of them
+    assert "data" in capsys.readouterr().out
+    with refused(capsys, "--eval_every"):
+        load(write_jsonl(tmp_path / "a.jsonl", sums(5)), eval_every=1)
+
+
+# ------------------------------------------------------------------------------ what does not fit
+
+def test_rows_that_do_not_fit_are_dropped_and_counted_never_cut(tmp_path, capsys):
+    long = [dict(prompt="1" * n, completion="1") for n in (96, 97, 200)]  # 96 = 128 - 32
+    rows = sums(40, completion="1" * 31) + sums(3, completion="1" * 32) + long  # and the EOS
+    found = sum(load(write_jsonl(tmp_path / "a.jsonl", rows), "demonstration"), [])
+    assert "dropped 5 of 46 rows of train" in capsys.readouterr().out
+    assert sorted(len(row["ids"]) for row in found) == [6] * 40 + [96]
+    assert max(len(row["targets"][0]) for row in found) == 32
+    with refused(capsys, "--data", "dropped 46 of 46", "none is left", "--max_new_tokens"):
+        load(tmp_path / "a.jsonl", "demonstration", max_new_tokens=1)
+
+
+def test_equal_completions_are_no_preference(tmp_path, capsys):
+    rows = [dict(row, completions=["4", "5", "6"]) for row in sums(9)]
+    rows += [dict(prompt="1=", completions=["4", "5", "4"])]
+    found = sum(load(write_jsonl(tmp_path / "a.jsonl", rows), "ranking"), [])
+    assert "dropped 1 of 10" in capsys.readouterr().out and prompts(found) == prompts(sums(9))
+    targets = [make_tokenizer()(text).input_ids + [2] for text in "456"]
+    assert all(problem["targets"] == targets for problem in found)  # the order stays
+
+
+def test_a_context_ends_where_the_positions_change():
+    """LongRoPE has other frequencies beyond the original length, for all tokens."""
+    config = transformers.Phi3Config(
+        vocab_size=18, hidden_size=32, num_attention_heads=4, pad_token_id=0, eos_token_id=2,
+        max_position_embeddings=64, original_max_position_embeddings=20,
+        rope_scaling=dict(rope_type="longrope", short_factor=[1.0] * 4, long_factor=[2.0] * 4))
+    policy = SimpleNamespace(config=config, get_input_embeddings=POLICY.get_input_embeddings)
+    rows = [dict(ids=[5] * n, targets=[], completions=[]) for n in (1, 12, 13, 40)]
+    cfg = SimpleNamespace(data="x", max_new_tokens=8)
+    assert data.drop_unfit(rows, policy, cfg, "train") == rows[:2]
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(capsys):
+    rows = [dict(ids=[5], targets=[[18]], completions=["x"])]
+    with refused(capsys, "--model", "tokens that the model lacks"):
+        data.drop_unfit(rows, POLICY, SimpleNamespace(data="x", max_new_tokens=8), "train")
+
+
+# ------------------------------------------------------------------------------ text -> tokens
+
+@pytest.mark.parametrize("template", [None, TEMPLATE, TEMPLATE.replace("{{ bos_token }}", "")])
+@pytest.mark.parametrize("writes, before", [
+    ("$A", []), ("<bos> $A", [1]), ("<bos> $A <eos>", [1]), ("<pad> <bos> $A", [0, 1])])
+def test_a_prompt_begins_as_the_tokenizer_begins_a_text(tokenizer, template, writes, before):
+    """So there is one BOS or none, whoever writes it; and no EOS ends a prompt."""
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=writes, special_tokens=[("<pad>", 0), ("<bos>", 1), ("<eos>", 2)])
+    tokenizer.chat_template = template.replace("{{ bos_token }}", "<pad><bos>") if (
+        template and before == [0, 1]) else template
+    (problem,) = data.encode([dict(prompt="1+2", completions=["3"])], tokenizer)
+    if template and "bos_token" in template and not before:
+        before = [1]  # of the template alone
+    assert problem["ids"] == before + [5, 14, 6] + ([16] if template else [])
+    assert problem["targets"] == [[7, 2]]
+
+
+@pytest.mark.parametrize("written, ids", [
+    ("12", [5, 6, 2]), ("12<eos>", [5, 6, 2]), ("12<eos>\n", [5, 6, 2]), ("1<eos>2", [5, 2, 6, 2]),
+    ("12<pad>", [5, 6, 0, 2]), ("<eos>", [2]), ("", [2])])
+def test_a_completion_ends_with_one_eos_whether_it_is_written_or_not(tokenizer, written, ids):
+    (problem,) = data.encode([dict(prompt="1", completions=[written, "3"])], tokenizer)
+    assert problem["targets"] == [ids, [7, 2]]
+
+
+def test_a_tokenizer_that_was_saved_with_truncation_cuts_nothing(tokenizer, tmp_path):
+    tokenizer.backend_tokenizer.enable_truncation(4)
+    tokenizer.backend_tokenizer.enable_padding(length=20, pad_id=0, pad_token="<pad>")
+    tokenizer.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "tokenizer.json").read_text())["truncation"]["max_length"] == 4
+    loaded = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    (problem,) = data.encode([dict(prompt="1+2+3+4=", completions=["1+2+3+4"])], loaded)
+    assert (len(problem["ids"]), len(problem["targets"][0])) == (8, 8)
+
+
+@pytest.mark.parametrize("content", ["{{ m['content'] }}", "{{ m['content'] | trim }}"])
+@pytest.mark.parametrize("begun", [None, "<think>\n", "Let me see: ", "\n", "7"])
+def test_an_answer_that_the_data_has_begun_stays_to_the_letter(tokenizer, content, begun):
+    """Whether the template keeps white space or trims it: what the model sees is the prompt with
+    the assistant's header, and what has been begun."""
+    tokenizer.chat_template = ("{% for m in messages %}[{{ m['role'] }}]" + content + "[end]"
+                               "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}")
+    turns = [user("1"), assistant("2"), user("3")]
+    shown = "[user]1[end][assistant]2[end][user]3[end][assistant]"
+    begins = [assistant(begun)] if begun else []
+    assert data.render(turns + begins, tokenizer, "x") == shown + (begun or "")
+    assert data.render("3", tokenizer, "x") == "[user]3[end][assistant]"  # text is the user's
+
+
+def test_a_template_that_refuses_a_prompt_is_one_sentence(tokenizer, capsys):
+    tokenizer.chat_template = "{{ raise_exception('roles must\nalternate') }}"
+    with refused(capsys, "--data x", "'1'", "chat template", "roles must alternate"):
+        data.encode([dict(prompt="1", completions=[])], tokenizer, "x")
+
+
+def test_the_problems_of_a_step_are_a_function_of_seed_and_step():
+    rows = list(range(10))
+    steps = [data.draw_problems(rows, step, 4, seed=1) for step in range(5)]
+    flat = sum(steps, [])
+    assert sorted(flat[:10]) == rows == sorted(flat[10:]) and flat[:10] != flat[10:]
+    assert steps[3] == data.draw_problems(rows, 3, 4, seed=1)
+    assert steps[0] != data.draw_problems(rows, 0, 4, seed=2)
+    assert sorted(data.draw_problems(rows, 0, 30, seed=1)) == sorted(rows * 3)

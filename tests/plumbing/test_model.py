@@ -1,0 +1,225 @@
+"""Loading: what cannot be trained is refused in one sentence; what is loaded is what was saved."""
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from conftest import make_model, save_folder
+from plumbing.model import load, load_policy
+from plumbing.rollout import sample
+from plumbing.toy_model import make_tokenizer
+from test_rollout import by_definition, close, seeded
+
+
+def refused(capsys, folder):
+    """-> the one sentence with which load_policy() ends."""
+    with pytest.raises(SystemExit) as stop:
+        load_policy(str(folder), "cpu")
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1, error
+    assert error.startswith(f"error: --model {folder}"), error
+    return error
+
+
+def change(file, **values):
+    """Of a JSON file; a value of None takes the key away."""
+    known = json.loads(file.read_text()) | values
+    file.write_text(json.dumps({key: value for key, value in known.items() if value is not None}))
+
+
+def edit_weights(edit):
+    def with_weights(folder):
+        weights = load_file(folder / "model.safetensors")
+        weights = edit(weights) or weights
+        save_file(weights, folder / "model.safetensors", metadata=dict(format="pt"))
+    return with_weights
+
+
+def fill(key, value):
+    return edit_weights(lambda weights: weights[key][0].fill_(value) and None)
+
+
+def write(file, text):
+    return lambda folder: (folder / file).write_text(text)
+
+
+def config(**values):
+    return lambda folder: change(folder / "config.json", **values)
+
+
+def a_shard_short(folder):
+    make_model("llama").save_pretrained(folder, max_shard_size="20KB")
+    (folder / "model.safetensors").unlink()
+    sorted(folder.glob("model-*"))[-1].unlink()
+
+
+def adapter_alone(folder):
+    (folder / "config.json").rename(folder / "adapter_config.json")
+    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+
+
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 268\n"
+HEAD, MLP = "lm_head.weight", "model.layers.0.mlp.up_proj.weight"
+KINDS = {  # name: (what is done to a good folder, words of the sentence)
+    "no config": (lambda folder: (folder / "config.json").unlink(), "config"),
+    "torn config": (write("config.json", '{"model_type": "llama", '), "config"),
+    "an unfinished run": (write("config.json", '{"steps": 3, "model": null}'), "model_type"),
+    "encoder and decoder": (config(model_type="t5"), "T5Config"),
+    "code of its own": (config(model_type="new", auto_map=dict(AutoConfig="a.B")), "remote_code"),
+    "gptq": (config(quantization_config=dict(quant_method="gptq", bits=4)), "quantised"),
+    "fp8": (config(quantization_config=dict(quant_method="fp8")), "quantised"),
+    "no EOS": (lambda folder: change(folder / "tokenizer_config.json", eos_token=None), "EOS"),
+    "an EOS that the model lacks": (config(vocab_size=2), "EOS"),
+    "tokenizer of git lfs": (write("tokenizer.json", LFS), "tokenizer"),
+    "weights of git lfs": (write("model.safetensors", LFS), "safetensors"),
+    "torn weights": (lambda folder: (folder / "model.safetensors").write_bytes(
+        (folder / "model.safetensors").read_bytes()[:1000]), ""),
+    "a shard short": (a_shard_short, "safetensors"),
+    "adapter alone": (adapter_alone, ""),
+    "missing weights": (edit_weights(lambda weights: weights.pop(HEAD) and None), HEAD),
+    "weights of a compiled model": (edit_weights(lambda weights: {
+        f"_orig_mod.{key}": value for key, value in weights.items()}), "missing"),
+    "weights of another shape": (config(hidden_size=64), "shape"),
+    "nan": (fill(MLP, torch.nan), "nan"), "inf": (fill(MLP, torch.inf), "infinite"),
+    "-inf in the head": (fill(HEAD, -torch.inf), "infinite"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_folder_that_holds_no_whole_model_is_refused(tmp_path, capsys, kind):
+    spoil, word = KINDS[kind]
+    spoil(Path(save_folder(tmp_path)))
+    assert word in refused(capsys, tmp_path)
+
+
+def test_a_name_that_is_not_there_is_refused(tmp_path, capsys):
+    for name in (tmp_path / "nope", "someone/nothing"):
+        refused(capsys, name)
+
+
+TINY = dict(vocab_size=18, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+            bos_token_id=1, eos_token_id=2, pad_token_id=0)
+LONG = dict(rope_type="longrope", rope_theta=100.0, factor=8.0, short_factor=[1.0] * 4,
+            long_factor=[8.0] * 4)
+ROPE = dict(**TINY, intermediate_size=64, num_key_value_heads=2)
+CHUNKED = dict(**ROPE, head_dim=8, intermediate_size_mlp=64, num_local_experts=2,
+               attention_chunk_size=16)
+
+
+def save_random(model_config, folder):
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(model_config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder), make_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("model_config", [
+    transformers.BertConfig(**TINY, intermediate_size=64),
+    transformers.BloomConfig(**TINY),
+    transformers.MambaConfig(vocab_size=18, hidden_size=32, num_hidden_layers=2, state_size=4),
+    transformers.LlamaConfig(**ROPE, rope_parameters=LONG | dict(
+        original_max_position_embeddings=24))], ids=lambda model_config: model_config.model_type)
+def test_what_the_sampler_would_serve_wrongly_is_refused(tmp_path, capsys, model_config):
+    """It looks ahead, has no positions, has no cache, or its positions depend on the length."""
+    assert model_config.model_type in refused(capsys, save_random(model_config, tmp_path))
+
+
+def test_chunked_attention(tmp_path):
+    policy, tokenizer = load_policy(
+        save_random(transformers.Llama4TextConfig(**CHUNKED), tmp_path), "cpu")
+    prompts = [[7 * i % 18 for i in range(n)] for n in (40, 3, 14)]
+    batch = sample(policy, tokenizer, prompts, 2, 8, 1.0, seeded())
+    with torch.no_grad():
+        close(batch.logprobs, by_definition(policy, batch, 1.0), 1e-3)
+
+
+def test_weights_without_a_place_are_named(tmp_path, capsys):
+    """Except the frequencies of rotary positions, which old checkpoints hold and nobody reads."""
+    def add(key):
+        edit_weights(lambda weights: weights.update({key: torch.ones(4)}))(Path(tmp_path))
+    save_folder(tmp_path)
+    add("model.layers.0.self_attn.rotary_emb.inv_freq")
+    load_policy(str(tmp_path), "cpu")
+    assert "warning" not in capsys.readouterr().out
+    add("model.layers.0.mlp.up_proj.bias")
+    load_policy(str(tmp_path), "cpu")
+    screen = capsys.readouterr().out
+    assert "warning: --model" in screen and "1 weights" in screen and "up_proj.bias" in screen
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "gpt_neox"])
+def test_weights_are_fp32_and_dropout_is_off(tmp_path, name):
+    """In train mode too, which gradient checkpointing needs; a run folder stands for its model."""
+    folder = save_folder(tmp_path / "model", name, dtype=torch.bfloat16)
+    policy, _ = load_policy(str(tmp_path), "cpu")
+    saved = load_file(Path(folder) / "model.safetensors")
+    for key, weights in policy.state_dict().items():
+        assert weights.dtype == torch.float32
+        if key in saved:  # one that is tied to another is saved once
+            assert saved[key].dtype == torch.bfloat16 and torch.equal(weights, saved[key].float())
+    ids = torch.arange(18)[None]
+    assert not policy.training
+    expected = policy(ids).logits
+    policy.train()
+    assert torch.equal(policy(ids).logits, expected)
+
+
+@pytest.mark.parametrize("generation, config_eos, expected", [
+    (dict(eos_token_id=[2, 7]), 9, [2, 7, 8]), (dict(eos_token_id=7), 9, [7, 8]),
+    (dict(eos_token_id=8), 2, [8]), (dict(eos_token_id=8), None, [8]), (dict(top_k=1), None, [8]),
+    (None, 9, [8, 9]), (None, [5, 9], [5, 8, 9]), (None, None, [2, 8])])
+def test_a_completion_ends_with_the_eos_ids_of_generation_config_and_tokenizer(
+        tmp_path, generation, config_eos, expected):
+    """Those of config.json count only where there is no generation_config.json, as in transformers,
+    where a config.json without any means a Llama's, 2. The trained model is saved with what ended
+    its completions, and with nothing else of its generation_config.json."""
+    save_folder(tmp_path)
+    change(tmp_path / "config.json", eos_token_id=config_eos)
+    change(tmp_path / "tokenizer_config.json", eos_token=make_tokenizer().convert_ids_to_tokens(8))
+    (tmp_path / "generation_config.json").unlink()
+    if generation:
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    policy, tokenizer = load_policy(str(tmp_path), "cpu")
+    policy.save_pretrained(tmp_path / "run")
+    kept = json.loads((tmp_path / "run" / "generation_config.json").read_text())
+    assert kept.pop("eos_token_id") == expected and kept.keys() <= {"transformers_version"}
+
+
+def test_the_saved_model_stops_where_training_did(tmp_path):
+    """transformers generates from it, greedily, what sample() drew, and ends with the same token."""
+    save_folder(tmp_path, hostile=True)
+    policy, tokenizer = load_policy(str(tmp_path), "cpu")
+    prompt, lengths = [5, 6, 7], set()
+    for eos in range(3, 18):
+        policy.generation_config.eos_token_id = [2, eos]
+        batch = sample(policy, tokenizer, [prompt], 1, 12, 0, None)
+        policy.save_pretrained(tmp_path / "run")
+        again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+        generated = again.generate(torch.tensor([prompt]), max_new_tokens=12, pad_token_id=0)
+        assert generated[0, 3:].tolist() == batch.completions[0].tolist()
+        lengths.add(len(batch.completions[0]))
+    assert len(lengths) > 2
+
+
+def test_a_step_of_adamw_holds_16_bytes_per_parameter():
+    """Weights, gradients and two moments, in fp32: what docs/memory.md counts with."""
+    policy = make_model("llama")
+    optimizer = torch.optim.AdamW(policy.parameters(), fused=True)
+    policy(torch.tensor([[5, 6]])).logits.sum().backward()
+    optimizer.step()
+    tensors = [tensor for p in policy.parameters()
+               for tensor in (p, p.grad, *optimizer.state[p].values()) if tensor.dim()]
+    assert sum(tensor.nbytes for tensor in tensors) == 16 * policy.num_parameters()
+
+
+def test_load_of_another_class(tmp_path, capsys):
+    """A model without the head that the class needs lacks weights."""
+    with pytest.raises(SystemExit):
+        load(transformers.AutoModelForSequenceClassification, "--reward", save_folder(tmp_path),
+             num_labels=1)
+    assert "--reward" in (error := capsys.readouterr().err) and "score.weight" in error

@@ -1,0 +1,217 @@
+"""The toy: its problems, its tokenizer, what is right in an answer; and the files made of it.
+
+FULL=1 python -m pytest tests/plumbing/test_toy.py   trains the toy's policy anew: some two minutes
+"""
+import json
+import os
+import re
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from conftest import save_folder, to_problems
+
+import sft
+from plumbing import data, toy
+from plumbing.evaluation import evaluate
+from plumbing.model import load_policy
+from plumbing.offline import make_batch
+from plumbing.rollout import to_texts
+from plumbing.toy_model import make_model, make_tokenizer
+
+FULL = bool(os.environ.get("FULL"))
+SPLITS = "train", "validation", "test"
+
+
+def work(prompt):
+    """The lines of work that a toy prompt asks for: 8+9-5= -> 8+9=17, 17-5=12."""
+    total, *terms = re.findall("[+-]?[0-9]+", prompt)
+    lines = []
+    for term in terms:
+        lines.append(f"{total}{term}={eval(total + term)}")
+        total = lines[-1].partition("=")[2]
+    return lines
+
+
+# ------------------------------------------------------------------------------------ the problems
+
+@pytest.mark.parametrize("kind", toy.KINDS)
+def test_problems_are_right_and_their_splits_never_overlap(kind):
+    homes = {}
+    for split in SPLITS:
+        rows = toy.problems(kind, split, 300)
+        assert rows == toy.problems(kind, split, 300) and len(rows) > 100  # always the same
+        for row in rows:
+            chain = re.sub("[^0-9+-]", "", row["prompt"])
+            assert str(eval(chain)) == row["answer"] == re.findall("[0-9]+", row["completion"])[-1]
+            steps = re.split("[,\n]", row["completion"].replace(" ", ""))
+            assert steps in (work(chain), [row["answer"]])
+            assert all(0 <= int(step.rpartition("=")[2]) <= 50 for step in work(chain))
+            home = zlib.crc32(f"{chain}=".encode()) % 8
+            assert split == dict(zip((0, 1), ("test", "validation"))).get(home, "train")
+            assert homes.setdefault(row["prompt"], split) == split
+        assert 0.35 < sum("=" in row["completion"] for row in rows) / len(rows) < 0.65
+        assert split == "train" or len({row["prompt"] for row in rows}) == len(rows)
+
+
+def test_it_stops_where_there_are_no_more_problems():
+    assert 100 < len(toy.problems("words", "test", 1000)) < 1000
+
+
+def test_data_toy_is_problems_pairs_or_rankings(few_problems):
+    """--data toy, of which a script takes what it learns from."""
+    found = {wanted: data.read("toy", 8, wanted) for wanted in (None, "demonstration", "pair",
+                                                                "ranking")}
+    assert found[None] == found["demonstration"]
+    assert [len(found[None][split]) for split in SPLITS] == [300, 8, 8]
+    assert "chosen" in found["pair"]["train"][0] and "completions" in found["ranking"]["train"][0]
+    assert data.read("words", 8, "pair") == data.read("words", 8)  # of these, nobody made pairs
+
+
+# ----------------------------------------------------------------------------- pairs and rankings
+
+def grade(prompt, text):
+    """1 for a right answer, and up to a half for the lines that are right, each in its place."""
+    lines = work(prompt)
+    result = re.fullmatch("(?:.*=)?([0-9]+)", text)  # what follows the last =
+    right = bool(result) and result[1] == str(eval(prompt[:-1]))
+    same = sum(line == step for line, step in zip(lines, text.split(",")))
+    return right + same / len(lines) / 2
+
+
+@pytest.mark.parametrize("folder", [toy.PAIRS, toy.RANKINGS])
+def test_in_the_files_the_better_comes_first_and_every_prompt_is_in_its_split(folder):
+    wanted = "pair" if folder == toy.PAIRS else "ranking"
+    splits, columns = data.read(str(folder), 8, wanted), dict(completions=None, chosen=None)
+    assert sorted(splits) == sorted(SPLITS)
+    for split, rows in splits.items():
+        problems = [data.to_problem({**columns, **row}, wanted, split == "train", split)
+                    for row in rows]
+        for problem in problems:
+            prompt, texts = problem["prompt"], problem["completions"]
+            assert re.fullmatch(r"\d([+-]\d){1,4}=", prompt)
+            assert problem["row"]["answer"] == work(prompt)[-1].partition("=")[2]
+            home = zlib.crc32(prompt.encode()) % 8
+            assert split == dict(zip((0, 1), ("test", "validation"))).get(home, "train")
+            grades = [grade(prompt, text) for text in texts]
+            assert grades == sorted(grades, reverse=True) and len(set(texts)) == len(texts)
+            if wanted == "pair" and texts:
+                assert grades[0] >= 1 > grades[1]
+            elif texts:
+                assert len(texts) == 4 and grades[0] > grades[-1]
+        compared = [problem["prompt"] for problem in problems if problem["completions"]]
+        if split != "train":  # the problems that every script is tested on, some with completions
+            assert [row["prompt"] for row in rows] == [
+                row["prompt"] for row in toy.problems("toy", split, 512)]
+            assert 100 < len(compared) < 512
+
+
+# ------------------------------------------------------------------------- tokenizer and models
+
+def test_a_character_is_a_token_and_loading_changes_nothing(tmp_path):
+    tokenizer, text = make_tokenizer(), "0123456789+-=,"
+    tokenizer.save_pretrained(tmp_path)
+    for one in (tokenizer, transformers.AutoTokenizer.from_pretrained(tmp_path),
+                transformers.AutoTokenizer.from_pretrained(toy.POLICY)):
+        assert one(text).input_ids == list(range(4, 18)) and one.decode(range(4, 18)) == text
+        assert (one.pad_token_id, one.bos_token_id, one.eos_token_id, one.unk_token_id) == (
+            0, 1, 2, 3)
+
+
+def test_which_models_are_the_toys(tmp_path, monkeypatch):
+    """Those with its tokens: they decide the default flags. A name of the hub is none."""
+    own, more = save_folder(tmp_path / "own"), save_folder(tmp_path / "more", text=True)
+    (tmp_path / "run").mkdir()
+    Path(own).rename(tmp_path / "run" / "model")
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "tokenizer.json").write_text('{"model": []}')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    names = [None, toy.POLICY, "run", "run/model", "~/run", more, "torn", "nobody/nothing"]
+    assert [toy.is_toy(name) for name in names] == [True] * 5 + [False] * 3
+
+
+def test_the_toys_policy_is_an_ordinary_small_model_folder():
+    policy, wanted = load_policy(None, "cpu")[0], make_model(0)
+    assert sum(parameter.numel() for parameter in policy.parameters()) == 162_496
+    assert {key: value.shape for key, value in policy.state_dict().items()} == {
+        key: value.shape for key, value in wanted.state_dict().items()}
+    for key in ("rope_parameters", "max_position_embeddings", "eos_token_id"):
+        assert getattr(policy.config, key) == getattr(wanted.config, key)
+    assert torch.equal(make_model(0).lm_head.weight, wanted.lm_head.weight)
+    assert not torch.equal(make_model(1).lm_head.weight, wanted.lm_head.weight)
+    assert sum(path.stat().st_size for path in toy.POLICY.iterdir()) < 700_000
+
+
+def look(model, n):
+    """How a policy fares on n held-out problems."""
+    policy, tokenizer = load_policy(model, "cpu")
+    problems = to_problems(toy.problems("toy", "test", n), tokenizer, "demonstration")
+    return evaluate(policy, tokenizer, problems, sft.Config(**{**sft.TOY, "device": "cpu"}))
+
+
+def test_the_toys_policy_shows_its_work_half_of_the_time_and_is_best_when_greedy():
+    found = look(None, 512 if FULL else 128)
+    assert 0.5 < found["sampled"][0] < 0.75 < found["greedy"][0]
+    assert 0.4 < found["shows_work"][0] < 0.65
+
+
+def test_sft_still_makes_a_policy_that_is_as_good(tmp_path, monkeypatch, request):
+    """With FULL=1 by the whole recipe. Else 60 steps with 300 problems bring the demonstrations
+    from 32 nats to 12."""
+    monkeypatch.chdir(tmp_path)
+    settings = {} if FULL else dict(steps=60, eval_prompts=64)
+    if not FULL:
+        request.getfixturevalue("few_problems")
+    sft.train(sft.Config(**{**sft.TOY, "device": "cpu", "out_dir": "run", **settings}))
+    found = json.loads(Path("run/test.json").read_text())
+    assert found["before"]["nats"][0] > 25 and found["after"]["nats"][0] < (2 if FULL else 14)
+    if FULL:
+        kept, made = look(None, 512), found["after"]
+        assert made["sampled"][1] < kept["sampled"][2] and kept["sampled"][1] < made["sampled"][2]
+        assert made["greedy"][0] > kept["greedy"][0] - 0.1
+
+
+# ------------------------------------------------------------------------- process supervision
+
+@pytest.mark.parametrize("text, marks", [
+    ("8+9=17,17-5=12", [(6, 1.0), (13, 1.0)]),
+    ("8+9=18,18-5=13", [(6, 0.0), (13, 0.0)]),       # a wrong step, and one that builds on it
+    ("8+9=17,17-5=11", [(6, 1.0), (13, 0.0)]),
+    ("17-5=12,8+9=17", [(7, 0.0), (13, 0.0)]),       # right lines in the wrong order
+    ("12", [(1, 0.0)]), ("", []), ("8+9=17,", [(6, 1.0)]), (",,8+9=17", [(7, 1.0)]),
+    ("8+9=17,17-5=12,1", [(6, 1.0), (14, 1.0), (15, 0.0)])])
+def test_a_step_is_right_if_it_is_the_next_line_of_the_work(text, marks):
+    assert toy.check_steps("8+9-5=", text) == marks
+
+
+def test_every_demonstration_that_shows_its_work_is_right_in_every_step():
+    for row in toy.problems("toy", "train", 100):
+        marks = toy.check_steps(row["prompt"], row["completion"])
+        assert marks == ([(len(",".join(work(row["prompt"])[: i + 1])) - (i + 1 == len(marks)), 1.0)
+                          for i in range(len(marks))] if "=" in row["completion"] else
+                         [(len(row["answer"]) - 1, 0.0)])
+
+
+@pytest.mark.parametrize("tokens, finished, rewards, ends", [  # of 8+9-5=; the outcome is 9
+    ([*"8+9=17,17-5=12"], True, [1, 9], [6, 14]),              # 14: the EOS
+    ([*"8+9=16,16-5=11"], True, [0, 9], [6, 14]),
+    ([*"12"], True, [9], [2]),                                 # answers directly
+    ([], True, [9], [0]),                                      # the EOS at once
+    ([*","], True, [9], [1]),
+    ([*"8+9=17,1"], False, [1, 9], [6, 7]),                    # cut short
+    (["<bos>", *"8+9=17,12"], True, [0, 9], [7, 10]),
+    ([*"8+9=17,", "<unk>", *"12"], True, [1, 9], [6, 10]),
+    ([*"8+9=17,8+9=17,3"], True, [1, 0, 9], [6, 13, 15]),      # a step said twice
+    ([*"8+9=17,17-5=12,12"], True, [1, 0, 9], [6, 14, 17])])   # the result once more: not paid
+def test_rewards_of_the_steps_and_the_tokens_where_they_end(tokenizer, tokens, finished, rewards,
+                                                            ends):
+    """Two rows, of which the other is longer, as padding is in most batches."""
+    ids = [tokenizer.convert_tokens_to_ids(tokens) + [2] * finished, [7] * 20]
+    batch = make_batch([[5]], ids, "cpu")
+    batch.finished = torch.tensor([finished, False])
+    found = toy.score_steps([dict(prompt="8+9-5=")], batch, to_texts(tokenizer, batch),
+                            torch.tensor([9.0, 0]))
+    assert found == ([rewards, [0.0]], [ends, [19]])

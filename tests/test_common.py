@@ -1,0 +1,158 @@
+"""common.py's functions against reference implementations, loops and exact expectations."""
+import math
+
+import pytest
+import torch
+
+import common
+from conftest import seeded
+from exact_world import REF, THETA
+from oracle_cases import T, cases, check_padding, random_batch, same
+
+
+@pytest.mark.parametrize("x, y", cases("kl_estimators"))
+def test_kl_estimators(x, y):
+    for kind in ("k1", "k2", "k3"):
+        logprobs = T(x["logprobs"]).requires_grad_()
+        kl = common.kl_estimate(logprobs, T(x["ref_logprobs"]), kind)
+        same(kl.detach(), y["trl"][kind])
+        kl.sum().backward()
+        same(logprobs.grad, y["grad_wrt_logprobs"][kind])
+
+
+@pytest.mark.parametrize("x, y", cases("kl_shaped_rewards"))
+def test_token_rewards(x, y):
+    kl = common.kl_estimate(T(x["logprobs"]), T(x["ref_logprobs"]))
+    ours = common.token_rewards(T(x["scores"]), kl, T(x["mask"]), x["beta"])
+    same(ours, y["token_rewards"], x["mask"])
+
+
+@pytest.mark.parametrize("x, y", cases("cumulative_returns"))
+def test_returns_to_go(x, y):
+    ours = common.returns_to_go(T(x["token_rewards"]), T(x["mask"]), x["gamma"])
+    same(ours, y["returns"], x["mask"])
+
+
+@pytest.mark.parametrize("x, y", cases("masked_whiten"))
+def test_whiten(x, y):
+    same(common.whiten(T(x["values"]), T(x["mask"])), y["openrlhf_ddof0"], x["mask"])
+
+
+@pytest.mark.parametrize("x, y", cases("reward_zscore_clip"))
+def test_normalize_rewards(x, y):
+    same(common.normalize_rewards(T(x["scores"]), x["clip"]), y["scores"])
+
+
+@pytest.mark.parametrize("x, y", cases("ppo_clip_loss"))
+def test_ppo_clip_loss(x, y):
+    share = T(x["mask"]) / T(x["mask"]).sum()
+    logprobs = T(x["logprobs"]).requires_grad_()
+    losses, is_clipped = common.ppo_clip_loss(logprobs, T(x["old_logprobs"]), T(x["advantages"]),
+                                              x["clip_eps"])
+    loss = (losses * share).sum()
+    loss.backward()
+    same(loss.detach(), y["loss_token_mean"])
+    same((is_clipped * share).sum(), y["clip_fraction"])
+    same(logprobs.grad, y["grad_wrt_logprobs"], x["mask"])
+
+
+def test_clipping_by_sign_and_side():
+    """The loss stops at a token that has moved too far in the direction of its advantage."""
+    ratio = torch.tensor([[0.5, 1.0, 2.0]]).double()
+    for sign, expected in ((1.0, [False, False, True]), (-1.0, [True, False, False])):
+        logprobs = ratio.log().requires_grad_()
+        losses, is_clipped = common.ppo_clip_loss(logprobs, T([[0, 0, 0]]), T([[sign]]))
+        losses.sum().backward()
+        assert is_clipped.tolist() == [expected] == (logprobs.grad == 0).tolist()
+        assert (logprobs.grad * sign <= 0).all()  # minimising: good tokens up, bad tokens down
+
+
+def test_loops():
+    mask, kl, values, _ = random_batch()
+    scores, kl_coef, gamma = torch.arange(6).double(), 0.3, 0.9
+    L = mask.sum(1).int().tolist()
+    valid = [values[i, t].item() for i in range(6) for t in range(L[i])]
+    mean = sum(valid) / len(valid)
+    std = math.sqrt(sum((v - mean) ** 2 for v in valid) / len(valid) + 1e-8)
+    rewards, returns, white = (torch.zeros_like(values) for _ in range(3))
+    for i in range(6):
+        for t in range(L[i]):
+            white[i, t] = (values[i, t] - mean) / std
+            rewards[i, t] = -kl_coef * kl[i, t] + (scores[i] if t == L[i] - 1 else 0)
+        for t in range(L[i]):
+            returns[i, t] = sum(gamma ** (j - t) * rewards[i, j] for j in range(t, L[i]))
+    assert common.masked_mean(values, mask).item() == pytest.approx(mean, abs=1e-14)
+    same(common.whiten(values, mask), white, mask)
+    same(common.token_rewards(scores, kl, mask, kl_coef), rewards, mask)
+    same(common.returns_to_go(rewards, mask, gamma), returns, mask)
+
+
+def test_padding_changes_nothing():
+    scores = torch.arange(6).double()
+    check_padding(lambda mask, a, b, c: [
+        common.masked_mean(a, mask), common.whiten(a, mask), common.returns_to_go(a, mask, 0.9),
+        common.token_rewards(scores, a, mask, 0.1)])
+
+
+def test_equal_scores_are_exactly_no_signal():
+    """Also where the mean of n equal scores is not quite the score, so that their std is not 0."""
+    for n in range(2, 32):
+        for value in torch.linspace(0.1, 3, 30):
+            assert (common.normalize_rewards(value.expand(n), 5.0) == 0).all()
+    one = torch.ones(1, 1)
+    assert common.whiten(one, one).item() == 0 and common.whiten(one * 0, one * 0).isfinite().all()
+    assert common.masked_mean(one, one * 0).item() == 0
+
+
+def test_k3_is_exact_where_the_policies_are_near_and_finite_where_they_are_far():
+    near, far = torch.tensor([1e-4]), torch.tensor([-50.0])
+    assert common.kl_estimate(0 * near, near, "k3").item() == pytest.approx(5e-9, rel=1e-3)
+    assert common.kl_estimate(0 * far, far, "k3").item() == pytest.approx(49)
+    with pytest.raises(ValueError):
+        common.kl_estimate(near, near, "k4")
+
+
+@pytest.mark.parametrize("kind, descends", [("k1", None), ("k2", "KL(pi || ref)"),
+                                            ("k3", "KL(ref || pi)")])
+def test_what_a_kl_estimate_does_as_a_loss(kind, descends):
+    """Its expected gradient, for one token of 3 symbols."""
+    logits, ref = THETA[1].clone().requires_grad_(), REF[2].log_softmax(0)
+    logprobs = logits.log_softmax(0)
+    loss = (logprobs.exp().detach() * common.kl_estimate(logprobs, ref, kind)).sum()
+    exact = {None: 0 * logits.sum(), "KL(pi || ref)": (logprobs.exp() * (logprobs - ref)).sum(),
+             "KL(ref || pi)": (ref.exp() * (ref - logprobs)).sum()}[descends]
+    ours, theirs = (torch.autograd.grad(x, logits, retain_graph=True)[0] for x in (loss, exact))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+def test_kl_estimates_as_values():
+    """E_pi[k1] = E_pi[k3] = KL(pi || ref); E_pi[k2] is close, not equal."""
+    pi, ref = torch.distributions.Categorical(logits=THETA[1]), REF[2].log_softmax(0)
+    exact = torch.distributions.kl_divergence(pi, torch.distributions.Categorical(logits=ref))
+    k1, k2, k3 = ((pi.probs * common.kl_estimate(pi.logits, ref, kind)).sum()
+                  for kind in ("k1", "k2", "k3"))
+    torch.testing.assert_close(k1, exact, rtol=0, atol=1e-12)
+    torch.testing.assert_close(k3, exact, rtol=0, atol=1e-12)
+    assert abs(k2 - exact) > 1e-3
+
+
+def test_learning_rate():
+    rates = [common.learning_rate(step, 11, 4, 1.0) for step in range(11)]
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert rates[7] == pytest.approx(0.55) and rates[10] == pytest.approx(0.1)
+    assert common.learning_rate(0, 1, 0, 1.0) == 1.0 and common.learning_rate(1, 2, 5, 3.0) == 1.0
+
+
+@pytest.mark.parametrize("n, size, K", [(24, 8, 4), (255, 64, 3), (254, 64, 2), (7, 4, 1),
+                                        (12, 100, 4), (12, 2, 4)])
+def test_mini_batches_are_whole_groups_and_have_nearly_equal_sizes(n, size, K):
+    """A tiny rest would make a full step of the optimizer from a group or two."""
+    batches = list(common.mini_batches(n, size, K, 2, seeded()))
+    epochs = torch.cat(batches).view(2, n)
+    for rows in epochs:
+        assert sorted(rows.tolist()) == list(range(n))
+        assert (rows.view(-1, K) == rows.view(-1, K)[:, :1] + torch.arange(K)).all()
+    assert not torch.equal(*epochs)
+    sizes = [len(rows) for rows in batches]
+    assert max(sizes) <= max(min(size, n), K) and max(sizes) - min(sizes) <= K
+    assert list(common.mini_batches(0, size, K, 2, seeded())) == []

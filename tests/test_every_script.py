@@ -1,0 +1,552 @@
+"""What all scripts must do, on tiny models and a few problems: one test per behaviour."""
+import ast
+import copy
+import difflib
+import importlib
+import json
+import math
+import runpy
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import warm
+from conftest import ROOT, TEMPLATE, make_model, write_jsonl
+from plumbing import command_line
+from plumbing.flags import check
+from plumbing.model import load_policy, plain_logprobs
+
+ONLINE = "reinforce reinforce_pp ppo trpo remax rloo grpo prime raft".split()
+OFFLINE = "sft reward_model dpo orpo".split()
+SCRIPTS = {name: importlib.import_module(name) for name in ONLINE + OFFLINE}
+VARIANTS = {
+    "reinforce": {}, "reinforce running_mean": dict(baseline="running_mean"), "reinforce_pp": {},
+    "reinforce_pp group_baseline": dict(group_baseline=True, group_size=4), "ppo": {},
+    "ppo warmup": dict(critic_warmup=1), "trpo": {}, "remax": {}, "remax groups": dict(group_size=2),
+    "rloo": {}, "rloo no_kl": dict(kl_coef=0.0), "grpo": {}, "grpo no_kl": dict(kl_coef=0.0),
+    "grpo process": dict(process=True), "prime": {}, "raft": {}, "sft": {}, "reward_model": {},
+    "dpo": {}, "dpo plackett_luce": dict(loss="plackett_luce"), "orpo": {}}
+each_script = pytest.mark.parametrize("name", SCRIPTS)
+each_variant = pytest.mark.parametrize("variant", VARIANTS)
+
+
+def variants_of(names, but=()):
+    return pytest.mark.parametrize("variant", [
+        variant for variant in VARIANTS if variant.split()[0] in names and variant not in but])
+
+
+# ------------------------------------------------------------------------------ how a test runs one
+
+def flags_of(name):
+    return {key for key, field in SCRIPTS[name].Config.__dataclass_fields__.items() if field.init}
+
+
+def command(name, *words):
+    """`python NAME.py WORDS` in this process -> the config that its train() was given."""
+    script, seen = SCRIPTS[name], []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{name}.py", *map(str, words)])
+        command_line.main(script.Config, script.TOY,
+                          lambda cfg: seen.append(cfg) or script.train(cfg))
+    return seen[0]
+
+
+def typed(variant, completions=16, **flags):
+    """The words of a small run: 16 completions a step, in two mini-batches. Of the flags, those
+    that the script has."""
+    name = variant.split()[0]
+    assert set(flags) <= set.union(*map(flags_of, SCRIPTS)), flags
+    K = VARIANTS[variant].get("group_size", getattr(SCRIPTS[name].Config, "group_size", 1))
+    small = dict(device="cpu", steps=2, lr=1e-3, prompts_per_step=completions // K, eval_prompts=3,
+                 minibatch_size=8, micro_batch_size=8, out_dir="run",
+                 max_new_tokens=6 if name in ONLINE else 10)
+    if name == "trpo":  # few products F v, each of which costs as much as a step
+        small.update(delta=0.05, cg_iterations=2, fisher_fraction=1.0)
+    flags = {key: value for key, value in {**small, **flags, **VARIANTS[variant]}.items()
+             if key in flags_of(name) and value is not None}
+    return [word for key, value in flags.items()
+            for word in ([f"--{key}"] if value is True else [f"--{key}", value])]
+
+
+def run(variant, **flags):
+    return command(variant.split()[0], *typed(variant, **flags))
+
+
+def lines(name, folder="run"):
+    """The rows of a .jsonl file of a run, without what may differ between equal runs."""
+    rows = [json.loads(line) for line in Path(folder, f"{name}.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key != "time_step"} for row in rows]
+
+
+def weights(folder="run", key="policy"):
+    return torch.load(Path(folder, "checkpoint.pt"), weights_only=True).get(key)
+
+
+def check_same(old, ours, theirs, limit=1e-3):
+    """From `old`, two runs came to weights that differ by at most `limit` of how far they went."""
+    assert ours.keys() == theirs.keys()
+    old, ours, theirs = (torch.cat([state.get(key, torch.zeros_like(value)).flatten()
+                                    for key, value in ours.items()])
+                         for state in (old, ours, theirs))  # a new head starts at 0
+    assert (ours - theirs).abs().max() <= limit * (ours - old).abs().max() > 0
+
+
+REWARDS = '''
+import random, torch
+
+def by_text(prompts, completions, **columns):
+    """From 0 to 1, and different for different texts."""
+    return [sum(ord(char) * 31**i for i, char in enumerate(text)) % 997 / 996
+            for text in completions]
+
+def noisy(prompts, completions, **columns):
+    """The same, by a function that draws random numbers and seeds the generators."""
+    random.seed(), torch.manual_seed(random.getrandbits(32))
+    return by_text(prompts, completions)
+
+def half(prompts, completions, level=None, **columns):
+    level = level or [4] * len(prompts)  # the toy has no such column
+    return [n / 8 * score for n, score in zip(level, by_text(prompts, completions))]
+
+def short(prompts, completions, completion_ids, **columns):
+    return [0.5 / len(ids) for ids in completion_ids]
+'''
+
+
+@pytest.fixture(scope="session")
+def props(tmp_path_factory, folders):
+    """Data with columns of awkward names, rewards, and a reward model that likes short answers."""
+    folder = tmp_path_factory.mktemp("props")
+    texts = [["7", "7=7=7,7", "7=7"], ["12", "12,1+1", "1+1+1"], ["3", "3,3,3,3", "3-3="]]
+    rows = [dict(prompt=f"{i}+{j}=", answer=i + j, level=1 + i % 4, ids="a", row=7, batch=[1],
+                 reward={"b": None}, texts=None) for i in range(8) for j in range(8)]
+    write_jsonl(folder / "pairs.jsonl", [
+        dict(row, chosen=texts[i % 3][0], rejected=texts[i % 3][1], completion=texts[i % 3][0])
+        for i, row in enumerate(rows)])
+    write_jsonl(folder / "rankings.jsonl", [dict(row, completions=texts[i % 3])
+                                            for i, row in enumerate(rows)])
+    (folder / "mine.py").write_text(REWARDS)
+    run("reward_model", model=folders("gpt2"), data=folder / "pairs.jsonl", steps=25, lr=4e-3,
+        eval_prompts=4, out_dir=folder / "judge")
+    return folder
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, few_problems):
+    monkeypatch.chdir(tmp_path)
+    return monkeypatch
+
+
+def inputs(variant, props, rewards=("by_text",)):
+    """Own data, where the variant can have them, and rewards, where it has some."""
+    data = {"grpo process": "toy", "dpo plackett_luce": props / "rankings.jsonl"}
+    rewards = ",".join(str(props / ("judge" if part == "judge" else f"mine.py:{part}"))
+                       for part in rewards)
+    return dict(data=data.get(variant, props / "pairs.jsonl"), reward=rewards)
+
+
+# ------------------------------------------------------------------------------------------ running
+
+KEYS = {  # of the log, beside those that all online or all offline scripts have
+    "reinforce": "lr", "raft": "lr", "sft": "lr",
+    "trpo": "kl_step kl_full_step tries predicted_gain real_gain",
+    "ppo": "lr approx_kl clip_frac value_loss value_clip_frac explained_var",
+    "remax": "lr approx_kl clip_frac greedy_score",
+    "prime": "lr approx_kl clip_frac prm_loss prm_accuracy",
+    **dict.fromkeys(("reinforce_pp", "rloo", "grpo"), "lr approx_kl clip_frac"),
+    **dict.fromkeys(("reward_model", "dpo", "orpo"), "lr chosen rejected margin accuracy")}
+BEFORE = {}  # what a run says of the model that it begins with: every script must say the same
+
+
+@each_variant
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_run_and_what_it_leaves(folders, props, here, capsys, kind, variant):
+    """Of checkpoints as they may come: several EOS ids, pad is EOS, settings that no training may
+    obey, a chat template, bf16. On the toy with one reward; on own data with several."""
+    name, own = variant.split()[0], kind == "gpt2"
+    online, script = name in ONLINE, SCRIPTS[name]
+    rewards = ["half", "short", *["judge"] * (name != "prime")] if own else ["by_text"]
+    flags = dict(inputs(variant, props, rewards), **{} if own else dict(data="toy"))
+    model = folders(kind, hostile=True, template=TEMPLATE if own else None, pad="<eos>",
+                    dtype=torch.bfloat16 if own else torch.float32)
+    initial = load_policy(model, "cpu")[0].state_dict()
+    references, all_logprobs = [], getattr(script, "all_logprobs", None)
+
+    def spy(policy, *args, **more):
+        if not any(parameter.requires_grad for parameter in policy.parameters()):
+            references.append(copy.deepcopy(policy.state_dict()))
+        return all_logprobs(policy, *args, **more)
+
+    here.setattr(script, "all_logprobs", spy, raising=False)
+    run(variant, model=model, **flags, steps=3, eval_every=2, log_every=1, out_dir=None,
+        max_new_tokens=6 if online else 32)
+    folder, screen = Path("runs", name), capsys.readouterr().out
+    for words in (f"{name}: model=", "parameters on cpu", "before [95 % interval]", "validation"):
+        assert words in screen
+    assert {path.name for path in folder.iterdir()} == {
+        "config.json", "metrics.jsonl", "validation.jsonl", "checkpoint.pt", "test.json", "model",
+        *["samples.jsonl"] * online, *["reward.py"] * (name == "reward_model")}
+
+    rows, expected = lines("metrics", folder), {"step", "grad_norm", "loss", *KEYS[name].split()}
+    if online:
+        expected |= set("score score_std kl entropy length truncated frac_zero_std".split())
+        expected |= {f"reward_{part}" for part in rewards if own}
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    for row in rows:  # prime has three more where there are wrong answers of several steps
+        assert set(row) - {"wrong_answers", "step_found", "step_chance"} == expected
+        assert all(math.isfinite(value) for value in row.values()), row
+        if online and own:
+            parts = [row[f"reward_{part}"] for part in rewards]
+            assert row["score"] == pytest.approx(sum(parts), abs=1e-6)
+    if online:
+        samples, data = lines("samples", folder), flags["data"]
+        assert [sample["step"] for sample in samples] == 4 * [1] + 4 * [2] + 4 * [3]
+        known = [json.loads(line) for line in open(data)] if data != "toy" else None
+        for sample in samples:
+            assert list(sample) == ["step", "prompt", "completion", "score", "row"]
+            assert sample["prompt"] == sample["row"]["prompt"] and isinstance(sample["score"], float)
+            assert not known or sample["row"] in known
+
+    moved = torch.cat([(value != initial[key]).flatten() for key, value in weights(folder).items()
+                       if key in initial])
+    assert moved.float().mean() > 0.9
+    asked = 0 if not online or name == "raft" or VARIANTS[variant].get("kl_coef") == 0 else 3
+    assert len(references) == asked
+    assert all(torch.equal(reference[key], value) for reference in references
+               for key, value in initial.items())
+    if asked:  # the policy begins as the reference, and leaves it
+        assert abs(rows[0]["kl"]) < 1e-4 < abs(rows[2]["kl"])
+    if name != "reward_model":
+        settings = json.loads((folder / "model" / "generation_config.json").read_text())
+        assert settings["eos_token_id"] == [2, 7] and "top_k" not in settings
+    results = json.loads((folder / "test.json").read_text())
+    assert set(results["before"]) == set(results["after"]) and results["before"]["n"] == 3
+    if online:
+        world = kind, str(flags["data"]), len(rewards)
+        assert results["before"] == BEFORE.setdefault(world, results["before"])
+
+
+@each_variant
+def test_memory_flags_do_not_matter(folders, props, here, plain_descent, variant):
+    """Micro-batches of ragged rows, and gradient checkpointing: all but rounding is the same."""
+    name = variant.split()[0]
+    model = folders("llama" if name in ONLINE else "gpt2", hostile=True)
+    flags = dict(inputs(variant, props), model=model, lr=0.1, max_new_tokens=24, kl_coef=0.1,
+                 steps=1 + VARIANTS[variant].get("critic_warmup", name == "reward_model"))
+    run(variant, **flags, micro_batch_size=16, out_dir="whole")
+    run(variant, **flags, micro_batch_size=3, gradient_checkpointing=True)
+    limit = 2e-2 if name == "trpo" else 1e-3  # it solves a linear system
+    first, second = ({key: value for key, value in lines("metrics", folder)[-1].items()
+                      if "accuracy" not in key and key != "step_found"}  # a rounding error's sign
+                     for folder in ("whole", "run"))
+    assert first == pytest.approx(second, rel=limit, abs=limit / 10)
+    assert first.get("truncated", 0) < 0.8
+    check_same(load_policy(model, "cpu")[0].state_dict(), weights("whole"), weights(), limit)
+
+
+def stopping(script, at):
+    """draw_problems(), but somebody presses Ctrl-C in step `at`, counted from 0."""
+    def draw_problems(problems, step, n, seed):
+        if step == at:
+            raise KeyboardInterrupt
+        return real(problems, step, n, seed)
+    real = script.draw_problems
+    return draw_problems
+
+
+@each_variant
+def test_a_run_that_was_stopped_goes_on_to_the_last_bit(folders, props, here, variant):
+    """In step 2, before the first checkpoint, so that it begins again; in step 4, after the one of
+    step 2. Meanwhile the reward draws random numbers, which is nobody else's business."""
+    name = variant.split()[0]
+    flags = dict(inputs(variant, props), model=folders("gpt2"), steps=4, epochs=2, save_every=2,
+                 eval_every=1, log_every=1)
+    run(variant, **flags, out_dir="whole")
+    noisy = dict(flags, reward=flags["reward"].replace("by_text", "noisy"))
+    script, logged = SCRIPTS[name], []
+    for at, words in ((1, typed(variant, **noisy)), (3, ["--resume", "run"])):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(script, "draw_problems", stopping(script, at))
+            with pytest.raises(SystemExit) as stop:
+                command(name, *words)
+        assert stop.value.code == 130
+        logged.append((len(lines("metrics")), Path("run", "checkpoint.pt").exists()))
+    assert logged == [(1, False), (3, True)] and not Path("run", "model").exists()
+    command(name, "--resume", "run")
+    for file in ("metrics", "validation", *["samples"] * (name in ONLINE)):
+        assert lines(file) == lines(file, "whole")
+    for key in ("policy", "critic", "prm"):
+        ours, theirs = weights("run", key) or {}, weights("whole", key) or {}
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
+    ours, theirs = (json.loads(Path(folder, "test.json").read_text()) for folder in ("run", "whole"))
+    assert (ours["before"], ours["after"]) == (theirs["before"], theirs["after"])
+
+
+def test_a_run_that_was_killed_goes_on_to_the_last_bit(folders, props, here, tmp_path):
+    flags = dict(inputs("ppo", props), model=folders("gpt2"), steps=40, save_every=2)
+    run("ppo", **flags, out_dir="whole")
+    process = warm.start([ROOT / "ppo.py", *typed("ppo", **flags)], tmp_path, tmp_path / "screen")
+    log = Path("run", "metrics.jsonl")
+    while not log.exists() or len(log.read_text().splitlines()) < 3:
+        assert process.is_alive(), Path("screen").read_text()
+        time.sleep(0.005)
+    process.kill()
+    process.join()
+    assert 2 <= weights("run", "step") < 40 and not Path("run", "model").exists()
+    with open(log, "a") as file:
+        file.write('{"step": 4, "sco')  # as if the kill had torn a line
+    command("ppo", "--resume", "run")
+    assert lines("metrics") == lines("metrics", "whole")
+    for file in ("samples.jsonl", "model/model.safetensors"):
+        assert Path("run", file).read_bytes() == Path("whole", file).read_bytes()
+
+
+@pytest.mark.parametrize("name, which", [*((name, 0) for name in SCRIPTS), ("ppo", 1),
+                                         ("prime", 1)])  # the second network's gradient
+def test_a_gradient_that_is_nan_ends_in_one_sentence(folders, props, here, capsys, name, which):
+    """In the file as a user runs it."""
+    calls, backward, grad = [], torch.Tensor.backward, torch.autograd.grad
+
+    def broken(loss):
+        calls.append(loss)
+        return loss * (math.nan if len(calls) == which + 1 else 1)
+
+    here.setattr(torch.Tensor, "backward", lambda loss, *args, **more: backward(
+        broken(loss), *args, **more))
+    if name == "trpo":
+        here.setattr(torch.autograd, "grad", lambda loss, *args, **more: grad(
+            broken(loss), *args, **more))
+    words = typed(name, **inputs(name, props), model=folders("llama"))
+    here.setattr(sys, "argv", [f"{name}.py", *map(str, words)])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / f"{name}.py"), run_name="__main__")
+    errors = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert stop.value.code == 1 and len(errors) == 1
+    assert "finite" in errors[0] and "--" in errors[0]
+    assert not Path("run", "model").exists() and not Path("run", "checkpoint.pt").exists()
+
+
+# ----------------------------------------------------------------------------------------- learning
+
+RATES = 1 / 2, 1, 1 / 10  # of --lr, in three steps of which one is a warm-up
+LOUD = dict(steps=3, warmup_steps=1, weight_decay=0.01, max_grad_norm=2.0, lr=0.1,
+            micro_batch_size=3, gradient_checkpointing=True)
+
+
+@pytest.fixture
+def descent(here):
+    """Gradient descent for AdamW, as plain_descent in conftest.py, but with a weight decay."""
+    here.setattr(torch.optim, "AdamW", lambda parameters, lr, weight_decay, **settings:
+                 torch.optim.SGD(parameters, lr, weight_decay=weight_decay))
+    return here
+
+
+def descend(model, loss, rate, cfg):
+    """Clip the gradient to a norm of max_grad_norm, and make a step against it."""
+    parameters = list(model.parameters())
+    gradient = torch.autograd.grad(loss, parameters, materialize_grads=True)
+    norm = sum((part**2).sum() for part in gradient).sqrt()
+    for parameter, part in zip(parameters, gradient):
+        part = part * min(1.0, cfg.max_grad_norm / norm) + cfg.weight_decay * parameter.data
+        parameter.data -= rate * part
+
+
+def plain_values(critic, batch):
+    """V before each token of each completion, each row alone."""
+    rows = []
+    for owner, ids, mask in zip(batch.owner.tolist(), batch.completions, batch.mask.bool()):
+        prompt = torch.tensor(batch.prompts[owner])
+        values = critic(input_ids=torch.cat([prompt, ids[mask]])[None]).logits[0, :, 0]
+        rows.append(values[len(prompt) - 1 : -1])
+    return rows
+
+
+def mean(values):
+    return sum(values) / len(values)
+
+
+def whitened(rows):
+    tokens = torch.cat(rows)
+    return [(row - tokens.mean()) / tokens.std(correction=0) for row in rows]
+
+
+def to_go(rewards, gamma):
+    C = len(rewards)
+    return torch.stack([sum(gamma ** (u - t) * rewards[u] for u in range(t, C)) for t in range(C)])
+
+
+def advantages_by_hand(name, cfg, s, kl, baseline=0, greedy=None, V=None, q=None, process=None):
+    """A_t of N completions, by the formulas at the top of the script: scores s, kl of their tokens,
+    N rows each -> N rows."""
+    K, N = cfg.group_size, len(s)
+    groups = [[j for j in range(N) if j // K == i // K] for i in range(N)]
+    others = [[j for j in groups[i] if j != i] for i in range(N)]
+    c, same = getattr(cfg, "kl_coef", 0), [0 * row for row in kl]  # for all tokens the same A
+    if name in ("reinforce_pp", "trpo") and not getattr(cfg, "group_baseline", False):
+        s = ((s - s.mean()) / s.std()).clamp(-cfg.reward_clip, cfg.reward_clip)
+    r = [F.pad(s[i, None], (len(kl[i]) - 1, 0)) - c * kl[i] for i in range(N)]
+    R = [row.sum() for row in r]
+    if name == "reinforce":
+        return [R[i] - baseline + same[i] for i in range(N)]
+    if name == "rloo":
+        return [R[i] - mean([R[j] for j in others[i]]) + same[i] for i in range(N)]
+    if name == "remax":
+        return [to_go(r[i], 1.0) - greedy[i // K] for i in range(N)]
+    if name == "ppo":
+        delta = [r[i] + cfg.gamma * F.pad(V[i][1:], (0, 1)) - V[i] for i in range(N)]
+        return [to_go(row, cfg.gamma * cfg.lam) for row in delta]
+    if name == "prime":
+        Q = [row.mean() for row in q]
+        return [to_go(q[i] - mean([Q[j] for j in others[i]]), cfg.gamma)
+                + s[i] - mean([s[j] for j in others[i]]) for i in range(N)]
+    if getattr(cfg, "group_baseline", False):
+        return whitened([s[i] - mean([s[j] for j in groups[i]]) + same[i] for i in range(N)])
+    if name in ("reinforce_pp", "trpo"):
+        return whitened([to_go(row, getattr(cfg, "gamma", 1.0)) for row in r])
+    # GRPO. Without --process, the completion is one step, and its score the reward of this step.
+    rewards, ends = process or ([[x] for x in s.tolist()], [[len(row) - 1] for row in kl])
+    for i in range(N):
+        steps = torch.tensor(sum((rewards[j] for j in groups[i]), []))
+        for reward, end in zip(rewards[i], ends[i]):
+            same[i][: end + 1] += (reward - steps.mean()) / (steps.std() + 1e-4)
+    return same
+
+
+def losses_by_hand(name, cfg, A, new, old, ref):
+    """The loss of each token of a completion, and PPO's clip is [0.95, 1.05]."""
+    ratio = (new - old).exp()
+    losses = -torch.minimum(ratio * A, ratio.clamp(0.95, 1.05) * A)
+    if name == "grpo":
+        r = (ref - new).exp()
+        return losses + cfg.kl_coef * (r - 1 - r.log())
+    if getattr(cfg, "group_baseline", False):
+        return losses + cfg.kl_coef * (new - ref) ** 2 / 2
+    return {"reinforce": -A * new, "raft": -new}.get(name, losses)
+
+
+def spy(patch, script, name, take):
+    """-> a list of take(arguments, result) of each call of script.name()."""
+    seen, real = [], getattr(script, name)
+
+    def spied(*args, **more):
+        result = real(*args, **more)
+        seen.append(take(args, result))
+        return result
+    patch.setattr(script, name, spied)
+    return seen
+
+
+@variants_of(ONLINE, but=["grpo no_kl", "rloo no_kl"])
+def test_online_weights_are_those_of_the_formulas(folders, props, descent, variant):
+    """Each completion alone, with a ratio, an advantage and a KL for each token; the reference is
+    another model than the first policy. Of TRPO only the direction of its first step, which with
+    one iteration of conjugate gradients is that of the gradient."""
+    name, T, model = variant.split()[0], 0.7, folders("llama", hostile=True)
+    script, policy, reference = SCRIPTS[name], load_policy(model, "cpu")[0], make_model("llama", seed=5)
+    initial, copies = copy.deepcopy(policy.state_dict()), iter([reference.eval()])
+    judged = spy(descent, script, "score", lambda args, result: (args[2], result[1]))
+    if name != "raft":
+        descent.setattr(script, "copy", SimpleNamespace(
+            deepcopy=lambda model: next(copies, None) or copy.deepcopy(model)))
+    process = spy(descent, script, "score_steps", lambda args, result: result) if (
+        variant == "grpo process") else [None] * 3
+    more = dict(steps=1, delta=1e-4, cg_iterations=1) if name == "trpo" else {}
+    cfg = run(variant, completions=8, **inputs(variant, props), **{**LOUD, **more}, model=model,
+              epochs=2, temperature=T, kl_coef=0.3, clip_eps=0.05, gamma=0.9, lam=0.8, beta=0.3,
+              value_clip=0.02, critic_lr=0.2, prm_lr=0.2, reward_clip=1.2, decay=0.7)
+    second = {"ppo": getattr(script, "make_critic", None), "prime": copy.deepcopy}.get(
+        name, lambda policy: None)(policy)
+    initial_second = copy.deepcopy(second and second.state_dict())
+    baseline, past, calls = 0, [], 1 + (name == "remax")
+    for step in range(cfg.steps):
+        (batch, s), (_, greedy) = judged[calls * step], judged[calls * step + calls - 1]
+        rows, V, q = range(len(s)), None, None
+        with torch.no_grad():
+            old, ref = (plain_logprobs(each, batch, T) for each in (policy, reference))
+            if name == "ppo":
+                V = plain_values(second, batch)
+            if name == "prime":
+                q = [cfg.beta * (x - y) for x, y in zip(plain_logprobs(second, batch, T), ref)]
+        if name == "raft":
+            rows, A = [max(range(i, i + 4), key=lambda j: s[j]) for i in (0, 4)], old
+        else:
+            A = advantages_by_hand(name, cfg, s, [x - y for x, y in zip(old, ref)], baseline,
+                                   greedy, V, q, process[step])
+        if name == "ppo":
+            targets, A = [a + v for a, v in zip(A, V)], whitened(A)
+        past.append(s)
+        baseline = mean(s) if step == 0 else 0.7 * baseline + 0.3 * mean(s)
+        if variant == "reinforce running_mean":
+            baseline = torch.cat(past).mean()
+        for _ in range(getattr(cfg, "epochs", 1)):
+            new, loss, error = plain_logprobs(policy, batch, T), 0, 0
+            tokens = sum(len(new[i]) for i in rows)
+            for i in rows:
+                n = {"reinforce": len(s), "grpo": len(s) * len(new[i])}.get(name, tokens)
+                loss += losses_by_hand(name, cfg, A[i], new[i], old[i], ref[i]).sum() / n
+            if name == "trpo":
+                break
+            if name == "ppo":
+                for v, old_v, target in zip(plain_values(second, batch), V, targets):
+                    near = old_v + (v - old_v).clamp(-0.02, 0.02)
+                    error += 0.5 * torch.maximum((v - target)**2, (near - target)**2).sum() / tokens
+            if name == "prime":
+                for i, prm in enumerate(plain_logprobs(second, batch, T)):
+                    p = torch.sigmoid(cfg.beta * (prm - ref[i]).sum())
+                    error -= (s[i] * p.log() + (1 - s[i]) * (1 - p).log()) / len(s)
+            wait = step < getattr(cfg, "critic_warmup", 0)
+            descend(policy, loss, 0 if wait else 0.1 * RATES[step], cfg)
+            if second:
+                descend(second, error, 0.2 * RATES[step], cfg)
+    if name == "trpo":
+        gradient = torch.autograd.grad(loss, list(policy.parameters()))
+        step = [weights()[key] - value for key, value in policy.named_parameters()]
+        one, two = (torch.cat([part.flatten() for part in parts]) for parts in (gradient, step))
+        assert F.cosine_similarity(-one, two, dim=0) > 0.999
+        return
+    check_same(initial, policy.state_dict(), weights())
+    if second:
+        check_same(initial_second, second.state_dict(),
+                   weights(key="critic" if name == "ppo" else "prm"))
+
+
+@variants_of(OFFLINE)
+def test_offline_weights_are_those_of_the_formulas(folders, props, descent, variant):
+    """Each completion alone, against the policy from before the training."""
+    name, model = variant.split()[0], folders("llama", hostile=True)
+    script, (policy, tokenizer) = SCRIPTS[name], load_policy(model, "cpu")
+    batches = spy(descent, script, "micro_batches", lambda args, result: args[0])
+    cfg = run(variant, **inputs(variant, props), **LOUD, model=model, beta=0.3)
+    reference, trained = copy.deepcopy(policy), policy
+    if name == "reward_model":
+        trained = script.make_scorer(policy, tokenizer, model)
+    initial, K = copy.deepcopy(trained.state_dict()), {"sft": 1, "dpo plackett_luce": 3}.get(variant, 2)
+    for batch, rate in zip(batches, RATES, strict=True):
+        assert len(batch.prompts) == 8 and len(batch.mask) == 8 * K
+        loss, new = 0, plain_logprobs(policy, batch, 1.0)
+        with torch.no_grad():
+            ref = plain_logprobs(reference, batch, 1.0)
+        for i in range(0, 8 * K, K):
+            h = torch.stack([0.3 * (new[j] - ref[j]).sum() for j in range(i, i + K)])
+            if name == "dpo":  # for K = 2 they are the same
+                loss -= sum(h[k] - h[k:].exp().sum().log() for k in range(K)) / 8
+            if name in ("sft", "orpo"):
+                loss -= new[i].sum() / sum(len(row) for row in new[::K])
+            if name == "orpo":
+                p, other = new[i].mean().exp(), new[i + 1].mean().exp()
+                loss -= 0.3 * torch.sigmoid((p / (1 - p) / (other / (1 - other))).log()).log() / 8
+            if name == "reward_model":
+                s = []
+                for j in (i, i + 1):
+                    ids = batch.prompts[i // 2] + batch.completions[j, : len(new[j])].tolist()
+                    hidden = trained.base_model(input_ids=torch.tensor([ids])).last_hidden_state
+                    s.append(trained.score(hidden[0, -1]).squeeze())
+                loss -= torch.sigmoid(s[0] - s[1]).log() / 8
+        descend(trained, loss, 0.1 * rate, cfg)
+    check_same(initial, trained.state_dict(), weights())
