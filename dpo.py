@@ -48,14 +48,14 @@ from typing import Literal, Optional
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils import clip_grad_norm_
 
 from common import learning_rate
 from plumbing.command_line import main
 from plumbing.data import draw_problems, load_problems
 from plumbing.flags import HfArg, RunConfig, check, fail
 from plumbing.model import load_policy
-from plumbing.offline import (for_all_completions, held_out_stats, make_batch,
-                              preference_stats)
+from plumbing.offline import for_all_completions, held_out_stats, make_batch, preference_stats
 from plumbing.rollout import all_logprobs, micro_batches, token_logprobs
 from plumbing.run import Run
 
@@ -98,18 +98,19 @@ def train(cfg):
     if cfg.beta == 0:
         fail("--beta 0: then all completions have the implicit reward 0; take 0.1, say")
     policy, tokenizer = load_policy(cfg.model, cfg.device)
-    problems, validation, test = load_problems(
+    problems = load_problems(
         cfg, policy, tokenizer, "ranking" if cfg.loss == "plackett_luce" else "pair")
-    K = len(problems[0]["targets"])  # completions, as token ids, best first; in a pair there are 2
-    cfg.steps = cfg.steps or math.ceil(cfg.epochs * len(problems) / cfg.minibatch_size)
+    K = len(problems.train[0]["targets"])  # completions, best first; in a pair there are two
+    cfg.steps = cfg.steps or math.ceil(cfg.epochs * len(problems.train) / cfg.minibatch_size)
 
     def data_logps(problems):  # (B, K), log pi(y | x) of their completions, without gradient
         return for_all_completions(lambda batch: all_logprobs(
             policy, batch, cfg.micro_batch_size, temperature=1.0).sum(1), problems, cfg)
 
     # A step 0 of this size has the problems of all steps below: they draw from the same order.
-    seen = draw_problems(problems, 0, min(cfg.steps * cfg.minibatch_size, len(problems)), cfg.seed)
-    seen += [problem for problem in validation + test if problem["targets"]]
+    n = min(cfg.steps * cfg.minibatch_size, len(problems.train))
+    seen = draw_problems(problems.train, 0, n, cfg.seed)
+    seen += [problem for problem in problems.validation + problems.test if problem["targets"]]
     for problem, ref_logps in zip(seen, data_logps(seen).tolist()):
         problem["ref_logps"] = ref_logps  # before Run(), which may load other weights
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.99),  # short runs
@@ -118,12 +119,11 @@ def train(cfg):
     def measure(problems):  # of held-out pairs, by h, the implicit rewards (B, K)
         ref_logps = torch.tensor([problem["ref_logps"] for problem in problems]).to(cfg.device)
         return held_out_stats(cfg.beta * (data_logps(problems) - ref_logps))
-    run = Run(cfg, "dpo", policy, tokenizer, (problems, validation, test), measure=measure,
-              optimizer=optimizer)
+    run = Run(cfg, "dpo", policy, tokenizer, problems, measure=measure, optimizer=optimizer)
 
     for step in run.steps():
         # 1. Batch: the completions of this step, from the data. Nothing is sampled.
-        step_problems = draw_problems(problems, step, cfg.minibatch_size, cfg.seed)
+        step_problems = draw_problems(problems.train, step, cfg.minibatch_size, cfg.seed)
         batch = make_batch([problem["ids"] for problem in step_problems],
                            sum((problem["targets"] for problem in step_problems), []), cfg.device)
         mask = batch.mask  # (N, C); rows i K to i K + K - 1 are the completions of prompt i
@@ -144,8 +144,7 @@ def train(cfg):
             loss = losses.sum() / len(step_problems)  # a mean over the pairs of the step
             loss.backward()
             run.count(loss=loss, **preference_stats(rewards, len(step_problems)))
-        grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm,
-                                                   error_if_nonfinite=True)
+        grad_norm = clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
         optimizer.step()
         run.end_minibatch(grad_norm=grad_norm)
 

@@ -41,6 +41,7 @@ import copy
 from dataclasses import dataclass
 
 import torch
+from torch.nn.utils import clip_grad_norm_
 
 from common import kl_estimate, learning_rate, mini_batches
 from plumbing.command_line import main
@@ -114,19 +115,18 @@ def train(cfg):
     if cfg.process and not (cfg.data == "toy" and is_toy(cfg.model)):
         fail("--process: only for the toy is it known which steps are right; leave it out")
     policy, tokenizer = load_policy(cfg.model, cfg.device)
-    problems, validation, test = load_problems(cfg, policy, tokenizer)
-    rewards = load_rewards(cfg, problems + validation + test)
+    problems = load_problems(cfg, policy, tokenizer)
+    rewards = load_rewards(cfg, problems.train + problems.validation + problems.test)
     ref_model = copy.deepcopy(policy).requires_grad_(False) if cfg.kl_coef else None
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.99),  # short runs
                                   weight_decay=cfg.weight_decay, fused=True)
-    run = Run(cfg, "grpo", policy, tokenizer, (problems, validation, test), rewards,
-              optimizer=optimizer)
+    run = Run(cfg, "grpo", policy, tokenizer, problems, rewards, optimizer=optimizer)
 
     for step in run.steps():
         # 1. Sample K completions of each prompt of this step from softmax(logits / temperature).
         # The completions of a prompt are neighbouring rows: prompt i has rows i K to i K + K - 1.
         generator = step_generator(cfg.seed, step)  # for the random numbers of this step
-        step_problems = draw_problems(problems, step, cfg.prompts_per_step, cfg.seed)
+        step_problems = draw_problems(problems.train, step, cfg.prompts_per_step, cfg.seed)
         batch = sample(policy, tokenizer, [problem["ids"] for problem in step_problems],
                        cfg.group_size, cfg.max_new_tokens, cfg.temperature, generator)
         old_logprobs, mask = batch.logprobs, batch.mask  # (N, C) each; both are 0 on padding
@@ -145,9 +145,8 @@ def train(cfg):
         else:
             advantages = group_advantages(scores, cfg.group_size)
 
-        # 4. Update, once per mini-batch. All tensors above stay fixed; log-probs are now computed
-        # with gradient. Until the first update of the step, the weights are those that sampled, so
-        # each ratio is 1. share (N, C) is the weight of each token in the mini-batch's loss.
+        # 4. Update, once per mini-batch. All tensors above stay fixed. Log-probs have a gradient now;
+        # in the first mini-batch each ratio is 1. share (N, C) is each token's weight in the loss.
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg.steps, cfg.warmup_steps, cfg.lr)
         for minibatch in mini_batches(len(scores), cfg.minibatch_size, cfg.group_size, cfg.epochs,
                                       generator):
@@ -163,8 +162,7 @@ def train(cfg):
                 loss.backward()
                 run.count(loss=loss, clip_frac=(is_clipped * share[rows]).sum(),
                           approx_kl=approx_kl(logprobs, old_logprobs[rows], share[rows]))
-            grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm,
-                                                       error_if_nonfinite=True)
+            grad_norm = clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
             optimizer.step()
             run.end_minibatch(grad_norm=grad_norm)
 

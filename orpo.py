@@ -36,14 +36,14 @@ from typing import Optional
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils import clip_grad_norm_
 
 from common import learning_rate
 from plumbing.command_line import main
 from plumbing.data import draw_problems, load_problems
 from plumbing.flags import HfArg, RunConfig, check
 from plumbing.model import load_policy
-from plumbing.offline import (for_all_completions, held_out_stats, make_batch,
-                              preference_stats)
+from plumbing.offline import for_all_completions, held_out_stats, make_batch, preference_stats
 from plumbing.rollout import all_logprobs, micro_batches, token_logprobs
 from plumbing.run import Run
 
@@ -78,9 +78,9 @@ def odds_ratio_loss(chosen_mean_logps, rejected_mean_logps):
 def train(cfg):
     cfg = check(cfg)
     policy, tokenizer = load_policy(cfg.model, cfg.device)
-    problems, validation, test = load_problems(cfg, policy, tokenizer, "pair")
+    problems = load_problems(cfg, policy, tokenizer, "pair")
     K = 2  # chosen, rejected
-    cfg.steps = cfg.steps or math.ceil(cfg.epochs * len(problems) / cfg.minibatch_size)
+    cfg.steps = cfg.steps or math.ceil(cfg.epochs * len(problems.train) / cfg.minibatch_size)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.99),  # short runs
                                   weight_decay=cfg.weight_decay, fused=True)
 
@@ -88,12 +88,11 @@ def train(cfg):
         return held_out_stats(for_all_completions(lambda batch: all_logprobs(
             policy, batch, cfg.micro_batch_size, temperature=1.0).sum(1) / batch.mask.sum(1),
             problems, cfg))
-    run = Run(cfg, "orpo", policy, tokenizer, (problems, validation, test), measure=measure,
-              optimizer=optimizer)
+    run = Run(cfg, "orpo", policy, tokenizer, problems, measure=measure, optimizer=optimizer)
 
     for step in run.steps():
         # 1. Batch: the completions of this step, from the data. Nothing is sampled.
-        step_problems = draw_problems(problems, step, cfg.minibatch_size, cfg.seed)
+        step_problems = draw_problems(problems.train, step, cfg.minibatch_size, cfg.seed)
         batch = make_batch([problem["ids"] for problem in step_problems],
                            sum((problem["targets"] for problem in step_problems), []), cfg.device)
         mask = batch.mask  # (N, C); rows i K to i K + K - 1 are the completions of prompt i
@@ -110,8 +109,7 @@ def train(cfg):
             loss = nll + cfg.beta * odds_ratio
             loss.backward()
             run.count(loss=loss, **preference_stats(mean_logps, len(step_problems)))
-        grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm,
-                                                   error_if_nonfinite=True)
+        grad_norm = clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
         optimizer.step()
         run.end_minibatch(grad_norm=grad_norm)
 

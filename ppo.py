@@ -44,9 +44,10 @@ import copy
 from dataclasses import dataclass
 
 import torch
+from torch.nn.utils import clip_grad_norm_
 
-from common import learning_rate, mini_batches
-from common import kl_estimate, masked_mean, ppo_clip_loss, returns_to_go, token_rewards, whiten
+from common import (kl_estimate, learning_rate, masked_mean, mini_batches, ppo_clip_loss,
+                    returns_to_go, token_rewards, whiten)
 from plumbing.command_line import main
 from plumbing.data import draw_problems, load_problems
 from plumbing.evaluation import approx_kl
@@ -145,21 +146,20 @@ def train(cfg):
         fail(f"--critic_warmup {cfg.critic_warmup} leaves the policy none of --steps {cfg.steps}")
     cfg = check(cfg)
     policy, tokenizer = load_policy(cfg.model, cfg.device)
-    problems, validation, test = load_problems(cfg, policy, tokenizer)
-    rewards = load_rewards(cfg, problems + validation + test)
+    problems = load_problems(cfg, policy, tokenizer)
+    rewards = load_rewards(cfg, problems.train + problems.validation + problems.test)
     ref_model = copy.deepcopy(policy).requires_grad_(False) if cfg.kl_coef else None
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.99),  # short runs
                                   weight_decay=cfg.weight_decay, fused=True)
     critic = make_critic(policy)
     optimizer.add_param_group(dict(params=critic.parameters()))  # param_groups[1]
-    run = Run(cfg, "ppo", policy, tokenizer, (problems, validation, test), rewards,
-              optimizer=optimizer, critic=critic)
+    run = Run(cfg, "ppo", policy, tokenizer, problems, rewards, optimizer=optimizer, critic=critic)
 
     for step in run.steps():
         # 1. Sample K completions of each prompt of this step from softmax(logits / temperature).
         # The completions of a prompt are neighbouring rows: prompt i has rows i K to i K + K - 1.
         generator = step_generator(cfg.seed, step)  # for the random numbers of this step
-        step_problems = draw_problems(problems, step, cfg.prompts_per_step, cfg.seed)
+        step_problems = draw_problems(problems.train, step, cfg.prompts_per_step, cfg.seed)
         batch = sample(policy, tokenizer, [problem["ids"] for problem in step_problems],
                        cfg.group_size, cfg.max_new_tokens, cfg.temperature, generator)
         old_logprobs, mask = batch.logprobs, batch.mask  # (N, C) each; both are 0 on padding
@@ -178,12 +178,10 @@ def train(cfg):
         advantages = whiten(advantages, mask)  # only now, because the returns are A + V_old
         explained = explained_variance(old_values, returns_to_go(shaped, mask, cfg.gamma), mask)
 
-        # 4. Update, once per mini-batch. All tensors above stay fixed; log-probs are now computed
-        # with gradient. Until the first update of the step, the weights are those that sampled, so
-        # each ratio is 1. share (N, C) is the weight of each token in the mini-batch's loss.
-        optimizer.param_groups[0]["lr"] = learning_rate(step, cfg.steps, cfg.warmup_steps, cfg.lr)
-        if step < cfg.critic_warmup:  # only the critic learns
-            optimizer.param_groups[0]["lr"] = 0.0
+        # 4. Update, once per mini-batch. All tensors above stay fixed. Log-probs have a gradient now;
+        # in the first mini-batch each ratio is 1. share (N, C) is each token's weight in the loss.
+        peak = cfg.lr if step >= cfg.critic_warmup else 0.0  # at first, only the critic learns
+        optimizer.param_groups[0]["lr"] = learning_rate(step, cfg.steps, cfg.warmup_steps, peak)
         optimizer.param_groups[1]["lr"] = learning_rate(step, cfg.steps, cfg.warmup_steps,
                                                         cfg.critic_lr)
         for minibatch in mini_batches(len(scores), cfg.minibatch_size, cfg.group_size, cfg.epochs,
@@ -203,10 +201,8 @@ def train(cfg):
                 error = (errors * share[rows]).sum()
                 error.backward()  # the policy's backward has freed its activations
                 run.count(value_loss=error, value_clip_frac=(is_stuck * share[rows]).sum())
-            grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm,
-                                                       error_if_nonfinite=True)
-            torch.nn.utils.clip_grad_norm_(critic.parameters(), cfg.max_grad_norm,
-                                           error_if_nonfinite=True)
+            grad_norm = clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
+            clip_grad_norm_(critic.parameters(), cfg.max_grad_norm)
             optimizer.step()
             run.end_minibatch(grad_norm=grad_norm)
 

@@ -49,6 +49,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils import clip_grad_norm_
 
 from common import kl_estimate, learning_rate, mini_batches, ppo_clip_loss, returns_to_go
 from plumbing.command_line import main
@@ -133,21 +134,20 @@ def prm_stats(q, scores, step_rewards=(), step_ends=()):
 def train(cfg):
     cfg = check(cfg, min_group=2)
     policy, tokenizer = load_policy(cfg.model, cfg.device)
-    problems, validation, test = load_problems(cfg, policy, tokenizer)
-    rewards = load_rewards(cfg, problems + validation + test)
+    problems = load_problems(cfg, policy, tokenizer)
+    rewards = load_rewards(cfg, problems.train + problems.validation + problems.test)
     knows_steps = cfg.data == "toy" and is_toy(cfg.model)
     ref_model, prm = copy.deepcopy(policy).requires_grad_(False), copy.deepcopy(policy)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.99),  # short runs
                                   weight_decay=cfg.weight_decay, fused=True)
     optimizer.add_param_group(dict(params=prm.parameters()))  # param_groups[1]
-    run = Run(cfg, "prime", policy, tokenizer, (problems, validation, test), rewards,
-              optimizer=optimizer, prm=prm)
+    run = Run(cfg, "prime", policy, tokenizer, problems, rewards, optimizer=optimizer, prm=prm)
 
     for step in run.steps():
         # 1. Sample K completions of each prompt of this step from softmax(logits / temperature).
         # The completions of a prompt are neighbouring rows: prompt i has rows i K to i K + K - 1.
         generator = step_generator(cfg.seed, step)  # for the random numbers of this step
-        step_problems = draw_problems(problems, step, cfg.prompts_per_step, cfg.seed)
+        step_problems = draw_problems(problems.train, step, cfg.prompts_per_step, cfg.seed)
         batch = sample(policy, tokenizer, [problem["ids"] for problem in step_problems],
                        cfg.group_size, cfg.max_new_tokens, cfg.temperature, generator)
         old_logprobs, mask = batch.logprobs, batch.mask  # (N, C) each; both are 0 on padding
@@ -169,9 +169,8 @@ def train(cfg):
         advantages = prime_advantages(q, scores, mask, cfg.group_size, cfg.gamma)
         kept = filter_by_accuracy(scores, cfg.group_size, cfg.accuracy_filter).cpu()
 
-        # 4. Update, once per mini-batch. All tensors above stay fixed; log-probs are now computed
-        # with gradient. Until the first update of the step, the weights are those that sampled, so
-        # each ratio is 1. share (N, C) is the weight of each token in the mini-batch's loss.
+        # 4. Update, once per mini-batch. All tensors above stay fixed. Log-probs have a gradient now;
+        # in the first mini-batch each ratio is 1. share (N, C) is each token's weight in the loss.
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg.steps, cfg.warmup_steps, cfg.lr)
         optimizer.param_groups[1]["lr"] = learning_rate(step, cfg.steps, cfg.warmup_steps,
                                                         cfg.prm_lr)
@@ -192,10 +191,8 @@ def train(cfg):
                 error = errors.sum() / len(minibatch)  # a mean over completions
                 error.backward()
                 run.count(prm_loss=error)
-            grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm,
-                                                       error_if_nonfinite=True)
-            torch.nn.utils.clip_grad_norm_(prm.parameters(), cfg.max_grad_norm,
-                                           error_if_nonfinite=True)
+            grad_norm = clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
+            clip_grad_norm_(prm.parameters(), cfg.max_grad_norm)
             optimizer.step()
             run.end_minibatch(grad_norm=grad_norm)
 

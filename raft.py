@@ -27,6 +27,7 @@ show the work. After it, 0.91 of all are right, and nearly all show the work.
 from dataclasses import dataclass
 
 import torch
+from torch.nn.utils import clip_grad_norm_
 
 from common import learning_rate, mini_batches
 from plumbing.command_line import main
@@ -60,18 +61,17 @@ def best_of_k(scores, group_size):
 def train(cfg):
     cfg = check(cfg, min_group=2)
     policy, tokenizer = load_policy(cfg.model, cfg.device)
-    problems, validation, test = load_problems(cfg, policy, tokenizer)
-    rewards = load_rewards(cfg, problems + validation + test)
+    problems = load_problems(cfg, policy, tokenizer)
+    rewards = load_rewards(cfg, problems.train + problems.validation + problems.test)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.99),  # short runs
                                   weight_decay=cfg.weight_decay, fused=True)
-    run = Run(cfg, "raft", policy, tokenizer, (problems, validation, test), rewards,
-              optimizer=optimizer)
+    run = Run(cfg, "raft", policy, tokenizer, problems, rewards, optimizer=optimizer)
 
     for step in run.steps():
         # 1. Sample K completions of each prompt of this step from softmax(logits / temperature).
         # The completions of a prompt are neighbouring rows: prompt i has rows i K to i K + K - 1.
         generator = step_generator(cfg.seed, step)  # for the random numbers of this step
-        step_problems = draw_problems(problems, step, cfg.prompts_per_step, cfg.seed)
+        step_problems = draw_problems(problems.train, step, cfg.prompts_per_step, cfg.seed)
         batch = sample(policy, tokenizer, [problem["ids"] for problem in step_problems],
                        cfg.group_size, cfg.max_new_tokens, cfg.temperature, generator)
         mask = batch.mask                                                        # (N, C)
@@ -85,9 +85,8 @@ def train(cfg):
         groups = scores.view(-1, cfg.group_size)
         best = best_of_k(scores, cfg.group_size)[groups.amax(1) > groups.amin(1)].cpu()  # rows
 
-        # 4. Update, once per mini-batch. All tensors above stay fixed; log-probs are now computed
-        # with gradient. Until the first update of the step, the weights are those that sampled, so
-        # each ratio is 1. share (N, C) is the weight of each token in the mini-batch's loss.
+        # 4. Update, once per mini-batch. All tensors above stay fixed. Log-probs have a gradient now;
+        # in the first mini-batch each ratio is 1. share (N, C) is each token's weight in the loss.
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg.steps, cfg.warmup_steps, cfg.lr)
         size = cfg.minibatch_size // cfg.group_size  # of each K rows, only one is left
         for minibatch in mini_batches(len(best), size, group_size=1, epochs=cfg.epochs,
@@ -99,8 +98,7 @@ def train(cfg):
                 loss = (losses * share[rows]).sum()
                 loss.backward()
                 run.count(loss=loss)
-            grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm,
-                                                       error_if_nonfinite=True)
+            grad_norm = clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
             optimizer.step()
             run.end_minibatch(grad_norm=grad_norm)
 

@@ -52,10 +52,10 @@ import copy
 from dataclasses import dataclass
 
 import torch
+from torch.nn.utils import clip_grad_norm_
 
-from common import learning_rate, mini_batches
-from common import (kl_estimate, normalize_rewards, ppo_clip_loss, returns_to_go,
-                    token_rewards, whiten)
+from common import (kl_estimate, learning_rate, mini_batches, normalize_rewards, ppo_clip_loss,
+                    returns_to_go, token_rewards, whiten)
 from plumbing.command_line import main
 from plumbing.data import draw_problems, load_problems
 from plumbing.evaluation import approx_kl
@@ -100,19 +100,18 @@ def reinforce_pp_baseline_advantages(scores, mask, group_size):
 def train(cfg):
     cfg = check(cfg, min_group=2 if cfg.group_baseline else 1)
     policy, tokenizer = load_policy(cfg.model, cfg.device)
-    problems, validation, test = load_problems(cfg, policy, tokenizer)
-    rewards = load_rewards(cfg, problems + validation + test)
+    problems = load_problems(cfg, policy, tokenizer)
+    rewards = load_rewards(cfg, problems.train + problems.validation + problems.test)
     ref_model = copy.deepcopy(policy).requires_grad_(False) if cfg.kl_coef else None
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.99),  # short runs
                                   weight_decay=cfg.weight_decay, fused=True)
-    run = Run(cfg, "reinforce_pp", policy, tokenizer, (problems, validation, test), rewards,
-              optimizer=optimizer)
+    run = Run(cfg, "reinforce_pp", policy, tokenizer, problems, rewards, optimizer=optimizer)
 
     for step in run.steps():
         # 1. Sample K completions of each prompt of this step from softmax(logits / temperature).
         # The completions of a prompt are neighbouring rows: prompt i has rows i K to i K + K - 1.
         generator = step_generator(cfg.seed, step)  # for the random numbers of this step
-        step_problems = draw_problems(problems, step, cfg.prompts_per_step, cfg.seed)
+        step_problems = draw_problems(problems.train, step, cfg.prompts_per_step, cfg.seed)
         batch = sample(policy, tokenizer, [problem["ids"] for problem in step_problems],
                        cfg.group_size, cfg.max_new_tokens, cfg.temperature, generator)
         old_logprobs, mask = batch.logprobs, batch.mask  # (N, C) each; both are 0 on padding
@@ -131,9 +130,8 @@ def train(cfg):
             normalized = normalize_rewards(scores, cfg.reward_clip) if cfg.reward_clip else scores
             advantages = reinforce_pp_advantages(normalized, kl, mask, cfg.kl_coef, cfg.gamma)
 
-        # 4. Update, once per mini-batch. All tensors above stay fixed; log-probs are now computed
-        # with gradient. Until the first update of the step, the weights are those that sampled, so
-        # each ratio is 1. share (N, C) is the weight of each token in the mini-batch's loss.
+        # 4. Update, once per mini-batch. All tensors above stay fixed. Log-probs have a gradient now;
+        # in the first mini-batch each ratio is 1. share (N, C) is each token's weight in the loss.
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg.steps, cfg.warmup_steps, cfg.lr)
         for minibatch in mini_batches(len(scores), cfg.minibatch_size, cfg.group_size, cfg.epochs,
                                       generator):
@@ -150,8 +148,7 @@ def train(cfg):
                 loss.backward()
                 run.count(loss=loss, clip_frac=(is_clipped * share[rows]).sum(),
                           approx_kl=approx_kl(logprobs, old_logprobs[rows], share[rows]))
-            grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm,
-                                                       error_if_nonfinite=True)
+            grad_norm = clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
             optimizer.step()
             run.end_minibatch(grad_norm=grad_norm)
 

@@ -32,6 +32,7 @@ from typing import Optional
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils import clip_grad_norm_
 from transformers import AutoModelForSequenceClassification
 
 from common import learning_rate
@@ -39,8 +40,7 @@ from plumbing.command_line import main
 from plumbing.data import draw_problems, load_problems
 from plumbing.flags import HfArg, RunConfig, check, fail
 from plumbing.model import load_policy, remove_dropout
-from plumbing.offline import (for_all_completions, held_out_stats, make_batch,
-                              preference_stats)
+from plumbing.offline import for_all_completions, held_out_stats, make_batch, preference_stats
 from plumbing.rollout import micro_batches
 from plumbing.run import Run
 from plumbing.scorer import REWARD, all_scores, sequence_scores
@@ -84,9 +84,9 @@ def make_scorer(policy, tokenizer, name):
 def train(cfg):
     cfg = check(cfg)
     policy, tokenizer = load_policy(cfg.model, cfg.device)
-    problems, validation, test = load_problems(cfg, policy, tokenizer, "pair")
+    problems = load_problems(cfg, policy, tokenizer, "pair")
     K = 2  # chosen, rejected
-    cfg.steps = cfg.steps or math.ceil(cfg.epochs * len(problems) / cfg.minibatch_size)
+    cfg.steps = cfg.steps or math.ceil(cfg.epochs * len(problems.train) / cfg.minibatch_size)
     scorer = make_scorer(policy, tokenizer, cfg.model)
     del policy  # the scorer has a copy of its weights
     optimizer = torch.optim.AdamW(scorer.parameters(), lr=cfg.lr, betas=(0.9, 0.99),  # short runs
@@ -95,12 +95,12 @@ def train(cfg):
     def measure(problems):  # of held-out pairs, by their scores (B, K), without gradient
         return held_out_stats(for_all_completions(lambda batch: all_scores(
             scorer, batch, cfg.micro_batch_size), problems, cfg))
-    run = Run(cfg, "reward_model", scorer, tokenizer, (problems, validation, test),
-              measure=measure, optimizer=optimizer)
+    run = Run(cfg, "reward_model", scorer, tokenizer, problems, measure=measure,
+              optimizer=optimizer)
 
     for step in run.steps():
         # 1. Batch: the completions of this step, from the data. Nothing is sampled.
-        step_problems = draw_problems(problems, step, cfg.minibatch_size, cfg.seed)
+        step_problems = draw_problems(problems.train, step, cfg.minibatch_size, cfg.seed)
         batch = make_batch([problem["ids"] for problem in step_problems],
                            sum((problem["targets"] for problem in step_problems), []), cfg.device)
         mask = batch.mask  # (N, C); rows i K to i K + K - 1 are the completions of prompt i
@@ -114,8 +114,7 @@ def train(cfg):
             loss = losses.sum() / len(step_problems)  # a mean over the pairs of the step
             loss.backward()
             run.count(loss=loss, **preference_stats(scores, len(step_problems)))
-        grad_norm = torch.nn.utils.clip_grad_norm_(scorer.parameters(), cfg.max_grad_norm,
-                                                   error_if_nonfinite=True)
+        grad_norm = clip_grad_norm_(scorer.parameters(), cfg.max_grad_norm)
         optimizer.step()
         run.end_minibatch(grad_norm=grad_norm)
 

@@ -21,6 +21,7 @@ sampled answers show the work too.
 from dataclasses import dataclass
 
 import torch
+from torch.nn.utils import clip_grad_norm_
 
 from common import learning_rate
 from plumbing.command_line import main
@@ -51,7 +52,7 @@ def train(cfg):
         policy, tokenizer = load_policy(cfg.model, cfg.device)
     else:
         policy, tokenizer = make_model(cfg.seed).to(cfg.device), make_tokenizer()
-    problems, validation, test = load_problems(cfg, policy, tokenizer, "demonstration")
+    problems = load_problems(cfg, policy, tokenizer, "demonstration")
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.98),  # short runs
                                   weight_decay=cfg.weight_decay, fused=True)
 
@@ -60,12 +61,11 @@ def train(cfg):
                            [problem["targets"][0] for problem in problems], cfg.device)
         logprobs = all_logprobs(policy, batch, cfg.micro_batch_size, temperature=1.0)
         return dict(nats=interval((-logprobs.sum(dim=1)).tolist()))
-    run = Run(cfg, "sft", policy, tokenizer, (problems, validation, test), measure=measure,
-              optimizer=optimizer)
+    run = Run(cfg, "sft", policy, tokenizer, problems, measure=measure, optimizer=optimizer)
 
     for step in run.steps():
         # 1. Batch: the demonstrations of this step. Nothing is sampled or scored.
-        step_problems = draw_problems(problems, step, cfg.minibatch_size, cfg.seed)
+        step_problems = draw_problems(problems.train, step, cfg.minibatch_size, cfg.seed)
         batch = make_batch([problem["ids"] for problem in step_problems],
                            [problem["targets"][0] for problem in step_problems], cfg.device)
         mask = batch.mask                                                          # (N, C)
@@ -79,8 +79,7 @@ def train(cfg):
             loss = (losses * share[rows]).sum()
             loss.backward()
             run.count(loss=loss)
-        grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm,
-                                                   error_if_nonfinite=True)
+        grad_norm = clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
         optimizer.step()
         run.end_minibatch(grad_norm=grad_norm)
 

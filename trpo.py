@@ -148,18 +148,18 @@ def measure_step(policy, old_policy, batch, advantages, share, cfg):
 def train(cfg):
     cfg = check(cfg)
     policy, tokenizer = load_policy(cfg.model, cfg.device)
-    problems, validation, test = load_problems(cfg, policy, tokenizer)
-    rewards = load_rewards(cfg, problems + validation + test)
+    problems = load_problems(cfg, policy, tokenizer)
+    rewards = load_rewards(cfg, problems.train + problems.validation + problems.test)
     policy.set_attn_implementation("eager")  # fused attention cannot be differentiated twice
     ref_model = copy.deepcopy(policy).requires_grad_(False) if cfg.kl_coef else None
     old_policy, parameters = copy.deepcopy(policy), list(policy.parameters())
-    run = Run(cfg, "trpo", policy, tokenizer, (problems, validation, test), rewards)
+    run = Run(cfg, "trpo", policy, tokenizer, problems, rewards)
 
     for step in run.steps():
         # 1. Sample K completions of each prompt of this step from softmax(logits / temperature).
         # The completions of a prompt are neighbouring rows: prompt i has rows i K to i K + K - 1.
         generator = step_generator(cfg.seed, step)  # for the random numbers of this step
-        step_problems = draw_problems(problems, step, cfg.prompts_per_step, cfg.seed)
+        step_problems = draw_problems(problems.train, step, cfg.prompts_per_step, cfg.seed)
         batch = sample(policy, tokenizer, [problem["ids"] for problem in step_problems],
                        cfg.group_size, cfg.max_new_tokens, cfg.temperature, generator)
         old_logprobs, mask = batch.logprobs, batch.mask  # (N, C) each; both are 0 on padding

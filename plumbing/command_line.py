@@ -43,8 +43,6 @@ def main(config_class, toy_defaults, train):
     except OSError as error:  # a full disk, a screen that was closed
         fail(error, code=1)
     except RuntimeError as error:
-        if "non-finite" in str(error):  # of clip_grad_norm_
-            fail("a gradient is nan or infinite: take a smaller --lr or --max_grad_norm", code=1)
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
         fail(f"out of memory: halve --micro_batch_size {cfg.micro_batch_size}, which changes no "

@@ -12,11 +12,13 @@ import random
 import re
 import tempfile
 import zlib
+from collections import namedtuple
 from pathlib import Path
 
 from plumbing import toy
 from plumbing.flags import fail
 
+Problems = namedtuple("Problems", "train validation test")  # three lists
 SIZES = dict(demonstration=(1,), pair=(2,), ranking=range(2, 1000))  # of `completions`
 
 
@@ -40,7 +42,7 @@ def load_problems(cfg, policy, tokenizer, wanted=None):
     if cfg.eval_every and not splits["validation"]:
         fail("--eval_every: the data has too few prompts to hold some out for it; leave it at 0")
     print(f"data {cfg.data}: " + ", ".join(f"{len(rows):,} {key}" for key, rows in splits.items()))
-    return splits["train"], splits["validation"], splits["test"]
+    return Problems(**splits)
 
 
 def read(data, held_out, wanted=None):
@@ -65,8 +67,8 @@ def read(data, held_out, wanted=None):
             cache = dict(cache_dir=folder, keep_in_memory=True) if path.is_dir() else {}
             splits = datasets.load_dataset(name, configuration or None, **cache)
     except Exception as error:  # its cause says more than "An error occurred"
-        fail(f"--data {data}: {str(error.__cause__ or error)[:300]}; name toy, words, a .jsonl file, "
-             "a folder, or a name[:configuration] on the hub")
+        fail(f"--data {data}: {str(error.__cause__ or error)[:300]}; name toy, words, a .jsonl "
+             "file, a folder, or a name[:configuration] on the hub")
     known = ("train", "validation", "test") if "train" in splits else splits
     return {split: splits[split].to_list() for split in splits if split in known}
 
@@ -143,8 +145,8 @@ def drop_unfit(problems, policy, cfg, split):
             and all(len(target) <= cfg.max_new_tokens for target in row["targets"])
             and len(set(row["completions"])) == len(row["completions"])]
     if len(kept) < len(problems):
-        print(f"dropped {len(problems) - len(kept)} of {len(problems)} rows of {split}: a prompt of "
-              f"over {room} tokens, or a completion of over {cfg.max_new_tokens}, or equal ones")
+        print(f"dropped {len(problems) - len(kept)} of {len(problems)} rows of {split}: a prompt "
+              f"above {room} tokens, a completion above {cfg.max_new_tokens}, or two equal ones")
     if not kept:
         fail(f"--data {cfg.data}: no row of {split} is left; change --max_new_tokens, or the data")
     if max(max(row["ids"] + sum(row["targets"], [])) for row in kept) >= (

@@ -96,7 +96,7 @@ def recomputes(policy):
 def per_token(model, batch, rows, read, fp32=False):
     """read(outputs, tokens) for the tokens of completions `rows` -> (n, C, ...), 0 on padding.
 
-    The outputs of a column are about the token after it: the only shift by one in this suite. So the
+    The outputs of a column are about the token after it: the only shift by one in this suite. The
     last token is not forwarded. A prompt that several rows share is forwarded once, and its keys
     and values are copied, by index_select, whose backward adds in a fixed order.
     """

@@ -3,6 +3,7 @@ A run: its folder (config.json, metrics.jsonl, samples.jsonl, validation.jsonl, 
 test.json, model/) and its screen. Nothing here learns.
 """
 import json
+import math
 import shutil
 import time
 import zlib
@@ -118,6 +119,9 @@ class Run:
             metrics["lr"] = self.trained["optimizer"].param_groups[0]["lr"]
         metrics["loss"] = metrics.pop("loss", 0.0)  # last: everyone looks at it; it says little
         metrics = {key: float(value) for key, value in metrics.items()}
+        for key, value in metrics.items():
+            if not math.isfinite(value):
+                fail(f"step {done}: {key} is {value}; take a smaller --lr or --max_grad_norm", 1)
         metrics["time_step"] = time.perf_counter() - self.begun
         self.write("metrics.jsonl", done, **metrics)
         short = {key: f"{value:.3g}" for key, value in metrics.items() if key not in QUIET}

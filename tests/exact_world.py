@@ -7,6 +7,8 @@ import itertools
 
 import torch
 
+from common import ppo_clip_loss
+
 KL_COEF = 0.3
 PREFIXES = [p for n in range(3) for p in itertools.product((1, 2), repeat=n)]
 SEQUENCES = [p + (0,) for p in PREFIXES] + list(itertools.product((1, 2), repeat=3))
@@ -63,6 +65,11 @@ def expected_gradient(losses_of, n=1, share_of=sum_of_tokens):
     losses = losses_of(logprobs[batches.flatten()], batches.flatten()).view(-1, n, 3)
     expected = (probabilities * (losses * share_of(MASK[batches])).sum((1, 2))).sum()
     return torch.autograd.grad(expected, theta)[0]
+
+
+def clip_losses(advantages):
+    """PPO's loss, for expected_gradient(), of advantages (15, 3) that do not depend on a batch."""
+    return lambda logprobs, rows: ppo_clip_loss(logprobs, OLD_LOGPROBS[rows], advantages[rows])[0]
 
 
 def cosine(one, two):

@@ -104,6 +104,7 @@ def trl_step(folder, name, move=True, **settings):
     trl = pytest.importorskip("trl", reason="an oracle for development: requirements-dev.txt")
     import datasets
     from conftest import make_model, make_tokenizer, save_folder
+
     from plumbing.rollout import all_logprobs, sample
 
     prompts, K, tokenizer = ["8+9-5=", "1+2=", "7-3+4-1="], TRL["num_generations"], make_tokenizer()
@@ -118,9 +119,9 @@ def trl_step(folder, name, move=True, **settings):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # TRL calls the cache by its old name
         config = getattr(trl, f"{name}Config")(
-            output_dir=str(folder / "trl"), per_device_train_batch_size=len(rows), num_iterations=2,
-            epsilon=0.2, disable_dropout=True, use_cpu=True, bf16=False, gradient_checkpointing=False,
-            report_to="none", **TRL, **settings)
+            output_dir=str(folder / "trl"), per_device_train_batch_size=len(rows), epsilon=0.2,
+            num_iterations=2, disable_dropout=True, use_cpu=True, bf16=False, report_to="none",
+            gradient_checkpointing=False, **TRL, **settings)
         trainer = getattr(trl, f"{name}Trainer")(
             model=reference, reward_funcs=trl_reward, args=config, processing_class=tokenizer,
             train_dataset=datasets.Dataset.from_list(rows))

@@ -2,15 +2,14 @@
 import math
 import types
 
+import exact_world as w
 import pytest
 import torch
+from conftest import ROOT, by_text
+from oracle_cases import TRL, T, cases, run_script, same, same_gradient, trl_step
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import grpo
-from conftest import ROOT, by_text
-from exact_world import (OLD_LOGPROBS, PREFIXES, REF, REF_LOGPROBS, SCORES, THETA, cosine,
-                         expected_gradient, mean_of_means, mean_of_tokens, objective_gradient,
-                         sum_of_tokens)
-from oracle_cases import TRL, T, cases, run_script, same, same_gradient, trl_step
 from plumbing.model import load_policy, plain_logprobs
 from plumbing.rollout import micro_batches, token_logprobs
 
@@ -93,25 +92,27 @@ def test_trl(tmp_path, share):
 def losses_of(K, advantages_of=without_std, kl_coef=0.0):
     """The batch is one group."""
     return lambda logprobs, rows: grpo.grpo_loss(
-        logprobs, OLD_LOGPROBS[rows], REF_LOGPROBS[rows], advantages_of(SCORES[rows], K), 0.2,
-        kl_coef)[0]
+        logprobs, w.OLD_LOGPROBS[rows], w.REF_LOGPROBS[rows], advantages_of(w.SCORES[rows], K),
+        0.2, kl_coef)[0]
 
 
 def test_k3_in_the_loss_descends_the_other_kl():
     """Its expected gradient is that of KL(pi_ref || pi) in each state, states as pi visits them."""
-    ours = expected_gradient(losses_of(2, kl_coef=1.0), 2) - expected_gradient(losses_of(2), 2)
-    theta = THETA.clone().requires_grad_()
-    policy, ref = theta.log_softmax(-1), REF.log_softmax(-1)
-    visited = T([sum(policy[PREFIXES.index(p[:t]), p[t]].item() for t in range(len(p)))
-                 for p in PREFIXES]).exp()
+    with_kl, without = (w.expected_gradient(losses_of(2, kl_coef=x), 2) for x in (1.0, 0.0))
+    theta = w.THETA.clone().requires_grad_()
+    policy, ref = theta.log_softmax(-1), w.REF.log_softmax(-1)
+    visited = T([sum(policy[w.PREFIXES.index(p[:t]), p[t]].item() for t in range(len(p)))
+                 for p in w.PREFIXES]).exp()
     forward_kl = (visited * (ref.exp() * (ref - policy)).sum(1)).sum()
-    torch.testing.assert_close(ours, torch.autograd.grad(forward_kl, theta)[0], rtol=0, atol=1e-10)
+    torch.testing.assert_close(with_kl - without, torch.autograd.grad(forward_kl, theta)[0],
+                               rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("advantages_of, share_of, cosines", [
-    (without_std, sum_of_tokens, [1, 1]), (grpo.group_advantages, sum_of_tokens, [0.819, 0.869]),
-    (without_std, mean_of_means, [0.867, 0.867]), (without_std, mean_of_tokens, [0.969, 0.987]),
-    (grpo.group_advantages, mean_of_means, [0.744, 0.782])])
+    (without_std, w.sum_of_tokens, [1, 1]), (without_std, w.mean_of_tokens, [0.969, 0.987]),
+    (without_std, w.mean_of_means, [0.867, 0.867]),
+    (grpo.group_advantages, w.sum_of_tokens, [0.819, 0.869]),
+    (grpo.group_advantages, w.mean_of_means, [0.744, 0.782])])
 def test_what_grpo_divides_by_is_biased(advantages_of, share_of, cosines):
     """Cosine of the expected gradient with that of the score, for groups of 2 and of 3, no KL.
 
@@ -120,8 +121,8 @@ def test_what_grpo_divides_by_is_biased(advantages_of, share_of, cosines):
     counts less. Both are choices and not errors. The last row is GRPO as it is.
     """
     for K, expected in zip((2, 3), cosines):
-        ours = expected_gradient(losses_of(K, advantages_of), K, share_of)
-        assert cosine(ours, -objective_gradient(0.0)) == pytest.approx(expected, abs=0.001)
+        ours = w.expected_gradient(losses_of(K, advantages_of), K, share_of)
+        assert w.cosine(ours, -w.objective_gradient(0.0)) == pytest.approx(expected, abs=0.001)
 
 
 SHARE = "share = mask / mask.sum(dim=1, keepdim=True) / len(minibatch)"
@@ -142,20 +143,22 @@ def test_micro_batches_do_not_change_the_gradient(share, folders, few_problems, 
         minibatches.append((batch, rows, advantages))
         return micro_batches(batch, rows, size, advantages)
 
-    def clip(parameters, *args, **kwargs):
-        gradients.append(torch.cat([parameter.grad.flatten() for parameter in parameters]))
-        return torch.zeros(())
+    def keep(optimizer, *arguments):
+        (group,) = optimizer.param_groups
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in group["params"]]))
 
     source, script = (ROOT / "grpo.py").read_text(), types.ModuleType("a_copy")
     assert source.count(SHARE) == 1
     exec(source.replace(SHARE, share), vars(script))
     monkeypatch.setattr(script, "micro_batches", spy)
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
     model = folders("llama", hostile=True)  # two EOS ids: completions of all lengths
     for size in (4, 64):
         gradients, minibatches = [], []
+        hook = register_optimizer_step_pre_hook(keep)
         run_script(script, monkeypatch, tmp_path / str(size), reward, model=model, lr=0.0,
-                   prompts_per_step=6, minibatch_size=12, micro_batch_size=size, max_new_tokens=12)
+                   max_grad_norm=1e9, prompts_per_step=6, minibatch_size=12, micro_batch_size=size,
+                   max_new_tokens=12)
+        hook.remove()
         for gradient, (batch, rows, A) in zip(gradients, minibatches, strict=True):
             policy, _ = load_policy(model, "cpu")
             logprobs = plain_logprobs(policy, batch, 1.0)

@@ -1,10 +1,10 @@
 """raft.py: which completions it learns from."""
 import pytest
 import torch
-
-import raft
 from conftest import moved
 from oracle_cases import T, cases, run_script
+
+import raft
 from plumbing.rollout import token_logprobs
 from plumbing.toy import POLICY
 from raft import best_of_k

@@ -1,10 +1,10 @@
 """reinforce.py: its baselines, its loss, and the gradient that they give."""
 import pytest
 import torch
-
-import reinforce
 from exact_world import KL, KL_COEF, SCORES, check_unbiased
 from oracle_cases import T, cases, run_script, same
+
+import reinforce
 
 
 @pytest.mark.parametrize("x, y", cases("reinforce_baseline"))

@@ -1,12 +1,11 @@
 """reinforce_pp.py: both kinds of advantages, and the gradient that they give."""
+import exact_world as w
 import pytest
 import torch
+from oracle_cases import T, cases, check_padding, random_batch, same
 
 import common
 import reinforce_pp
-from exact_world import (KL, KL_COEF, MASK, OLD_LOGPROBS, SCORES, check_unbiased, cosine,
-                         expected_gradient, mean_of_tokens, objective_gradient)
-from oracle_cases import T, cases, check_padding, random_batch, same
 
 
 @pytest.mark.parametrize("x, y", cases("reinforce_pp_advantages"))
@@ -20,7 +19,7 @@ def test_reinforce_pp_advantages(x, y):
         same(ours, expected["advantages"], x["mask"])
 
 
-# With a KL in the reward the references differ from each other; ours has it in the loss.
+# With a w.KL in the reward the references differ from each other; ours has it in the loss.
 @pytest.mark.parametrize("x, y", [case for case in cases("reinforce_pp_baseline_advantages")
                                   if case.values[0]["beta"] == 0])
 def test_reinforce_pp_baseline_advantages(x, y):
@@ -46,14 +45,13 @@ def test_groups_that_agree_are_exactly_no_signal():
 
 def losses_of(baseline):
     """Without the division by the std, and with a baseline that does not depend on the batch."""
-    rewards = common.token_rewards(SCORES, KL, MASK, KL_COEF)
-    A = common.returns_to_go(rewards, MASK) - baseline
-    return lambda logprobs, rows: common.ppo_clip_loss(logprobs, OLD_LOGPROBS[rows], A[rows])[0]
+    rewards = common.token_rewards(w.SCORES, w.KL, w.MASK, w.KL_COEF)
+    return w.clip_losses(common.returns_to_go(rewards, w.MASK) - baseline)
 
 
 @pytest.mark.parametrize("baseline", [0.0, 0.7])
 def test_unbiased(baseline):
-    check_unbiased(losses_of(baseline))
+    w.check_unbiased(losses_of(baseline))
 
 
 def test_a_mean_over_tokens_is_biased():
@@ -62,6 +60,6 @@ def test_a_mean_over_tokens_is_biased():
     With one completion per batch, the cosine with the gradient of J is 0.86 in this world. With
     many, the number of tokens hardly differs from batch to batch, and the cosine is nearer to 1.
     """
-    ours = [cosine(expected_gradient(losses_of(0.0), n, mean_of_tokens), -objective_gradient())
-            for n in (1, 2, 3)]
+    ours = [w.cosine(w.expected_gradient(losses_of(0.0), n, w.mean_of_tokens),
+                     -w.objective_gradient()) for n in (1, 2, 3)]
     assert ours[0] == pytest.approx(0.862, abs=0.001) and ours[0] < ours[1] < ours[2] < 1

@@ -1,13 +1,12 @@
 """remax.py: its advantages, and the gradient that they give."""
+import exact_world as w
 import pytest
 import torch
+from conftest import by_text
+from oracle_cases import T, cases, check_padding, run_script, same
 
 import common
 import remax
-from conftest import by_text
-from exact_world import (KL, KL_COEF, MASK, OLD_LOGPROBS, PREFIXES, SCORES, SEQUENCES, THETA,
-                         check_unbiased)
-from oracle_cases import T, cases, check_padding, random_batch, run_script, same
 from plumbing.rollout import sample, to_texts
 from remax import remax_advantages
 
@@ -19,15 +18,6 @@ def test_remax_advantages(x, y):
     same(ours, y["advantages_gamma1"], x["mask"])
 
 
-def test_loop():
-    mask, kl, one, two = random_batch()
-    scores, greedy, expected = one[:, 0], two[:, 0], torch.zeros(6, 7).double()
-    for i, length in enumerate(mask.sum(1).int().tolist()):
-        for t in range(length):
-            expected[i, t] = scores[i] - greedy[i] - 0.3 * sum(kl[i, j] for j in range(t, length))
-    same(remax_advantages(scores, greedy, kl, mask, 0.3), expected, mask)
-
-
 def test_padding_changes_nothing():
     scores, greedy = torch.arange(6).double(), torch.ones(6).double()
     check_padding(lambda mask, a, b, c: [remax_advantages(scores, greedy, a, mask, 0.1)])
@@ -37,11 +27,10 @@ def test_unbiased():
     """The baseline is the score of the greedy completion."""
     greedy = ()
     while len(greedy) < 3 and greedy[-1:] != (0,):
-        greedy += (THETA[PREFIXES.index(greedy)].argmax().item(),)
-    baseline = SCORES[SEQUENCES.index(greedy)].expand(15)
-    A = remax_advantages(SCORES, baseline, KL, MASK, KL_COEF)
-    check_unbiased(lambda logprobs, rows: common.ppo_clip_loss(logprobs, OLD_LOGPROBS[rows],
-                                                               A[rows])[0])
+        greedy += (w.THETA[w.PREFIXES.index(greedy)].argmax().item(),)
+    baseline = w.SCORES[w.SEQUENCES.index(greedy)].expand(15)
+    A = remax_advantages(w.SCORES, baseline, w.KL, w.MASK, w.KL_COEF)
+    w.check_unbiased(w.clip_losses(A))
 
 
 def test_remax_compares_with_the_greedy_answer_to_the_same_prompt(monkeypatch, tmp_path,

@@ -1,4 +1,5 @@
 """Data: what a row means, what is refused, which rows are held out, and text -> tokens."""
+import functools
 import json
 import os
 import zlib
@@ -17,12 +18,11 @@ from plumbing.toy_model import make_model, make_tokenizer
 POLICY = make_model(0)  # its context is 128 tokens
 
 
-def user(text, **more):
-    return dict(role="user", content=text, **more)
+def user(text, role="user", **more):
+    return dict(role=role, content=text, **more)
 
 
-def assistant(text, **more):
-    return dict(role="assistant", content=text, **more)
+assistant = functools.partial(user, role="assistant")
 
 
 @contextmanager
@@ -35,10 +35,10 @@ def refused(capsys, *words):
     assert all(word in error for word in words), error
 
 
-def load(where, wanted=None, policy=POLICY, tokenizer=None, **flags):
+def load(where, wanted=None, tokenizer=None, **flags):
     """The three splits that load_problems() makes of a file or folder."""
     settings = dict(data=str(where), max_new_tokens=32, eval_prompts=1000, eval_every=0)
-    return data.load_problems(SimpleNamespace(**{**settings, **flags}), policy,
+    return data.load_problems(SimpleNamespace(**{**settings, **flags}), POLICY,
                               tokenizer or make_tokenizer(), wanted)
 
 
@@ -55,86 +55,71 @@ def prompts(problems):
 
 SKY = dict(chosen="The sky is blue.", rejected="The sky is green.")
 CHAT = [user("p")]
+AB = dict(chosen="a", rejected="b")
+BOTH = dict(chosen=[*CHAT, assistant("a")], rejected=[*CHAT, assistant("b")])  # and the prompt
 
 
 @pytest.mark.parametrize("wanted, row, prompt, completions", [
     (None, dict(prompt="p"), "p", []),
-    (None, dict(prompt=""), "", []),                               # whether it is empty: encode()
     (None, dict(question="q"), "q", []),
     (None, dict(prompt=None, question="q"), "q", []),
     (None, dict(prompt="p", question="q"), "p", []),
     (None, dict(prompt=[user("p", name=None, tool_calls=None)]), CHAT, []),   # as Arrow fills
     (None, dict(prompt=[user("p", name="n")]), [user("p", name="n")], []),
-    (None, dict(chosen=[*CHAT, assistant("3")], rejected=[*CHAT, assistant("4")]), CHAT, []),
+    (None, BOTH, CHAT, []),
     (None, dict(prompt="p", completion=7, chosen=8), "p", []),     # not wanted, so not looked at
     ("demonstration", dict(prompt="p", completion="c"), "p", ["c"]),
     ("demonstration", dict(prompt="p", completion=[assistant("c")]), "p", ["c"]),
     ("demonstration", dict(completion=[*CHAT, assistant("c")]), CHAT, ["c"]),
-    ("demonstration", dict(prompt=[*CHAT, assistant("b")], completion="c"),
-     [*CHAT, assistant("b")], ["c"]),
     ("demonstration", dict(question="q", answer="So\n#### 1,234"), "q", ["So\n#### 1,234"]),
     ("demonstration", dict(prompt="p", completion="c", answer="a\n#### 4"), "p", ["c"]),
     ("pair", dict(prompt="p", **SKY), "p", list(SKY.values())),
     ("pair", dict(prompt="p", completions=["a", "b"]), "p", ["a", "b"]),
-    ("pair", dict(prompt="p", chosen="a", rejected="b", score=7, answer="x\n#### 4"), "p",
-     ["a", "b"]),
-    ("pair", dict(prompt="p", chosen="a", rejected="b", completions=["x", "y", "z"]), "p",
-     ["a", "b"]),
+    ("pair", dict(prompt="p", **AB, completions=["x", "y", "z"]), "p", ["a", "b"]),
     ("pair", dict(prompt="p", chosen=[assistant("a")], rejected=[assistant("b")]), "p", ["a", "b"]),
-    ("pair", dict(chosen=[*CHAT, assistant("a")], rejected=[*CHAT, assistant("b")]), CHAT,
+    ("pair", BOTH, CHAT, ["a", "b"]),
+    ("pair", dict(BOTH, prompt="p"), CHAT, ["a", "b"]),
+    ("pair", dict(BOTH, prompt=[user("p", name=None)]), CHAT, ["a", "b"]),
+    ("pair", dict(BOTH, chosen=[user("p", name=None), assistant("a", name=None)]), CHAT,
      ["a", "b"]),
-    ("pair", dict(prompt="p", chosen=[*CHAT, assistant("a")], rejected=[*CHAT, assistant("b")]),
-     CHAT, ["a", "b"]),
-    ("pair", dict(prompt=[user("p", name=None)], chosen=[user("p", name=None), assistant("a")],
-                  rejected=[*CHAT, assistant("b", name=None)]), CHAT, ["a", "b"]),
     ("pair", dict(prompt="p", chosen=[user("s"), *CHAT, assistant("a")],
                   rejected=[user("s"), *CHAT, assistant("b")]), [user("s"), *CHAT], ["a", "b"]),
     ("ranking", dict(prompt="p", completions=["a", "b", "c"]), "p", ["a", "b", "c"]),
-    ("ranking", dict(prompt="p", chosen="a", rejected="b"), "p", ["a", "b"]),
-    ("ranking", dict(prompt="p", chosen="a", rejected="b", completions=["a", "b", "c"]), "p",
-     ["a", "b", "c"])])
+    ("ranking", dict(prompt="p", **AB), "p", ["a", "b"]),
+    ("ranking", dict(prompt="p", **AB, completions=["x", "y", "z"]), "p", ["x", "y", "z"])])
 def test_what_a_row_means(wanted, row, prompt, completions):
     problem = data.to_problem(row, wanted, True, "here")
     assert problem == dict(row=row, prompt=prompt, completions=completions)
 
 
-@pytest.mark.parametrize("wanted, row, words", [
-    (None, dict(text="1"), ["row 7 has text; it must have a prompt"]),
-    (None, dict(prompt=3), ["row 7 has prompt", "text"]),
-    (None, dict(prompt=[]), ["prompt"]),
-    (None, dict(prompt=["p"]), ["role", "content"]),
-    (None, dict(prompt=[dict(role="user")]), ["role", "content"]),
-    (None, dict(prompt=[user(None)]), ["role", "content"]),
-    (None, dict(prompt=[user("p\ud800")]), ["prompt"]),            # half a letter
-    (None, dict(prompt="p\ud800"), ["prompt"]),
-    (None, dict(SKY), ["has chosen, rejected; it must have a prompt"]),
-    ("pair", dict(SKY), ["has chosen, rejected; it must have a prompt"]),      # as hh-rlhf has them
-    ("pair", dict(SKY, instruction="Look up."), ["must have a prompt"]),
-    ("pair", dict(prompt="p", chosen="a"), ["row 7 has prompt, chosen", "pair"]),
-    ("pair", dict(prompt="p", chosen="a", rejected=None), ["has prompt, chosen;", "pair"]),
-    ("pair", dict(prompt="p", completions=["a", "b", "c"]), ["pair"]),
-    ("pair", dict(prompt="p", completion="a"), ["pair"]),
-    ("pair", dict(prompt="p", chosen=3, rejected=4), ["completion must be text"]),
-    ("pair", dict(prompt="p", chosen="a", rejected="\ud800"), ["completion must be text"]),
-    ("pair", dict(prompt="p", chosen=["a"], rejected=["b"]), ["completion must be text"]),
-    ("pair", dict(chosen=[*CHAT, assistant("a")], rejected=[user("q"), assistant("b")]),
-     ["completion", "assistant"]),
-    ("pair", dict(prompt="q", chosen=[*CHAT, assistant("a")], rejected=[*CHAT, assistant("b")]),
-     ["completion", "assistant"]),
-    ("pair", dict(prompt=CHAT, chosen=[user("s"), *CHAT, assistant("a")], rejected="b"),
-     ["completion", "assistant"]),
-    ("demonstration", dict(prompt="p", answer="1"), ["has prompt, answer", "demonstration"]),
-    ("demonstration", dict(prompt="p", answer="#### A title\ntext"), ["demonstration"]),
-    ("demonstration", dict(prompt="p", completion=[user("c")]), ["assistant"]),
-    ("demonstration", dict(prompt="p", completion=[assistant("a"), user("b"), assistant("c")]),
-     ["assistant"]),
-    ("ranking", dict(prompt="p", completions=["a"]), ["ranking"]),
-    ("ranking", dict(prompt="p", completions="abc"), ["ranking"]),
-    ("ranking", dict(prompt="p", completions=["a", None]), ["ranking"]),
-    ("ranking", dict(prompt="p", completions=["a", 2]), ["completion must be text"])])
-def test_a_row_that_is_refused(capsys, wanted, row, words):
-    with refused(capsys, *words):
-        data.to_problem(row, wanted, True, "row 7")
+@pytest.mark.parametrize("wanted, words, rows", [
+    (None, "prompt", [
+        dict(text="1"), dict(prompt=3), dict(prompt=[]), dict(prompt=["p"]), dict(SKY),
+        dict(prompt=[dict(role="user")]), dict(prompt=[user(None)]), dict(prompt=[user(3)]),
+        dict(prompt="p\ud800"), dict(prompt=[user("p\ud800")])]),              # half a letter
+    ("pair", "has chosen, rejected; it must have a prompt", [                   # as in hh-rlhf
+        SKY, dict(prompt=None, **SKY), dict(question=None, **SKY)]),
+    ("pair", "a pair", [
+        dict(prompt="p", chosen="a"), dict(prompt="p", chosen="a", rejected=None),
+        dict(prompt="p", completions=["a", "b", "c"]), dict(prompt="p", completion="a")]),
+    ("pair", "a completion must be", [
+        dict(prompt="p", chosen=3, rejected=4), dict(prompt="p", chosen="a", rejected="\ud800"),
+        dict(prompt="p", chosen=["a"], rejected=["b"]), dict(BOTH, prompt="q"),
+        dict(BOTH, rejected=[user("q"), assistant("b")]),
+        dict(prompt=CHAT, chosen=[user("s"), *CHAT, assistant("a")], rejected="b")]),
+    ("demonstration", "a demonstration", [
+        dict(prompt="p", answer="1"), dict(prompt="p", answer="#### A title\ntext")]),
+    ("demonstration", "a completion must be", [
+        dict(prompt="p", completion=[user("c")]),
+        dict(prompt="p", completion=[assistant("a"), user("b"), assistant("c")])]),
+    ("ranking", "a ranking", [
+        dict(prompt="p", completions=["a"]), dict(prompt="p", completions="abc"),
+        dict(prompt="p", completions=["a", None])]),
+    ("ranking", "a completion must be", [dict(prompt="p", completions=["a", 2])])])
+def test_rows_that_are_refused(capsys, wanted, words, rows):
+    for row in rows:
+        with refused(capsys, "row 7", words):
+            data.to_problem(row, wanted, True, "row 7")
 
 
 def test_only_training_rows_need_completions():
@@ -163,8 +148,8 @@ def test_a_problem_has_every_column_of_the_data_whatever_its_name(tmp_path):
     ("demonstration", [dict(row, completion=None) for row in sums(9)], ["row 1 of train"]),
     ("ranking", [dict(row, completions=["4", "5", "6"][: 2 + i % 2])
                  for i, row in enumerate(sums(9))], ["completions"]),
-    (None, [dict(prompt="What is 1?")] * 3, ["'What is 1?'", "characters"]),
-    (None, [dict(prompt="")] * 3, ["''", "empty"]),
+    (None, [dict(prompt="What is 1?")] * 3, ["'What is 1?'"]),
+    (None, [dict(prompt="")] * 3, ["''"]),
     (None, [dict(prompt=CHAT)] * 3, ["chat template"])])
 def test_data_that_is_refused(tmp_path, capsys, wanted, rows, words):
     with refused(capsys, "--data", *words):
@@ -180,8 +165,7 @@ def test_a_file_as_windows_writes_it(tmp_path):
     assert data.read_jsonl(path) == [dict(prompt="1\u20282"), dict(prompt="3")]
 
 
-@pytest.mark.parametrize("line", [b'{"prompt":', b"[1, 2]", b"3", b"[" * 100_000,
-                                  '{"prompt": "\u00e9"}'.encode("latin-1")])
+@pytest.mark.parametrize("line", [b'{"prompt":', b"[1]", b"3", b"[" * 100_000, b'{"a": "\xe9"}'])
 def test_a_broken_line_is_named(tmp_path, capsys, line):
     (tmp_path / "a.jsonl").write_bytes(b'{"prompt": "1"}\n\n' + line + b"\n")
     with refused(capsys, "a.jsonl", "line 3"):
@@ -200,15 +184,13 @@ ROWS = [dict(prompt=f"{i}=", born=f"2001-02-0{i}", symbol=text)
         for i, text in enumerate(["None", "NA", "null", "007", ""], 1)]
 
 
-@pytest.mark.parametrize("name", ["json", "text", "set.jsonl", "my data, new"])
+@pytest.mark.parametrize("name", ["json", "set.jsonl", "my data, new"])
 def test_a_folder_gives_the_same_values_as_its_files(tmp_path, monkeypatch, name):
     """Dates stay text; a folder may be called as a format of the library is."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / name).mkdir()
-    files = {"train-0": ROWS[:1], "train-1": ROWS[1:2], "more": ROWS[2:3], "test": ROWS[3:4],
-             "validation": ROWS[4:]}
-    for file, rows in files.items():
-        write_jsonl(tmp_path / name / f"{file}.jsonl", rows)
+    for file, row in zip(("train-0", "train-1", "more", "test", "validation"), ROWS):
+        write_jsonl(tmp_path / name / f"{file}.jsonl", [row])
     for where in (name, str(tmp_path / name)):
         assert data.read(where, 8) == dict(train=[ROWS[2], ROWS[0], ROWS[1]], test=ROWS[3:4],
                                            validation=ROWS[4:])
@@ -234,8 +216,8 @@ def test_messages_are_the_same_from_a_file_and_from_parquet(tmp_path):
     (tmp_path / "set").mkdir()
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "set" / "train.parquet")
     tokenizer = make_tokenizer()
-    tokenizer.chat_template = ("{% for m in messages %}{% if 'name' in m %}{{ 1 + m['name'] }}"
-                               "{% endif %}{{ m['content'] }}{% endfor %}=").replace("1 + ", "")
+    tokenizer.chat_template = ("{% for m in messages %}{% if 'name' in m %}{{ m['name'] }}"
+                               "{% endif %}{{ m['content'] }}{% endfor %}=")
     found = [[problem["ids"] for part in load(where, tokenizer=tokenizer) for problem in part]
              for where in (write_jsonl(tmp_path / "a.jsonl", rows), tmp_path / "set")]
     assert found[0] == found[1] and sorted(map(len, found[0])) == [2] * 5 + [3] * 4
@@ -255,9 +237,9 @@ def test_a_configuration_is_named_after_a_colon(tmp_path):
 # ------------------------------------------------------------------------------ what is held out
 
 def split(n, repeat=1, **given):
-    rows = sums(n) * repeat
-    return data.hold_out(dict(train=rows, **given), "x"), sorted(
-        {row["prompt"] for row in rows}, key=lambda prompt: zlib.crc32(prompt.encode()))
+    """What is made of n prompts, and the prompts by their checksums."""
+    order = sorted(prompts(sums(n)), key=lambda prompt: zlib.crc32(prompt.encode()))
+    return data.hold_out(dict(train=sums(n) * repeat, **given), "x"), order
 
 
 @pytest.mark.parametrize("n, eighth", [(2, 0), (7, 0), (8, 1), (15, 1), (16, 2), (100, 12)])
@@ -317,7 +299,7 @@ def test_rows_that_do_not_fit_are_dropped_and_counted_never_cut(tmp_path, capsys
     assert "dropped 5 of 46 rows of train" in capsys.readouterr().out
     assert sorted(len(row["ids"]) for row in found) == [6] * 40 + [96]
     assert max(len(row["targets"][0]) for row in found) == 32
-    with refused(capsys, "--data", "dropped 46 of 46", "none is left", "--max_new_tokens"):
+    with refused(capsys, "--data", "train", "--max_new_tokens"):
         load(tmp_path / "a.jsonl", "demonstration", max_new_tokens=1)
 
 
@@ -344,7 +326,7 @@ def test_a_context_ends_where_the_positions_change():
 
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(capsys):
     rows = [dict(ids=[5], targets=[[18]], completions=["x"])]
-    with refused(capsys, "--model", "tokens that the model lacks"):
+    with refused(capsys, "--model", "token"):
         data.drop_unfit(rows, POLICY, SimpleNamespace(data="x", max_new_tokens=8), "train")
 
 

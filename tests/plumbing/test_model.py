@@ -39,7 +39,7 @@ def edit_weights(edit):
 
 
 def fill(key, value):
-    return edit_weights(lambda weights: weights[key][0].fill_(value) and None)
+    return edit_weights(lambda weights: weights[key][0].fill_(value) is None)
 
 
 def write(file, text):
@@ -79,7 +79,7 @@ KINDS = {  # name: (what is done to a good folder, words of the sentence)
         (folder / "model.safetensors").read_bytes()[:1000]), ""),
     "a shard short": (a_shard_short, "safetensors"),
     "adapter alone": (adapter_alone, ""),
-    "missing weights": (edit_weights(lambda weights: weights.pop(HEAD) and None), HEAD),
+    "missing weights": (edit_weights(lambda weights: weights.pop(HEAD) is None), HEAD),
     "weights of a compiled model": (edit_weights(lambda weights: {
         f"_orig_mod.{key}": value for key, value in weights.items()}), "missing"),
     "weights of another shape": (config(hidden_size=64), "shape"),
