@@ -258,12 +258,9 @@ def test_splits_that_the_data_has_stay(capsys):
     made, order = split(16, test=given)
     assert made["test"] == given and prompts(made["validation"]) == set(order[2:4])
     assert prompts(made["train"]) == set(order) - set(order[2:4])
-    made, order = split(16, validation=given)
-    assert made["validation"] == given and prompts(made["test"]) == set(order[:2])
     made, order = split(16, validation=given, test=given)
-    assert prompts(made["train"]) == set(order)
-    one = data.hold_out(dict(easy=sums(16)), "x")  # one split of any name is divided
-    assert one == split(16)[0]
+    assert made == dict(train=sums(16), validation=given, test=given)
+    assert data.hold_out(dict(easy=sums(16)), "x") == split(16)[0]  # one split of any name
     for splits in (dict(test=sums(9), validation=sums(9)), dict(train=sums(1) * 9)):
         with refused(capsys, "--data x", "train"):
             data.hold_out(splits, "x")
@@ -282,9 +279,8 @@ def test_few_of_many_held_out_prompts_are_always_the_same(tmp_path, capsys):
     train, validation, test = load(path)
     few = load(path, eval_prompts=5)
     assert few == load(path, eval_prompts=5) and few[0] == train
-    for part, rest in ((few[1], validation), (few[2], test)):
-        assert len(part) == 5 and prompts(part) < prompts(rest) != prompts(part)
-        assert prompts(part) != prompts(rest[:5])  # drawn from all of them
+    for part, rest in ((few[1], validation), (few[2], test)):  # drawn from all of them
+        assert len(part) == 5 and prompts(part) < prompts(rest) and part != rest[:5]
     assert "data" in capsys.readouterr().out
     with refused(capsys, "--eval_every"):
         load(write_jsonl(tmp_path / "a.jsonl", sums(5)), eval_every=1)
@@ -332,18 +328,20 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(capsys):
 
 # ------------------------------------------------------------------------------ text -> tokens
 
-@pytest.mark.parametrize("template", [None, TEMPLATE, TEMPLATE.replace("{{ bos_token }}", "")])
-@pytest.mark.parametrize("writes, before", [
-    ("$A", []), ("<bos> $A", [1]), ("<bos> $A <eos>", [1]), ("<pad> <bos> $A", [0, 1])])
-def test_a_prompt_begins_as_the_tokenizer_begins_a_text(tokenizer, template, writes, before):
+BARE = TEMPLATE.replace("{{ bos_token }}", "")
+
+
+@pytest.mark.parametrize("tokenizer_writes, template, before", [
+    ("$A", None, []), ("$A", BARE, []), ("$A", TEMPLATE, [1]),
+    ("<bos> $A", None, [1]), ("<bos> $A", BARE, [1]), ("<bos> $A", TEMPLATE, [1]),
+    ("<bos> $A <eos>", None, [1]), ("<bos> $A <eos>", BARE, [1]),
+    ("<pad> <bos> $A", BARE, [0, 1]), ("<pad> <bos> $A", "<pad><bos>" + BARE, [0, 1])])
+def test_a_prompt_begins_as_a_text_does(tokenizer, tokenizer_writes, template, before):
     """So there is one BOS or none, whoever writes it; and no EOS ends a prompt."""
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single=writes, special_tokens=[("<pad>", 0), ("<bos>", 1), ("<eos>", 2)])
-    tokenizer.chat_template = template.replace("{{ bos_token }}", "<pad><bos>") if (
-        template and before == [0, 1]) else template
+        single=tokenizer_writes, special_tokens=[("<pad>", 0), ("<bos>", 1), ("<eos>", 2)])
+    tokenizer.chat_template = template
     (problem,) = data.encode([dict(prompt="1+2", completions=["3"])], tokenizer)
-    if template and "bos_token" in template and not before:
-        before = [1]  # of the template alone
     assert problem["ids"] == before + [5, 14, 6] + ([16] if template else [])
     assert problem["targets"] == [[7, 2]]
 
