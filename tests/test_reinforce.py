@@ -2,7 +2,7 @@
 import pytest
 import torch
 from exact_world import KL, KL_COEF, SCORES, check_unbiased
-from oracle_cases import T, cases, run_script, same
+from oracle_cases import T, cases, same
 
 import reinforce
 
@@ -36,22 +36,3 @@ def test_unbiased(baseline):
     """A baseline of past batches, whatever its value, does not change the expected gradient."""
     A = SCORES - KL_COEF * KL.sum(1) - (baseline or 0)
     check_unbiased(lambda logprobs, rows: reinforce.reinforce_loss(logprobs, A[rows]))
-
-
-@pytest.mark.parametrize("baseline, expected", [("ema", [2, 1 - 2, 1 - (0.9 * 2 + 0.1 * 1)]),
-                                                ("running_mean", [2, 1 - 2, 1 - 3 / 2])])
-def test_a_step_uses_the_baseline_from_before_it(monkeypatch, tmp_path, few_problems, baseline,
-                                                 expected):
-    """All scores of the first step are 2, those of the next two steps are 1."""
-    def reward(completions, **columns):
-        rollouts.extend([1] * (len(completions) == 8))  # and not of an evaluation
-        return [2.0 if len(rollouts) == 1 else 1.0] * len(completions)
-
-    def spy(logprobs, advantages):
-        seen.append(advantages.tolist())
-        return loss(logprobs, advantages)
-
-    rollouts, seen, loss = [], [], reinforce.reinforce_loss
-    monkeypatch.setattr(reinforce, "reinforce_loss", spy)
-    run_script(reinforce, monkeypatch, tmp_path / "run", reward, steps=3, baseline=baseline)
-    assert seen == [pytest.approx([value] * 8) for value in expected]
