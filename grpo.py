@@ -145,8 +145,8 @@ def train(cfg):
         else:
             advantages = group_advantages(scores, cfg.group_size)
 
-        # 4. Update, once per mini-batch. All tensors above stay fixed. Log-probs have a gradient now;
-        # in the first mini-batch each ratio is 1. share (N, C) is each token's weight in the loss.
+        # 4. Update, once per mini-batch. All tensors above are fixed; log-probs have a gradient
+        # now. At first each ratio is 1. share (N, C) is the weight of each token in the loss.
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg.steps, cfg.warmup_steps, cfg.lr)
         for minibatch in mini_batches(len(scores), cfg.minibatch_size, cfg.group_size, cfg.epochs,
                                       generator):

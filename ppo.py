@@ -178,8 +178,8 @@ def train(cfg):
         advantages = whiten(advantages, mask)  # only now, because the returns are A + V_old
         explained = explained_variance(old_values, returns_to_go(shaped, mask, cfg.gamma), mask)
 
-        # 4. Update, once per mini-batch. All tensors above stay fixed. Log-probs have a gradient now;
-        # in the first mini-batch each ratio is 1. share (N, C) is each token's weight in the loss.
+        # 4. Update, once per mini-batch. All tensors above are fixed; log-probs have a gradient
+        # now. At first each ratio is 1. share (N, C) is the weight of each token in the loss.
         peak = cfg.lr if step >= cfg.critic_warmup else 0.0  # at first, only the critic learns
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg.steps, cfg.warmup_steps, peak)
         optimizer.param_groups[1]["lr"] = learning_rate(step, cfg.steps, cfg.warmup_steps,

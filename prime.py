@@ -169,8 +169,8 @@ def train(cfg):
         advantages = prime_advantages(q, scores, mask, cfg.group_size, cfg.gamma)
         kept = filter_by_accuracy(scores, cfg.group_size, cfg.accuracy_filter).cpu()
 
-        # 4. Update, once per mini-batch. All tensors above stay fixed. Log-probs have a gradient now;
-        # in the first mini-batch each ratio is 1. share (N, C) is each token's weight in the loss.
+        # 4. Update, once per mini-batch. All tensors above are fixed; log-probs have a gradient
+        # now. At first each ratio is 1. share (N, C) is the weight of each token in the loss.
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg.steps, cfg.warmup_steps, cfg.lr)
         optimizer.param_groups[1]["lr"] = learning_rate(step, cfg.steps, cfg.warmup_steps,
                                                         cfg.prm_lr)

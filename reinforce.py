@@ -117,8 +117,8 @@ def train(cfg):
         else:
             baseline, count = running_mean_baseline(baseline or 0, count, scores)
 
-        # 4. Update, once per mini-batch. All tensors above stay fixed. Log-probs have a gradient now;
-        # in the first mini-batch each ratio is 1. share (N, C) is each token's weight in the loss.
+        # 4. Update, once per mini-batch. All tensors above are fixed; log-probs have a gradient
+        # now. At first each ratio is 1. share (N, C) is the weight of each token in the loss.
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg.steps, cfg.warmup_steps, cfg.lr)
         for minibatch in mini_batches(len(scores), len(scores), cfg.group_size, 1, generator):
             optimizer.zero_grad()

@@ -1,8 +1,8 @@
 """
 Pairs or rankings of a policy's own answers, for reward_model.py, dpo.py and orpo.py.
 
-    python -m tools.make_pairs --model Qwen/Qwen2.5-0.5B-Instruct --data times.jsonl --out_dir pairs
-    python -m tools.make_pairs --out_dir plumbing/toy_pairs       how the toy's pairs were made: 15 s
+    python -m tools.make_pairs --model Qwen/Qwen2.5-0.5B-Instruct --data times.jsonl --out_dir mine
+    python -m tools.make_pairs --out_dir plumbing/toy_pairs      how the toy's pairs were made: 15 s
     python -m tools.make_pairs --out_dir plumbing/toy_rankings --rankings \\
         --reward tools/make_pairs.py:shown_work                   and its rankings
 
@@ -42,7 +42,7 @@ TOY = dict(data="toy", prompts=1920, max_new_tokens=32, eval_prompts=512)
 
 
 def shown_work(prompts, completions, answer, finished, **columns):
-    """A reward for the toy: 1 for the right answer, up to a half for work that is shown and right."""
+    """A reward for the toy: 1 for the right answer, up to a half for shown work that is right."""
     right = last_number(completions, answer, finished)
     return [score + sum(step for _, step in check_steps(prompt, text))
             / len(re.findall("[+-]", prompt)) / 2
@@ -59,7 +59,7 @@ def to_pairs(scored):
 
 
 def to_rankings(scored, prompt):
-    """[(text, score), ...] -> [{completions}], or [] if there are no four, or all score the same."""
+    """[(text, score), ...] -> [{completions}]; [] if there are no four, or all score the same."""
     scores = dict(scored)
     texts = list(scores)[:4]
     random.Random(str(prompt)).shuffle(texts)  # the likelier ones were sampled sooner
