@@ -36,8 +36,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tqdm import tqdm
 
 from plumbing import rollout
+from plumbing.data import Problems
 from plumbing.flags import fail
-from plumbing.model import plain_logprobs
 from plumbing.rollout import step_generator, use_bf16
 
 LLAMA, QWEN = transformers.LlamaConfig, transformers.Qwen2Config
@@ -62,7 +62,6 @@ ROWS = {
                        dict(beta=0.0, loss_type="grpo", num_iterations=2)),
     NATURAL: ("grpo", dict(kl_coef=0), "GRPO", dict(beta=0.0, loss_type="grpo")),
     "RLOO": ("rloo", dict(kl_coef=0.05), "RLOO", dict(beta=0.05)),
-    "RLOO, one ratio": ("rloo", dict(kl_coef=0.05, sequence_ratio=True), "RLOO", dict(beta=0.05)),
     "REINFORCE++": ("reinforce_pp", dict(kl_coef=0.05), None, {}),
     "PPO": ("ppo", dict(kl_coef=0.05), None, {}),
 }
@@ -194,7 +193,7 @@ def generate(work, steps, clock):
 
 def ours(work, steps, clock, name, flags):
     """The script's train(), without its run folder, its evaluations, its loading and saving."""
-    def log(step, **metrics):
+    def log(step, problems, texts, scores, kl, batch, **metrics):
         json.dumps({key: float(value) for key, value in metrics.items()})
 
     args, script = work.args, importlib.import_module(name)
@@ -209,9 +208,9 @@ def ours(work, steps, clock, name, flags):
             yield step
             clock.stop()
 
-    run = mock.Mock(steps=timed_steps, open=lambda *args, **kwargs: {}, log=log)
-    problems = [dict(prompt=text, ids=ids, columns={}) for text, ids in zip(work.texts, work.ids)]
-    instead = dict(Run=lambda *_: run, load_problems=lambda *_: (problems, [], []),
+    run = mock.Mock(steps=timed_steps, log=log)
+    rows = [dict(prompt=text, ids=ids, row={}) for text, ids in zip(work.texts, work.ids)]
+    instead = dict(Run=lambda *args, **kwargs: run, load_problems=lambda *_: Problems(rows, [], []),
                    load_rewards=lambda *_: dict(ours=work.reward), sample=clock.sample,
                    load_policy=lambda *_: (copy.deepcopy(work.policy), work.tokenizer))
     for key in {"all_logprobs", "all_values"} & vars(script).keys():
@@ -295,8 +294,6 @@ def measure(args):
         work, clock = works[row == NATURAL], Stopwatch(args.device)
         work.seed = 1 + turn // len(found)  # others in each round
         transformers.set_seed(work.seed)  # for TRL's; ours seed themselves
-        torch.use_deterministic_algorithms(who == "ours" and args.device == "cpu")
-        torch.utils.deterministic.fill_uninitialized_memory = False  # as run.py has it
         with contextlib.redirect_stdout(io.StringIO()):
             functions[row, who](work, args.steps + 1, clock)
         found[row, who] += clock.found[1:]
@@ -340,34 +337,6 @@ def show(found, rounds):
               "has neither.")
 
 
-def correctness(args):
-    """Beside the speed: sampler, passes and gradient against their definitions."""
-    work = Work(args, natural=True)
-    policy, prompts = work.policy, work.ids[:2]
-    generator = step_generator(0, "correctness")
-    batch = rollout.sample(policy, work.tokenizer, prompts, args.group_size, work.longest, 1.0,
-                           generator)
-    valid = batch.mask.bool()
-    plain = torch.cat(plain_logprobs(policy, batch, 1.0))
-    shared = rollout.token_logprobs(policy, batch, torch.arange(len(valid)), 1.0)[valid]
-    weights, gradients = torch.randn(len(plain), device=plain.device), []
-    for logprobs in (plain, shared):
-        policy.zero_grad()
-        (logprobs * weights).sum().backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in policy.parameters()]))
-    print(f"\nCompared with a forward of each row alone, log-probs differ by at most "
-          f"{(batch.logprobs[valid] - plain).abs().max():.1e} in the sampler and "
-          f"{(shared - plain).abs().max():.1e} in the shared-prompt pass, whose gradient is off by "
-          f"{(gradients[1] - gradients[0]).norm() / gradients[0].norm():.1e} (relative norm).")
-    logits, n = 2 * torch.randn(64, device=args.device), 200_000
-    uniform = torch.rand(n, dtype=torch.float64, generator=generator).to(args.device)
-    tokens, _ = rollout.draw(logits.expand(n, -1), 1.0, uniform)
-    expected = n * logits.softmax(-1)
-    chi2 = ((torch.bincount(tokens, minlength=64) - expected) ** 2 / expected).sum()
-    print(f"{n:,} draws from 64 tokens: chi-square {chi2:.0f}, at 63 degrees of freedom (103 would "
-          "be passed once in 1000 times).")
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -396,7 +365,6 @@ def main():
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     show(measure(args), args.rounds)
-    correctness(args)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ import contextlib
 import importlib
 import itertools
 import json
-import shutil
 import subprocess
 import sys
 import zlib
@@ -32,13 +31,12 @@ from plumbing.data import load_problems
 from plumbing.evaluation import look
 from plumbing.flags import fail
 from plumbing.model import load_policy
-from plumbing.preferences import SAMPLES
 from plumbing.rewards import last_number
 from plumbing.rollout import step_generator
-from plumbing.run import write_atomically
 
 SCRIPTS = ("reinforce", "reinforce_pp", "trpo", "ppo", "remax", "rloo", "grpo", "prime", "raft",
            "dpo", "orpo")
+PAIRS_OF = 1920 * 8  # completions that plumbing/toy_pairs/ is made of
 DRAWS = 8           # answers to each test problem
 RESAMPLES = 20_000  # of the bootstrap
 
@@ -48,45 +46,38 @@ def run(script, seed, flags):
     same = f"{zlib.crc32(' '.join(flags).encode()):08x}"
     folder = Path("runs", "compare", same, f"{script}-seed{seed}")
     if not (folder / "test.json").exists():
-        command = [sys.executable, Path(__file__).parents[1] / f"{script}.py", *flags]
-        command += ["--seed", str(seed), "--out_dir", folder]
-        if (folder / "checkpoint.pt").exists():
-            command.append("--resume")
-        else:
-            shutil.rmtree(folder, ignore_errors=True)  # stopped before there was anything to keep
+        command = [sys.executable, Path(__file__).parents[1] / f"{script}.py"]
+        new = [*flags, "--seed", str(seed), "--out_dir", folder]
+        command += ["--resume", folder] if (folder / "config.json").exists() else new
         done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         if done.returncode:
             sys.exit(f"error: {script}.py failed: {done.stderr.strip()[-500:]}")
     if not (folder / "solved.json").exists():
-        solved = json.dumps(draw(script, folder))
-        write_atomically(folder / "solved.json", lambda path: path.write_text(solved))
+        text = json.dumps(draw(script, folder))
+        (folder / "solved.json").write_text(text)
     test = json.loads((folder / "test.json").read_text())
     log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    seconds = [sum(row.get(key, 0) for row in log)
-               for key in ("time_sample", "time_score", "time_update")]
     cfg = json.loads((folder / "config.json").read_text())
     if "group_size" in cfg:  # of each prompt K samples, and ReMax's greedy completion
         completions = len(log) * cfg["prompts_per_step"] * (cfg["group_size"] + (script == "remax"))
     else:
-        completions = cfg["prompts"] * SAMPLES
-    reference = cfg.get("kl_coef") or script == "prime"
-    measured = [row["kl"] for row in log[-5:]] if reference else []
+        completions = PAIRS_OF
+    measured = [row["kl"] for row in log[-5:]] if cfg.get("kl_coef") or script == "prime" else []
     return dict(completions=completions, before=test["before"]["sampled"][0],
                 solved=json.loads((folder / "solved.json").read_text()),
                 greedy=test["after"]["greedy"][0], length=test["after"]["length"][0],
-                kl=sum(measured) / len(measured) if measured else None, seconds=seconds,
-                memory=test["peak_memory"] / 1e6)
+                kl=sum(measured) / len(measured) if measured else None,
+                seconds=sum(row["time_step"] for row in log), memory=test["peak_memory"] / 1e6)
 
 
 def draw(script, folder):
     """The run's model answers each test problem -> a list of DRAWS zeros and ones for each."""
-    cfg, known = importlib.import_module(script).Config(), json.loads(
-        (folder / "config.json").read_text())
-    for field in fields(cfg):
-        setattr(cfg, field.name, known[field.name])
+    saved = json.loads((folder / "config.json").read_text())
+    del saved["script"], saved["checksum"]
+    cfg = importlib.import_module(script).Config(**saved)
     with contextlib.redirect_stdout(sys.stderr):  # the tables are all that goes to stdout
-        _, _, problems = load_problems(cfg)
-    policy, tokenizer = load_policy(str(folder), cfg.device)
+        policy, tokenizer = load_policy(str(folder), cfg.device)
+        problems = load_problems(cfg, policy, tokenizer).test
     found = look(policy, tokenizer, problems, cfg, {"exact": {"last_number": last_number}}, 1.0,
                  step_generator(0, "compare"), DRAWS)
     del policy
@@ -122,12 +113,11 @@ def line(script, runs, low, high):
         return sum(r[key] for r in runs) / len(runs)
     after = [torch.tensor(r["solved"]).double().mean().item() for r in runs]
     each = ", ".join(f"{share:.3f}" for share in after)
-    sample, score, update = min((r["seconds"] for r in runs), key=sum)
     kl = "" if runs[0]["kl"] is None else f"{mean('kl'):.2f}"
     return (f"| {script}.py | {mean('completions'):,.0f} | {mean('before'):.3f} "
             f"| **{sum(after) / len(after):.3f}** ({each}) | {low:.3f}-{high:.3f} "
-            f"| {mean('greedy'):.3f} | {kl} | {mean('length'):.1f} | {sample:.0f} | {score:.0f} "
-            f"| {update:.0f} | {mean('memory'):.0f} |")
+            f"| {mean('greedy'):.3f} | {kl} | {mean('length'):.1f} "
+            f"| {min(r['seconds'] for r in runs):.0f} | {mean('memory'):.0f} |")
 
 
 def pairs(scripts, means, resampled):
@@ -174,7 +164,7 @@ def main():
     solved = torch.tensor([[r["solved"] for r in runs] for runs in found.values()]).double().mean(3)
     resampled = bootstrap(solved)
     print("| script | completions | before | after: mean (each seed) | its 95 % interval | greedy "
-          "| KL | length | s sampling | s scoring | s updating | peak MB |\n" + "|---" * 12 + "|")
+          "| KL | length | seconds | peak MB |\n" + "|---" * 10 + "|")
     for i, (script, runs) in enumerate(found.items()):
         print(line(script, runs, *interval(resampled[:, i], 0.95)))
     if len(found) > 1:

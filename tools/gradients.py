@@ -3,8 +3,7 @@ Which gradient does each script follow? Most scripts divide by lengths or by sta
 their expected gradient is not exactly that of J = E[score] - kl_coef * KL(pi || pi_ref). This tool
 computes both gradients and prints how they differ, as tables in markdown.
 
-    python -m tools.gradients                  the tables: three minutes
-    python -m tools.gradients --out kl.svg     a figure instead: the KL in REINFORCE++
+    python -m tools.gradients        three minutes
 
 Each cell is "cosine / length". A cosine of 1 means that the two gradients have the same direction.
 The length is that of the expected gradient, divided by that of the gradient of J. The learning rate
@@ -21,21 +20,19 @@ with other random numbers: the median, the lowest and the highest.
 Rows without a KL, such as prime.py and raft.py, are compared with the gradient of E[score]. PRIME's
 reward model is as at the start, so that q = 0. The row of trpo.py is g, from which its step is
 computed; the step itself has another direction by design. A row "only" is RLOO with a sum over
-tokens and one change that GRPO makes. The figure needs matplotlib, from requirements-dev.txt.
+tokens and one change that GRPO makes.
 """
 import argparse
 import itertools
 import math
-import os
-import sys
 from collections import namedtuple
 
 import torch
 from tqdm import tqdm
 
-from common import (kl_estimate, masked_mean, normalize_rewards, ppo_clip_loss, returns_to_go,
-                    token_rewards, whiten)
-from grpo import group_advantages, grpo_loss, response_mean
+from common import (kl_estimate, normalize_rewards, ppo_clip_loss, returns_to_go, token_rewards,
+                    whiten)
+from grpo import group_advantages, grpo_loss
 from ppo import gae
 from prime import implicit_rewards, prime_advantages
 from raft import best_of_k
@@ -108,15 +105,30 @@ def objective_gradient(world, kl_coef):
     return torch.autograd.grad(J, logits)[0]
 
 
-# The losses, as phases 3 and 4 of each train() have them: b is a Batch, K the group size.
+# The losses, as phases 3 and 4 of each train() have them: b is a Batch, K the group size. The whole
+# batch is one mini-batch; these three are the lines in which the scripts compute `share`.
+
+def by_token(b):
+    return b.mask / b.mask.sum()
+
+
+def by_completion(b):
+    return b.mask / b.mask.sum(dim=1, keepdim=True) / len(b.mask)
+
+
+def sum_over_tokens(b):
+    return b.mask / len(b.mask)
+
 
 def reinforce(logprobs, b, K):
     """The baseline is the expected score; the script's is a moving average of scores."""
-    return reinforce_loss(logprobs, b.scores - KL_COEF * b.kl.sum(dim=1) - b.mean_score, b.mask)
+    advantages = b.scores - KL_COEF * b.kl.sum(dim=1) - b.mean_score
+    return (reinforce_loss(logprobs, advantages) * sum_over_tokens(b)).sum()
 
 
 def clip_loss(logprobs, b, advantages):
-    return ppo_clip_loss(logprobs, b.old_logprobs, advantages, b.mask, CLIP_EPS)[0]
+    losses, _ = ppo_clip_loss(logprobs, b.old_logprobs, advantages, CLIP_EPS)
+    return (losses * by_token(b)).sum()
 
 
 def reinforce_pp(logprobs, b, K):
@@ -126,7 +138,7 @@ def reinforce_pp(logprobs, b, K):
 def group_baseline(logprobs, b, K):
     loss = clip_loss(logprobs, b, reinforce_pp_baseline_advantages(b.scores, b.mask, K))
     k2 = kl_estimate(logprobs, b.ref_logprobs, "k2")
-    return loss + KL_COEF * masked_mean(k2, b.mask)
+    return loss + KL_COEF * (k2 * by_token(b)).sum()
 
 
 def ppo(logprobs, b, K):
@@ -141,7 +153,8 @@ def ppo_at_start(logprobs, b, K):
 
 def trpo(logprobs, b, K):
     advantages = reinforce_pp_advantages(b.z_scores, b.kl, b.mask, KL_COEF)
-    return -surrogate(logprobs, logprobs.detach(), advantages, b.mask)  # TRPO maximises
+    L = surrogate(logprobs, logprobs.detach(), advantages)
+    return -(L * by_token(b)).sum()  # TRPO maximises
 
 
 def rloo(logprobs, b, K):
@@ -149,27 +162,18 @@ def rloo(logprobs, b, K):
     return clip_loss(logprobs, b, advantages[:, None])
 
 
-def grpo(logprobs, b, K):
-    advantages = group_advantages(b.scores, K)
-    return grpo_loss(logprobs, b.old_logprobs, b.ref_logprobs, advantages, b.mask, CLIP_EPS,
-                     KL_COEF)[0]
-
-
-def sum_over_tokens(values, mask):
-    """Per completion: with it, grpo_loss divides by no length."""
-    return torch.where(mask.bool(), values, 0).sum() / len(mask)
-
-
-def grpo_parts(advantages_of, aggregate, kl_coef):
-    """GRPO's loss with only some of what it has beyond RLOO."""
+def grpo_parts(advantages_of, share_of, kl_coef):
+    """GRPO's loss, or only some of what it has beyond RLOO."""
     def loss(logprobs, b, K):
-        return grpo_loss(logprobs, b.old_logprobs, b.ref_logprobs, advantages_of(b.scores, K),
-                         b.mask, CLIP_EPS, kl_coef, aggregate)[0]
+        losses, _ = grpo_loss(logprobs, b.old_logprobs, b.ref_logprobs, advantages_of(b.scores, K),
+                              CLIP_EPS, kl_coef)
+        return (losses * share_of(b)).sum()
     return loss
 
 
+grpo = grpo_parts(group_advantages, by_completion, KL_COEF)
 std_only = grpo_parts(group_advantages, sum_over_tokens, 0.0)
-length_only = grpo_parts(leave_one_out_advantages, response_mean, 0.0)
+length_only = grpo_parts(leave_one_out_advantages, by_completion, 0.0)
 k3_only = grpo_parts(leave_one_out_advantages, sum_over_tokens, KL_COEF)
 
 
@@ -184,11 +188,12 @@ def prime(logprobs, b, K):
 
 
 def raft(logprobs, b, K):
-    return -masked_mean(logprobs, b.mask * b.is_best[:, None])
+    chosen = b.mask * b.is_best[:, None]
+    return -(logprobs * chosen / chosen.sum().clamp(min=1)).sum()
 
 
 def kl_in_reward(logprobs, b, K):
-    return reinforce_loss(logprobs, -b.kl.sum(dim=1), b.mask)
+    return (reinforce_loss(logprobs, -b.kl.sum(dim=1)) * sum_over_tokens(b)).sum()
 
 
 def kl_in_loss(kind):
@@ -367,68 +372,13 @@ def kl_table():
     return "\n".join([KL_TEXT, *(f"| {' | '.join(line)} |" for line in lines)])
 
 
-# The figure: 256 completions of 20 tokens, of which some are wrong.
-
-def right_and_wrong(wrong, n=256, tokens=20):
-    """-> scores (n,), of which `wrong` are 0 and the others 1; a KL per token (n, tokens)."""
-    generator = torch.Generator().manual_seed(0)
-    kl = 0.035 + 0.15 * torch.randn(n, tokens, generator=generator, dtype=torch.float64)
-    return (torch.arange(n) >= wrong).double(), kl
-
-
-def kl_weight(scores, reward_clip):
-    """The weight that the KL has relative to the raw scores, as a multiple of kl_coef."""
-    z_scores = normalize_rewards(scores, reward_clip)
-    return (scores.max() - scores.min()) / (z_scores.max() - z_scores.min())
-
-
-def kl_part(scores, kl, kl_coef=0.01):
-    """The standard deviation, over the tokens of the batch, of what the KL adds to A_t."""
-    mask, z_scores = torch.ones_like(kl), normalize_rewards(scores, REWARD_CLIP)
-    returns = returns_to_go(token_rewards(z_scores, kl, mask, kl_coef), mask)
-    returns_of_kl = returns_to_go(token_rewards(0 * z_scores, kl, mask, kl_coef), mask)
-    return returns_of_kl.std() * whiten(returns, mask).std() / returns.std()
-
-
-def draw(path):
-    try:
-        import matplotlib
-    except ImportError:
-        sys.exit("error: drawing needs matplotlib: pip install -r requirements-dev.txt")
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    _, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.2))
-    batches = [right_and_wrong(wrong)[0] for wrong in range(1, 129)]
-    for clip, style, label in ((REWARD_CLIP, "-", "z-scores clipped to ±5, the default"),
-                               (math.inf, "--", "z-scores not clipped")):
-        left.plot([100 * scores.mean() for scores in batches],
-                  [kl_weight(scores, clip) for scores in batches], style, label=label)
-    left.set(xlabel="right answers in the batch (percent)", ylim=(0, 0.6),
-             ylabel="weight of the KL relative to\nthe scores (multiple of kl_coef)")
-    left.legend(fontsize=8, loc="lower left")
-    counts = ["0", "1", "2", "4", "8", "16", "32", "64", "128"]
-    right.plot(counts, [kl_part(*right_and_wrong(int(wrong))) for wrong in counts], "o-")
-    right.set(xlabel="wrong answers in a batch of 256", yscale="log", ylim=(0.001, 2),
-              ylabel="standard deviation of\nthe KL's part of the advantage")
-    for axis in (left, right):
-        axis.grid(alpha=0.3)
-    pyplot.tight_layout()
-    pyplot.savefig(path)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batches", type=int, default=100_000, help="random batches of 16, of 64")
-    parser.add_argument("--out", help="draw the figure into this file: svg, png or pdf")
     args = parser.parse_args()
     if args.batches < 20 * PARTS:
         parser.error(f"--batches {args.batches} must be at least {20 * PARTS}")
-    if args.out:
-        draw(os.path.expanduser(args.out))
-        print(f"wrote {args.out}")
-        return
     with tqdm(total=12 * len(SCORES)) as progress:
         tables = [score_table(kind, args.batches, progress) for kind in SCORES]
     print("\n\n".join([*tables, kl_table()]))

@@ -53,7 +53,6 @@ def prompts(problems):
 
 # ------------------------------------------------------------------------------ what a row means
 
-SKY = dict(chosen="The sky is blue.", rejected="The sky is green.")
 CHAT = [user("p")]
 AB = dict(chosen="a", rejected="b")
 BOTH = dict(chosen=[*CHAT, assistant("a")], rejected=[*CHAT, assistant("b")])  # and the prompt
@@ -73,9 +72,9 @@ BOTH = dict(chosen=[*CHAT, assistant("a")], rejected=[*CHAT, assistant("b")])  #
     ("demonstration", dict(completion=[*CHAT, assistant("c")]), CHAT, ["c"]),
     ("demonstration", dict(question="q", answer="So\n#### 1,234"), "q", ["So\n#### 1,234"]),
     ("demonstration", dict(prompt="p", completion="c", answer="a\n#### 4"), "p", ["c"]),
-    ("pair", dict(prompt="p", **SKY), "p", list(SKY.values())),
+    ("pair", dict(AB, prompt="p"), "p", ["a", "b"]),
     ("pair", dict(prompt="p", completions=["a", "b"]), "p", ["a", "b"]),
-    ("pair", dict(prompt="p", **AB, completions=["x", "y", "z"]), "p", ["a", "b"]),
+    ("pair", dict(AB, prompt="p", completions=["x", "y", "z"]), "p", ["a", "b"]),
     ("pair", dict(prompt="p", chosen=[assistant("a")], rejected=[assistant("b")]), "p", ["a", "b"]),
     ("pair", BOTH, CHAT, ["a", "b"]),
     ("pair", dict(BOTH, prompt="p"), CHAT, ["a", "b"]),
@@ -85,8 +84,8 @@ BOTH = dict(chosen=[*CHAT, assistant("a")], rejected=[*CHAT, assistant("b")])  #
     ("pair", dict(prompt="p", chosen=[user("s"), *CHAT, assistant("a")],
                   rejected=[user("s"), *CHAT, assistant("b")]), [user("s"), *CHAT], ["a", "b"]),
     ("ranking", dict(prompt="p", completions=["a", "b", "c"]), "p", ["a", "b", "c"]),
-    ("ranking", dict(prompt="p", **AB), "p", ["a", "b"]),
-    ("ranking", dict(prompt="p", **AB, completions=["x", "y", "z"]), "p", ["x", "y", "z"])])
+    ("ranking", dict(AB, prompt="p"), "p", ["a", "b"]),
+    ("ranking", dict(AB, prompt="p", completions=["x", "y", "z"]), "p", ["x", "y", "z"])])
 def test_what_a_row_means(wanted, row, prompt, completions):
     problem = data.to_problem(row, wanted, True, "here")
     assert problem == dict(row=row, prompt=prompt, completions=completions)
@@ -94,11 +93,11 @@ def test_what_a_row_means(wanted, row, prompt, completions):
 
 @pytest.mark.parametrize("wanted, words, rows", [
     (None, "prompt", [
-        dict(text="1"), dict(prompt=3), dict(prompt=[]), dict(prompt=["p"]), dict(SKY),
+        dict(text="1"), dict(prompt=3), dict(prompt=[]), dict(prompt=["p"]), AB,
         dict(prompt=[dict(role="user")]), dict(prompt=[user(None)]), dict(prompt=[user(3)]),
         dict(prompt="p\ud800"), dict(prompt=[user("p\ud800")])]),              # half a letter
     ("pair", "has chosen, rejected; it must have a prompt", [                   # as in hh-rlhf
-        SKY, dict(prompt=None, **SKY), dict(question=None, **SKY)]),
+        AB, dict(AB, prompt=None), dict(AB, question=None)]),
     ("pair", "a pair", [
         dict(prompt="p", chosen="a"), dict(prompt="p", chosen="a", rejected=None),
         dict(prompt="p", completions=["a", "b", "c"]), dict(prompt="p", completion="a")]),
@@ -180,20 +179,18 @@ def test_what_is_not_there_is_one_sentence(tmp_path, capsys, name):
         data.read(name.format(tmp_path), 8)
 
 
-ROWS = [dict(prompt=f"{i}=", born=f"2001-02-0{i}", symbol=text)
-        for i, text in enumerate(["None", "NA", "null", "007", ""], 1)]
-
-
 @pytest.mark.parametrize("name", ["json", "set.jsonl", "my data, new"])
 def test_a_folder_gives_the_same_values_as_its_files(tmp_path, monkeypatch, name):
     """Dates stay text; a folder may be called as a format of the library is."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / name).mkdir()
-    for file, row in zip(("train-0", "train-1", "more", "test", "validation"), ROWS):
-        write_jsonl(tmp_path / name / f"{file}.jsonl", [row])
+    rows = [[dict(prompt=f"{i}=", born=f"2001-02-0{i}", symbol=text)]
+            for i, text in enumerate(["None", "NA", "null", "007", ""], 1)]
+    for file, row in zip(("more", "train-0", "train-1", "test", "validation"), rows):
+        write_jsonl(tmp_path / name / f"{file}.jsonl", row)
     for where in (name, str(tmp_path / name)):
-        assert data.read(where, 8) == dict(train=[ROWS[2], ROWS[0], ROWS[1]], test=ROWS[3:4],
-                                           validation=ROWS[4:])
+        assert data.read(where, 8) == dict(train=sum(rows[:3], []), test=rows[3],
+                                           validation=rows[4])
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet", "jsonl"])
@@ -380,8 +377,8 @@ def test_an_answer_that_the_data_has_begun_stays_to_the_letter(tokenizer, conten
 
 def test_a_template_that_refuses_a_prompt_is_one_sentence(tokenizer, capsys):
     tokenizer.chat_template = "{{ raise_exception('roles must\nalternate') }}"
-    with refused(capsys, "--data x", "'1'", "chat template", "roles must alternate"):
-        data.encode([dict(prompt="1", completions=[])], tokenizer, "x")
+    with refused(capsys, "--data x", "chat template", "roles must alternate"):
+        data.render("1", tokenizer, "x")
 
 
 def test_the_problems_of_a_step_are_a_function_of_seed_and_step():

@@ -67,7 +67,7 @@ KINDS = {  # name: (what is done to a good folder, words of the sentence)
     "no config": (lambda folder: (folder / "config.json").unlink(), "config"),
     "torn config": (write("config.json", '{"model_type": "llama", '), "config"),
     "an unfinished run": (write("config.json", '{"steps": 3, "model": null}'), "model_type"),
-    "code of its own": (config(model_type="new", auto_map=dict(AutoConfig="a.B")), "remote_code"),
+    "code of its own": (config(model_type="new", auto_map=dict(AutoConfig="a.B")), "custom code"),
     "gptq": (config(quantization_config=dict(quant_method="gptq", bits=4)), "quantised"),
     "fp8": (config(quantization_config=dict(quant_method="fp8")), "quantised"),
     "no EOS": (lambda folder: change(folder / "tokenizer_config.json", eos_token=None), "EOS"),

@@ -22,7 +22,6 @@ from plumbing.rollout import to_texts
 from plumbing.toy_model import make_model, make_tokenizer
 
 FULL = bool(os.environ.get("FULL"))
-SPLITS = "train", "validation", "test"
 
 
 def work(prompt):
@@ -44,7 +43,7 @@ def home(prompt):
 
 @pytest.mark.parametrize("kind", toy.KINDS)
 def test_problems_are_right_and_their_splits_never_overlap(kind):
-    for split in SPLITS:
+    for split in ("train", "validation", "test"):
         rows = toy.problems(kind, split, 300)
         assert rows == toy.problems(kind, split, 300) and len(rows) > 100  # always the same
         for row in rows:
@@ -67,7 +66,7 @@ def test_data_toy_is_problems_pairs_or_rankings(few_problems):
     for wanted, column in ((None, "completion"), ("demonstration", "completion"),
                            ("pair", "chosen"), ("ranking", "completions")):
         found = data.read("toy", 8, wanted)
-        assert sorted(found) == sorted(SPLITS) and column in found["train"][0]
+        assert len(found) == 3 and column in found["train"][0]
 
 
 # ----------------------------------------------------------------------------- pairs and rankings
@@ -142,16 +141,16 @@ def test_the_toys_policy_is_an_ordinary_small_model_folder():
     assert sum(path.stat().st_size for path in toy.POLICY.iterdir()) < 700_000
 
 
-def look(model, n):
-    policy, tokenizer = load_policy(model, "cpu")
-    problems = to_problems(toy.problems("toy", "test", n), tokenizer, "demonstration")
-    return evaluate(policy, tokenizer, problems, sft.Config(**{**sft.TOY, "device": "cpu"}))
-
-
-def test_the_toys_policy_shows_its_work_half_of_the_time_and_is_best_when_greedy():
-    found = look(None, 512 if FULL else 128)
+def check_policy(found):
+    """It shows its work half of the time, and is right more often where it is greedy."""
     assert 0.5 < found["sampled"][0] < 0.75 < found["greedy"][0]
     assert 0.4 < found["shows_work"][0] < 0.65
+
+
+def test_the_toys_policy_is_as_good_as_it_was():
+    policy, tokenizer = load_policy(None, "cpu")
+    problems = to_problems(toy.problems("toy", "test", 128), tokenizer)
+    check_policy(evaluate(policy, tokenizer, problems, sft.Config(**{**sft.TOY, "device": "cpu"})))
 
 
 def test_sft_still_makes_a_policy_that_is_as_good(tmp_path, monkeypatch, request):
@@ -165,9 +164,7 @@ def test_sft_still_makes_a_policy_that_is_as_good(tmp_path, monkeypatch, request
     found = json.loads(Path("run/test.json").read_text())
     assert found["before"]["nats"][0] > 25 and found["after"]["nats"][0] < (2 if FULL else 14)
     if FULL:
-        kept, made = look(None, 512), found["after"]
-        assert made["sampled"][1] < kept["sampled"][2] and kept["sampled"][1] < made["sampled"][2]
-        assert made["greedy"][0] > kept["greedy"][0] - 0.1
+        check_policy(found["after"])
 
 
 # ------------------------------------------------------------------------- process supervision

@@ -1,0 +1,218 @@
+"""What a user types: --help, wrong flags, defaults, --resume's flags; and how a run that fails ends.
+
+Nothing is trained here.
+"""
+import contextlib
+import dataclasses
+import importlib
+import io
+import json
+import re
+import shlex
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from plumbing import command_line, toy
+from plumbing.run import Run
+
+SCRIPTS = {name: importlib.import_module(name) for name in (
+    "reinforce reinforce_pp ppo trpo remax rloo grpo prime raft sft reward_model dpo orpo").split()}
+each_script = pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
+grpo, sft, dpo = SCRIPTS["grpo"], SCRIPTS["sft"], SCRIPTS["dpo"]
+
+
+@pytest.fixture(autouse=True)
+def as_in_a_new_process(monkeypatch):
+    monkeypatch.setattr(Run, "unfinished", None)
+
+
+def enter(script, *flags, train=None, file=None):
+    """What `python SCRIPT.py FLAGS` does, in this process -> the config that train() gets."""
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [file or f"{script.__name__}.py", *map(str, flags)])
+        patch.setitem(sys.modules, "__main__", script)
+        command_line.main(script.Config, script.TOY, lambda cfg: (seen.append(cfg),
+                                                                  (train or str)(cfg)))
+    return seen[0]
+
+
+def refused(capsys, script, *flags, code=2, train=None):
+    """The one sentence on stderr, and maybe the command that goes on; nobody sees a traceback."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        enter(script, *flags, train=train or script.train)
+    error, *command = capsys.readouterr().err.rpartition("error: ")[2].splitlines()
+    assert stop.value.code == code and len(command) <= 1, (stop.value.code, error, command)
+    assert not command or command[0].startswith("to go on from the last checkpoint: python ")
+    return error
+
+
+# ------------------------------------------------------------------------------------ what is typed
+
+@each_script
+def test_help_shows_the_docstring_and_each_flag_with_both_defaults(script, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "9999")
+    with pytest.raises(SystemExit) as stop:
+        enter(script, "--help")
+    text = capsys.readouterr().out
+    assert stop.value.code == 0 and script.__doc__.strip() in text
+    entries = re.split(r"\n  (?=-)", text.partition("options:")[2])[2:]
+    shown = {entry.split()[0].strip(","): " ".join(entry.split()) for entry in entries}
+    flags = [field for field in dataclasses.fields(script.Config) if field.init]
+    assert list(shown) == [f"--{flag.name}" for flag in flags]
+    for flag in flags:
+        toys = f"; toy: {script.TOY[flag.name]}" if flag.name in script.TOY else ""
+        assert shown[f"--{flag.name}"].endswith(
+            f" {flag.metadata['help']} (default: {flag.default}{toys})")
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--learning_rate 1", "--learning_rate"), ("--temp 1", "--temp"), ("runs/grpo", "runs/grpo"),
+    ("--steps many", "--steps"), ("--steps 1.5", "--steps"), ("--steps", "--steps"),
+    ("--lr", "--lr"), ("--process maybe", "--process"), ("--resume", "--resume")])
+def test_what_is_no_flag_or_no_value_is_one_sentence(capsys, flags, words):
+    error = refused(capsys, grpo, *flags.split(), train=lambda cfg: pytest.fail("it began"))
+    assert words in error and "--help" in error
+
+
+def test_dashes_choices_and_switches():
+    cfg = enter(grpo, "--max-new-tokens", 9, "--kl_coef=0.5", "--process", "--compile", "True")
+    assert (cfg.max_new_tokens, cfg.kl_coef, cfg.process, cfg.compile) == (9, 0.5, True, True)
+    assert enter(dpo, "--loss", "plackett_luce").loss == "plackett_luce"
+    with pytest.raises(SystemExit):
+        enter(dpo, "--loss", "hinge")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, folders):
+    """A run folder of the toy's model, and one of another model."""
+    found = {}
+    for name, text in (("toy", False), ("real", True)):
+        found[name] = tmp_path_factory.mktemp(name)
+        (found[name] / "model").symlink_to(folders("llama", text=text))
+    return found
+
+
+@each_script
+def test_defaults_are_the_toys_where_the_model_is_the_toys(script, runs, folders, capsys):
+    """No --model, or one with the toy's tokens; --data does not decide, and what is typed stays."""
+    real = folders("llama", text=True)
+    for flags, expected in (
+            ([], script.TOY), (["--model", toy.POLICY], script.TOY), (["--data", "words"],
+                                                                      script.TOY),
+            (["--model", folders("gpt2")], script.TOY), (["--model", runs["toy"]], script.TOY),
+            (["--model", real], {}), (["--model", real, "--data", "toy"], {}),
+            (["--model", runs["real"]], {}), (["--model", "someone/nothing"], {})):
+        typed = dict(zip([flag.strip("-") for flag in flags[::2]], map(str, flags[1::2])))
+        assert enter(script, *flags) == script.Config(**{**expected, **typed}), flags
+        assert enter(script, *flags, "--eval_prompts", 3, "--save_every", 4) == script.Config(
+            **{**expected, **typed, "eval_prompts": 3, "save_every": 4}), flags
+
+
+@each_script
+def test_a_real_model_on_a_cpu_is_told_flags_that_this_script_has(script, folders, monkeypatch,
+                                                                   capsys):
+    real = ["--model", folders("llama", text=True)]
+    for cuda, flags, told in ((True, real, False), (False, [], False), (False, real, True),
+                              (True, [*real, "--device", "cpu"], True)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+        capsys.readouterr()
+        enter(script, *flags)
+        said = capsys.readouterr().out
+        assert ("on a CPU" in said) == told
+        if told:
+            assert ("--prompts_per_step" in said) == ("reward" in vars(script.Config()))
+            cfg = enter(script, *real, *re.findall(r"--?\w[\w.-]*", said))
+            assert cfg.steps == 20 and cfg.max_new_tokens == 48
+
+
+# --------------------------------------------------------------------------- the flags of --resume
+
+def test_resume_has_the_flags_of_the_run_and_what_is_typed_wins(tmp_path, monkeypatch):
+    """Of the toy and of other models; from another folder; ~ is the home folder."""
+    saved = dict(vars(grpo.Config(model="some/model", steps=7, lr=0.5, process=True)))
+    saved.update(script="grpo", checksum=1)
+    (tmp_path / "my run").mkdir()
+    (tmp_path / "my run" / "config.json").write_text(json.dumps(saved))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for folder in (tmp_path / "my run", "~/my run"):
+        cfg = enter(grpo, "--resume", folder)
+        assert cfg == grpo.Config(model="some/model", steps=7, lr=0.5, process=True,
+                                  resume=str(folder))
+        cfg = enter(grpo, f"--resume={folder}", "--lr", 3, "--steps=9", "--process", "False")
+        assert cfg == grpo.Config(model="some/model", steps=9, lr=3, resume=str(folder))
+
+
+@pytest.mark.parametrize("text", [
+    None, "", '{"lr": 1', "[1]", "null", '{"lr": 1.0}', '{"script": "sft"}', "\xff",
+    '{"script": "dpo", "checksum": 1, "beta": 0.1}', '{"script": "sft", "checksum": 1, "lr": "x"}'])
+def test_a_folder_without_a_config_of_this_script_is_refused(tmp_path, capsys, text):
+    """No file, torn, another shape, flags of another script, a value that is none."""
+    if text is not None:
+        (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
+    error = refused(capsys, sft, "--resume", tmp_path, train=lambda cfg: pytest.fail("it began"))
+    assert "--resume" in error or "--lr" in error
+
+
+def test_a_home_folder_that_is_not_there_is_one_sentence(tmp_path, monkeypatch, capsys):
+    """Of no user; with --out_dir, "~no_such_user" may also be a name like any other."""
+    monkeypatch.chdir(tmp_path)
+    for flag in ("--resume", "--model"):
+        assert flag in refused(capsys, grpo, flag, "~no_such_user/x")
+    with contextlib.suppress(SystemExit):
+        Run.make(SimpleNamespace(name="grpo"), "~no_such_user/x")
+
+
+# ------------------------------------------------------------------------------ how a failure ends
+
+def failing(error, folder="/my runs/a"):
+    """A train() that begins a run in the folder, if there is one, and fails."""
+    def train(cfg):
+        Run.unfinished = folder
+        if isinstance(error, BaseException):
+            raise error
+        error()
+    return train
+
+
+@pytest.mark.parametrize("error, code, words", [
+    (KeyboardInterrupt(), 130, "stopped"), (OSError(28, "No space left on device"), 1, "No space"),
+    (BrokenPipeError(32, "Broken pipe"), 1, "Broken pipe"),
+    (torch.OutOfMemoryError("CUDA out of memory.\nTried"), 1, "--micro_batch_size 48"),
+    (lambda: torch.empty(2**58), 1, "--micro_batch_size 48")])
+def test_a_failure_is_one_sentence_and_the_command_that_goes_on(capsys, error, code, words):
+    """The command survives a copy from the screen. Before the run has a folder, there is none."""
+    for folder in (None, "/my runs/a"):
+        with pytest.raises(SystemExit) as stop:
+            enter(grpo, "--micro_batch_size", 48, train=failing(error, folder), file="my dir/g.py")
+        sentence, *command = capsys.readouterr().err.splitlines()
+        assert stop.value.code == code and sentence.startswith("error: ") and words in sentence
+        assert [shlex.split(line.partition("point: ")[2]) for line in command] == [
+            ["python", "my dir/g.py", "--resume", folder]][: len(folder or "")]
+
+
+def test_an_error_of_ours_shows_itself(capsys):
+    with pytest.raises(RuntimeError, match="a bug"):
+        enter(grpo, train=failing(RuntimeError("a bug")))
+    assert "--resume '/my runs/a'" in capsys.readouterr().err
+
+
+def test_a_run_that_ends_well_prints_no_command(capsys):
+    enter(grpo, train=failing(str, None))
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", None])
+def test_a_screen_that_lacks_a_character_or_is_closed(monkeypatch, encoding):
+    """The character is written as its number, and all others as they are."""
+    screens = [encoding and io.TextIOWrapper(io.BytesIO(), encoding=encoding) for _ in range(2)]
+    monkeypatch.setattr(sys, "stdout", screens[0]), monkeypatch.setattr(sys, "stderr", screens[1])
+    enter(grpo, train=lambda cfg: (print("2 \U0001f34e"), print("3 \u7b54", file=sys.stderr)))
+    for screen, text in zip(screens, (b"2 \\U0001f34e\n", b"3 \\u7b54\n")):
+        if screen:
+            screen.flush()
+            assert screen.buffer.getvalue() == text
