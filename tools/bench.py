@@ -15,8 +15,6 @@ comes with requirements-dev.txt; without it, its rows say so.
 import argparse
 import contextlib
 import copy
-import ctypes
-import gc
 import importlib.util
 import io
 import json
@@ -26,7 +24,6 @@ import time
 from collections import Counter
 from functools import partial
 from operator import itemgetter
-from pathlib import Path
 from statistics import median
 from unittest import mock
 
@@ -108,44 +105,24 @@ class Work:
 
 
 class Stopwatch:
-    """Of each step: milliseconds in all, of the CPU, per phase; new tokens; peak of the memory."""
-
-    proc = Path("/proc/self")
+    """Of each step: milliseconds in all and per phase, and new tokens."""
 
     def __init__(self, device):
         self.cuda, self.found = device.startswith("cuda"), []
-        gc.collect()
-        if self.proc.exists():
-            ctypes.CDLL(None).malloc_trim(0)  # what was freed, back to the system
-        self.rest = self.memory(reset=True)
 
     def now(self):
         if self.cuda:
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    def memory(self, reset=False):
-        """Peak since the last reset, in MB: of tensors on a GPU, else of the process, on Linux."""
-        if self.cuda:
-            if reset:
-                torch.cuda.reset_peak_memory_stats()
-            return torch.cuda.max_memory_allocated() / 1e6
-        if not self.proc.exists():
-            return float("nan")
-        if reset:
-            (self.proc / "clear_refs").write_text("5")
-        return int((self.proc / "status").read_text().split("VmHWM:")[1].split()[0]) * 1024 / 1e6
-
     def start(self):
-        self.phases, self.tokens = Counter(), 0
-        self.memory(reset=True)
-        self.begun = self.now(), time.process_time()
+        self.phases, self.tokens, self.begun = Counter(), 0, self.now()
 
     def stop(self):
-        wall, cpu = self.now() - self.begun[0], time.process_time() - self.begun[1]
+        wall = self.now() - self.begun
         self.found.append(dict(
-            ms=1e3 * wall, cpu=1e3 * cpu, tokens=self.tokens, memory=self.memory() - self.rest,
-            rollout=1e3 * self.phases["rollout"], logprobs=1e3 * self.phases["logprobs"],
+            ms=1e3 * wall, tokens=self.tokens, rollout=1e3 * self.phases["rollout"],
+            logprobs=1e3 * self.phases["logprobs"],
             update=1e3 * (wall - self.phases.total())))  # the rest
 
     def book(self, phase, function):
@@ -278,7 +255,6 @@ def contenders(row):
         return dict(ours=our_rollout, generate=generate)
     found = dict(ours=partial(ours, name=script, flags=flags))
     if trainer and importlib.util.find_spec("trl"):
-        importlib.import_module("trl")  # now, or it would count as memory of its first turn
         found["TRL"] = partial(theirs, name=trainer, settings=settings)
     return found
 
@@ -319,12 +295,12 @@ def ratio(found, one, two, rounds, phase="ms"):
 
 
 def show(found, rounds):
-    print("| row | | ms | CPU ms | new tokens/s | rollout | log-probs | update, rest | peak MB "
-          "| rollout: generate / this | step: TRL / ours |\n" + "|---" * 11 + "|")
+    print("| row | | ms | new tokens/s | rollout | log-probs | update, rest "
+          "| rollout: generate / this | step: TRL / ours |\n" + "|---" * 9 + "|")
     for (row, who), steps in found.items():
         cells = [median(map(of, steps)) for of in (
-            itemgetter("ms"), itemgetter("cpu"), lambda step: 1e3 * step["tokens"] / step["ms"],
-            *map(itemgetter, ("rollout", "logprobs", "update", "memory")))]
+            itemgetter("ms"), lambda step: 1e3 * step["tokens"] / step["ms"],
+            *map(itemgetter, ("rollout", "logprobs", "update")))]
         last = ["-" if row == NATURAL else
                 ratio(found, ("rollout", "generate"), (row, who), rounds, "rollout"),
                 "-" if who != "ours" else ratio(found, (row, "TRL"), (row, who), rounds)]

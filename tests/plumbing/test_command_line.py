@@ -126,7 +126,8 @@ def test_a_real_model_on_a_cpu_is_told_flags_that_this_script_has(script, folder
         assert ("on a CPU" in said) == told
         if told:
             assert ("--prompts_per_step" in said) == ("reward" in vars(script.Config()))
-            cfg = enter(script, *real, *re.findall(r"--?\w[\w.-]*", said))
+            hint = re.findall(r"(--\w+) ([\d.]+(?:e-\d+)?)", said)
+            cfg = enter(script, *real, *sum(hint, ()))
             assert cfg.steps == 20 and cfg.max_new_tokens == 48
 
 

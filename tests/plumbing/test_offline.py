@@ -29,23 +29,17 @@ def compared(rewards):
 
 
 @pytest.mark.parametrize("K", [2, 4])
-def test_preferences_of_micro_batches_add_up_to_those_of_the_step(K):
+def test_preferences_are_means_over_prompts_and_those_of_micro_batches_add_up(K):
     """Ties count half; parts of a step are divided by its n prompts, not by theirs."""
     rewards = torch.randint(-2, 3, (9, K), generator=torch.Generator().manual_seed(0)).float()
     rewards.requires_grad_()
     rows = compared(rewards.tolist())
     parts = [preference_stats(part, 9) for part in (rewards[:2], rewards[2:3], rewards[3:])]
-    for name in rows[0]:
-        wanted = sum(row[name] for row in rows) / 9
-        assert sum(part[name].item() for part in parts) == pytest.approx(wanted, abs=1e-6)
-        assert not parts[0][name].requires_grad
-
-
-def test_held_out_numbers_are_means_over_prompts():
-    rewards = torch.tensor([[3.0, 1, 5], [2, 2, -4], [0, 1, 1]])
-    rows, found = compared(rewards.tolist()), held_out_stats(rewards)
-    assert {name: value for name, (value, low, high) in found.items()} == pytest.approx(
-        {name: sum(row[name] for row in rows) / 3 for name in ("accuracy", "margin")})
+    wanted = {name: pytest.approx(sum(row[name] for row in rows) / 9) for name in rows[0]}
+    assert {name: sum(part[name].item() for part in parts) for name in wanted} == wanted
+    assert not any(value.requires_grad for value in parts[0].values())
+    held_out = {name: value for name, (value, low, high) in held_out_stats(rewards).items()}
+    assert held_out == {name: wanted[name] for name in ("accuracy", "margin")}
 
 
 @pytest.mark.parametrize("n, K", [(1, 1), (70, 2), (128, 3)])

@@ -1,0 +1,353 @@
+"""A run: its folder, how it goes on, and what happens to it when something comes between."""
+import copy
+import json
+import os
+import resource
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import dpo
+import grpo
+import rloo
+import warm
+from conftest import ROOT, save_folder, write_jsonl
+from plumbing.run import Run
+from test_command_line import as_in_a_new_process, enter, refused  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("few_problems")
+SMALL = dict(device="cpu", steps=2, prompts_per_step=4, minibatch_size=8, micro_batch_size=8,
+             max_new_tokens=6, eval_prompts=4, save_every=1, log_every=1, lr=1e-3)
+TYPED = [word for key, value in SMALL.items() for word in (f"--{key}", str(value))]
+REWARDS = '''
+import multiprocessing, pathlib, subprocess, sys, time
+
+def longer(prompts, completions, **columns):
+    return [len(text) / 60 for text in completions]
+
+def equal(prompts, completions, **columns):
+    return [0.5] * len(prompts)
+
+def listed(prompts, completions, **columns):
+    with open("prompts.txt", "a") as file:
+        file.writelines(f"{prompt}\\n" for prompt in prompts)
+    return longer(prompts, completions)
+
+def slow(text):
+    time.sleep(600)
+
+def program(prompts, completions, **columns):  # each completion is judged by one
+    if len(prompts) < 16:  # before the training
+        return longer(prompts, completions)
+    jobs = [subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(600)"])
+            for text in completions]
+    pathlib.Path("judging").touch()
+    return [float(job.wait()) for job in jobs]
+
+def pool(prompts, completions, **columns):
+    if len(prompts) < 16:
+        return longer(prompts, completions)
+    with multiprocessing.get_context("fork").Pool(2) as workers:
+        pathlib.Path("judging").touch()
+        return workers.map(slow, completions)
+
+def interrupted(prompts, completions, **columns):
+    if pathlib.Path("interrupted/metrics.jsonl").exists():
+        raise KeyboardInterrupt
+    return longer(prompts, completions)
+'''
+
+
+def rows(path):
+    """Of a .jsonl file, without what may differ between identical runs."""
+    return [{key: value for key, value in json.loads(line).items() if key != "time_step"}
+            for line in Path(path).read_text().splitlines()]
+
+
+def steps(folder):
+    return [row["step"] for row in rows(f"{folder}/metrics.jsonl")]
+
+
+def files(folder):
+    return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+def wait_until(condition, process):
+    while not condition():
+        assert process.is_alive()
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def props(tmp_path_factory, folders):
+    """Data, rewards, a model; and `run`, a run of two steps that was given relative paths."""
+    folder = tmp_path_factory.mktemp("props")
+    write_jsonl(folder / "sums.jsonl", [dict(prompt=f"{i}+{j}=", answer=i + j)
+                                        for i in range(9) for j in range(9)])
+    (folder / "mine.py").write_text(REWARDS)
+    (folder / "m").symlink_to(folders("llama"))
+    save_folder(folder / "other", seed=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        enter(grpo, *TYPED, "--model", "m", "--data", "sums.jsonl", "--reward", "mine.py:longer",
+              "--out_dir", "run", train=grpo.train)
+    return folder
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, props):
+    """A current folder of its own, with a copy of the run, the rewards, and an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(props / "run", "run")
+    shutil.copy(props / "mine.py", "mine.py")
+    Path("empty").mkdir()
+    return monkeypatch
+
+
+# ---------------------------------------------------------------------------------- how it goes on
+
+def test_a_run_goes_on_from_any_folder_and_through_links(here, props):
+    """The run, its model/ and its checkpoint have been moved; links to them are in their places."""
+    Path("disk").mkdir()
+    for name in ("model", "checkpoint.pt"):
+        shutil.move(f"run/{name}", f"disk/{name}")
+        Path("run", name).symlink_to(f"../../disk/{name}")
+    shutil.move("run", "disk/run"), Path("run").symlink_to("disk/run")
+    old, before = json.loads(Path("run/config.json").read_text()), files("disk/model")
+    here.chdir("empty")
+    enter(grpo, "--resume", "../run", "--steps", 3, "--lr", 1e-2, train=grpo.train)
+    assert not list(Path().iterdir())
+    here.chdir("..")
+    assert steps("run") == [1, 2, 3] and rows("run/metrics.jsonl")[:2] == rows(
+        props / "run" / "metrics.jsonl")
+    assert json.loads(Path("run/config.json").read_text()) == {**old, "steps": 3, "lr": 1e-2}
+    for name in ("run", "disk/run/model", "disk/run/checkpoint.pt"):
+        assert Path(name).is_symlink()
+    assert torch.load("disk/checkpoint.pt", weights_only=True)["step"] == 3
+    after = files("disk/model")
+    assert [path.name for path in before if before[path] != after[path]] == ["model.safetensors"]
+    assert {path.name for path in Path("disk").iterdir()} == {"run", "model", "checkpoint.pt"}
+
+
+def test_a_run_without_a_checkpoint_begins_anew(here, props):
+    """As it was killed in its second step. What it logged is logged again, and once."""
+    shutil.rmtree("run/model"), Path("run/checkpoint.pt").unlink(), Path("run/test.json").unlink()
+    with open("run/metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "sco')
+    enter(grpo, "--resume", "run", train=grpo.train)
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        assert rows(f"run/{name}") == rows(props / "run" / name)
+    assert files("run/model").values() and list(files("run/model").values()) == list(
+        files(props / "run" / "model").values())
+
+
+def cut(file, size):
+    os.truncate(Path("run", file), size)
+
+
+@pytest.mark.parametrize("words, flags, change", [
+    (["grpo"], None, None), (["data"], ["--data", "changed.jsonl"], None),
+    (["model"], ["--model", "{}/other"], None), (["config.json"], [], lambda: cut("config.json", 9)),
+    (["--resume"], [], lambda: cut("checkpoint.pt", 40_000)),
+    (["--resume"], [], lambda: cut("checkpoint.pt", 0)),
+    (["--resume"], [], lambda: torch.save(dict(step=2), "run/checkpoint.pt")),
+    (["--steps 1", "2"], ["--steps", "1"], None)])
+def test_what_does_not_go_on_is_one_sentence_and_loses_nothing(here, props, capsys, words, flags,
+                                                               change):
+    """Another script; other data, of which one prompt suffices; other weights; torn files; fewer
+    steps than were made."""
+    write_jsonl("changed.jsonl", [dict(json.loads(line), **dict(prompt="9+9=") if i == 40 else {})
+                                  for i, line in enumerate((props / "sums.jsonl").open())])
+    change and change()
+    before = files("run")
+    error = refused(capsys, rloo if flags is None else grpo, "--resume", "run",
+                    *(flag.format(props) for flag in flags or []))
+    assert all(word in error for word in words) and files("run") == before
+
+
+def test_more_epochs_may_be_asked_for(folders, here):
+    """The number of steps follows from them, also where they are typed at --resume."""
+    flags = dict(SMALL, model=folders("llama"), minibatch_size=100)
+    cfg = dpo.Config(**{key: value for key, value in {**dpo.TOY, **flags}.items()
+                        if key in vars(dpo.Config()) and key != "steps"}, out_dir="two")
+    before = copy.copy(cfg)
+    cfg.epochs = 2
+    dpo.train(cfg)
+    assert vars(cfg) == vars(before) | dict(epochs=2)
+    cfg.epochs, cfg.out_dir = 1, "one"
+    dpo.train(cfg)
+    assert steps("one") == [1, 2, 3] and steps("two") == [1, 2, 3, 4, 5, 6]
+    enter(dpo, "--resume", "one", "--epochs", 2, train=dpo.train)
+    assert steps("one") == [1, 2, 3, 4, 5, 6]
+
+
+# ------------------------------------------------------------------------------ called from Python
+
+def settings():
+    return (torch.are_deterministic_algorithms_enabled(), torch.is_grad_enabled(),
+            torch.is_deterministic_algorithms_warn_only_enabled(), torch.get_default_dtype(),
+            torch.utils.deterministic.fill_uninitialized_memory, torch.get_num_threads(),
+            torch.get_float32_matmul_precision(), *map(signal.getsignal, (2, 15)))
+
+
+def test_train_in_a_loop_in_a_thread_and_what_it_leaves_behind(folders, here):
+    """One Config for two seeds makes two runs; the settings of torch are those from before."""
+    before = settings()
+    cfg = grpo.Config(**{**grpo.TOY, **SMALL, "model": folders("llama"), "steps": 1})
+    for cfg.seed in (1, 2):
+        same = copy.copy(cfg)
+        thread = threading.Thread(target=grpo.train, args=[cfg])
+        thread.start()
+        thread.join()
+        assert cfg == same and settings() == before
+    for folder, seed in (("runs/grpo", 1), ("runs/grpo-2", 2)):
+        assert json.loads(Path(folder, "config.json").read_text())["seed"] == seed
+        assert Path(folder, "model").is_dir() and steps(folder) == [1]
+    cfg.steps, cfg.out_dir, cfg.reward = 2, "interrupted", "mine.py:interrupted"
+    with pytest.raises(KeyboardInterrupt):
+        grpo.train(cfg)
+    assert settings() == before and steps("interrupted") == [1]
+
+
+def test_validation_is_looked_at_while_training_and_test_only_before_and_after(folders, here):
+    """Each look judges a sampled and a greedy answer to each prompt."""
+    homes = {f"{a}+{b}=": ["train", "validation", "test"][b % 3] for a in range(8)
+             for b in range(6)}
+    Path("sums").mkdir()
+    for home in ("train", "validation", "test"):
+        write_jsonl(f"sums/{home}.jsonl", [dict(prompt=prompt, answer=1) for prompt in homes
+                                           if homes[prompt] == home])
+    grpo.train(grpo.Config(**{**SMALL, "model": folders("llama"), "data": "sums", "steps": 3,
+                              "eval_every": 1, "eval_prompts": 99, "reward": "mine.py:listed",
+                              "out_dir": "looked"}))
+    prompts = Path("prompts.txt").read_text().split()
+    for home, n in (("validation", 2 * 3), ("test", 2 * 2)):
+        found = [prompt for prompt in prompts if homes[prompt] == home]
+        assert len(found) == n * 16 and set(found) == {p for p in homes if homes[p] == home}
+    looks = rows("looked/validation.jsonl")
+    assert [(row["step"], row["n"]) for row in looks] == [(1, 16), (2, 16), (3, 16)]
+
+
+def test_the_first_step_warns_of_equal_scores_and_of_short_answers(folders, here, capsys):
+    for i, (reward, longest, words) in enumerate((
+            ("longer", 60, []), ("equal", 60, ["scores are equal"]),
+            ("longer", 2, ["--max_new_tokens"]))):
+        grpo.train(grpo.Config(**{**grpo.TOY, **SMALL, "model": folders("llama", hostile=True),
+                                  "max_new_tokens": longest, "reward": f"mine.py:{reward}",
+                                  "out_dir": str(i)}))
+        said = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+        assert len(said) == len(words) and all(word in said[0] for word in words)
+
+
+# -------------------------------------------------------------------------- what comes between
+
+def test_a_run_that_blows_up_goes_on_with_a_smaller_learning_rate(folders, here, capsys):
+    """It ends with one sentence, and what it saved is from before."""
+    for rate in ("1e18", "1e39"):  # the next gradient is infinite; the weights are
+        error = refused(capsys, grpo, *TYPED, "--model", folders("llama"), "--lr", rate,
+                        "--max_grad_norm", 1e9, "--out_dir", rate, code=1)
+        assert "--lr" in error and not Path(rate, "model").exists()
+    enter(grpo, "--resume", "1e39", "--lr", 1e-3, "--max_grad_norm", 1, train=grpo.train)
+    assert steps("1e39") == [1, 2]
+
+
+@pytest.mark.parametrize("full", ["config.json", "metrics.jsonl", "checkpoint.pt", "model"])
+def test_a_full_disk_is_one_sentence_and_what_was_there_stays(here, capsys, full):
+    """For a program, it is as if a file could not be longer than so many bytes."""
+    def fill(method):
+        def wrapped(run, name, *args, **fields):
+            if name == full:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+            return method(run, name, *args, **fields)
+        return wrapped
+
+    limits, before = resource.getrlimit(resource.RLIMIT_FSIZE), files("run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "replace", fill(Run.replace))
+        patch.setattr(Run, "write", fill(Run.write))
+        try:
+            error = refused(capsys, grpo, "--resume", "run", "--steps", 3, code=1)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "too large" in error.lower() or "unexpected pos" in error, error
+    assert full in error or full == "metrics.jsonl"
+    kept = "config.json", "checkpoint.pt", "model/model.safetensors"
+    for name in kept[kept.index(full) if full in kept else 2 * (full == "model"):]:
+        assert Path("run", name).read_bytes() == before[Path("run", name)] or full == "metrics.jsonl"
+    enter(grpo, "--resume", "run", "--steps", 3, train=grpo.train)
+    assert steps("run") == [1, 2, 3]
+
+
+def test_of_two_processes_with_one_folder_one_is_refused(here, folders, capsys):
+    """Also where neither saw the other's folder when it looked."""
+    here.setattr(os.path, "lexists", lambda path: False)
+    here.setattr(os.path, "exists", lambda path: False)
+    before = files("run")
+    assert "--out_dir" in refused(capsys, grpo, *TYPED, "--model", folders("llama"), "--out_dir",
+                                  "run")
+    assert files("run") == before
+
+
+GROUP = """
+import os, runpy, sys
+os.setpgid(0, 0)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("judge", ["program", "pool"])
+def test_ctrl_c_ends_a_run_at_once_and_the_printed_command_goes_on(here, props, judge):
+    """A terminal sends it to all processes of the command: what they answer then is no score."""
+    flags = ["--model", props / "m", "--data", props / "sums.jsonl", "--out_dir", "my run"]
+    process = warm.start(["-c", GROUP, ROOT / "grpo.py", *TYPED, *flags, "--reward",
+                          f"mine.py:{judge}"], Path.cwd(), Path("screen").absolute())
+    wait_until(Path("judging").exists, process)
+    os.killpg(process.pid, signal.SIGINT)
+    process.join(20)
+    screen = Path("screen").read_text()
+    assert process.exitcode == 130 and "\nerror: stopped\n" in screen, screen
+    assert not Path("my run/metrics.jsonl").exists() and Path("my run/config.json").exists()
+    assert "Traceback" not in screen or judge == "pool"  # of its workers
+    command = shlex.split(screen.splitlines()[-1].partition("checkpoint: ")[2])
+    assert command[0] == "python" and command[-1] == str(Path("my run").absolute())
+    warm.call(*command[1:], "--reward", "mine.py:longer", cwd=Path.cwd())
+    assert steps("my run") == [1, 2]
+
+
+def test_a_run_that_was_killed_goes_on(here, props, capsys):
+    """SIGTERM has its usual effect: nothing is finished first."""
+    flags = ["--model", props / "m", "--data", props / "sums.jsonl", "--reward", "mine.py:longer"]
+    process = warm.start([ROOT / "grpo.py", *TYPED, *flags, "--steps", 9999, "--out_dir", "cut"],
+                         Path.cwd(), Path("screen").absolute())
+    wait_until(lambda: Path("cut/metrics.jsonl").exists() and len(steps("cut")) > 2, process)
+    process.terminate()
+    process.join(20)
+    assert process.exitcode == -signal.SIGTERM and not Path("cut/model").exists()
+    made = torch.load("cut/checkpoint.pt", weights_only=True)["step"]
+    enter(grpo, "--resume", "cut", "--steps", made + 1, train=grpo.train)
+    assert steps("cut") == list(range(1, made + 2))
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_a_process_that_imports_all_itself_prints_no_warning(here, props, closed):
+    """And if nobody reads its screen any more, as in `python grpo.py | head -1`, it says so."""
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "grpo.py"), *TYPED, "--model", str(props / "m"), "--data",
+         str(props / "sums.jsonl"), "--reward", "mine.py:longer", "--max_new_tokens", "60"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline().startswith("data ")
+    if closed:
+        process.stdout.close()
+    said = ("" if closed else process.stdout.read()) + process.stderr.read()
+    assert process.wait(120) == closed and Path("runs/grpo/model").exists() != closed, said
+    assert "warning" not in said.lower() and "Traceback" not in said and "ignored" not in said
+    assert said.count("error: ") == said.count("to go on") == closed
