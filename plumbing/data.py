@@ -34,7 +34,10 @@ def load_problems(cfg, policy, tokenizer, wanted=None):
         problems = [to_problem({**columns, **row}, wanted, split == "train",
                                f"--data {cfg.data}: row {number} of {split}")
                     for number, row in enumerate(rows, 1)]
-        splits[split] = drop_unfit(encode(problems, tokenizer, cfg.data), policy, cfg, split)
+        encode(problems, tokenizer, cfg.data)
+        if toy.is_toy(cfg.model) and any(tokenizer.unk_token_id in row["ids"] for row in problems):
+            fail(f"--data {cfg.data}: the toy's model reads digits, + - = and comma; name a --model")
+        splits[split] = drop_unfit(problems, policy, cfg, split)
     splits = hold_out(splits, cfg.data)
     for split in ("validation", "test"):
         if len(splits[split]) > cfg.eval_prompts:
@@ -187,9 +190,8 @@ def encode(problems, tokenizer, data="the data"):
     texts = [render(problem["prompt"], tokenizer, data) for problem in problems]
     for problem, ids in zip(problems, tokenizer(texts, add_special_tokens=False).input_ids):
         problem["ids"] = ids if ids[: len(before)] == before else before + ids
-        if not problem["ids"] or ("<unk>" == tokenizer.unk_token and tokenizer.unk_token_id in ids):
-            fail(f"--data {data}: the prompt {problem['prompt']!r:.200} is empty, or the tokenizer "
-                 "does not know all its characters; the toy's knows digits, + - = and comma")
+        if not problem["ids"]:
+            fail(f"--data {data}: the prompt {problem['prompt']!r:.200} has no tokens; delete it")
         texts = [text.rstrip().removesuffix(eos) if text.rstrip().endswith(eos) else text
                  for text in problem["completions"]]
         problem["targets"] = [ids + [tokenizer.eos_token_id] for ids in (

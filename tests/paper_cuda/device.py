@@ -1,0 +1,289 @@
+"""
+A CUDA device made of paper: for machines without a GPU, to find what would stop on one.
+
+    PAPER_CUDA=1 python -m pytest tests/paper_cuda                 the tests that a GPU runs
+    python tests/paper_cuda/device.py grpo.py --device cuda        a script, as if there were a GPU
+
+Tensors say that they are on cuda:0 and compute on the CPU. These things are as on a GPU: an
+operation that mixes devices raises an error, torch.rand refuses a generator of the other device,
+autocast gives the dtypes that it gives on CUDA, random numbers have a state of their own, SYNCS
+counts how often the program waits for the GPU, and max_memory_allocated() counts bytes of tensors.
+These are not: speed, rounding, what a kernel takes for itself, kernels that a GPU lacks.
+
+It needs a C++ compiler and the headers that come with torch, and must be imported before torch.
+"""
+import ctypes
+import functools
+import importlib.util
+import runpy
+import subprocess
+import sys
+import tempfile
+import weakref
+from pathlib import Path
+
+if __name__ == "__main__":  # once more, under the name by which pickle finds rebuild()
+    import device
+    device.run_script(*sys.argv[1:])
+    sys.exit()
+if "torch" in sys.modules:
+    raise ImportError("import device before torch")
+
+
+def load_guard():
+    """Compile device.cpp against the installed torch, which takes two seconds, and load it."""
+    home = Path(importlib.util.find_spec("torch").origin).parent
+    out = Path(tempfile.mkdtemp(), "guard.so")
+    include = [f"-I{home}/include", f"-I{home}/include/torch/csrc/api/include"]
+    link = [f"-L{home}/lib", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{home}/lib",
+            "-Wl,--no-as-needed"]
+    subprocess.run(["g++", "-shared", "-fPIC", "-std=c++20", "-O1", *include,
+                    Path(__file__).with_suffix(".cpp"), "-o", out, *link], check=True)
+    return ctypes.CDLL(out, mode=ctypes.RTLD_GLOBAL)
+
+
+guard = load_guard()
+
+import torch  # noqa: E402
+from torch.utils._python_dispatch import (  # noqa: E402
+    TorchDispatchMode, return_and_correct_aliasing)
+
+guard.install_guard()
+
+aten = torch.ops.aten
+CUDA = torch.device("cuda", 0)
+SYNCS = {}  # how often the program waited for the GPU, by kind
+RANDOM = torch.Generator()  # of torch.rand on CUDA without a generator
+GENERATORS = []  # those made for CUDA
+ACROSS = {aten._to_copy.default, aten.copy_.default, aten._local_scalar_dense.default}
+INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default,
+            aten._index_put_impl_.default}
+WAITING = {aten._local_scalar_dense.default: "item", aten.nonzero.default: "nonzero",
+           aten._unique2.default: "unique", aten.unique_dim.default: "unique",
+           aten.masked_select.default: "masked_select", aten.equal.default: "equal"}
+NUMBERS = {aten._local_scalar_dense.default, aten.equal.default}
+
+
+def count(kind):
+    SYNCS[kind] = SYNCS.get(kind, 0) + 1
+
+
+class Bytes:
+    """The memory of one storage, as long as a tensor has it: now and peak are sums over all."""
+
+    now = peak = 0
+    of_storage = weakref.WeakValueDictionary()
+
+    def __init__(self, size):
+        Bytes.now += size
+        Bytes.peak = max(Bytes.peak, Bytes.now)
+        weakref.finalize(self, Bytes.free, size).atexit = False
+
+    @staticmethod
+    def free(size):
+        Bytes.now -= size
+
+
+class Paper(torch.Tensor):
+    """A tensor on cuda:0; `elem` is the CPU tensor that it stands for."""
+
+    @staticmethod
+    def __new__(cls, elem):
+        tensor = torch.Tensor._make_wrapper_subclass(
+            cls, elem.size(), strides=elem.stride(), storage_offset=elem.storage_offset(),
+            dtype=elem.dtype, layout=elem.layout, device=CUDA)
+        tensor.elem, storage = elem, elem.untyped_storage()
+        known = Bytes.of_storage.get(storage._cdata)
+        tensor.bytes = known or Bytes(storage.nbytes())
+        Bytes.of_storage[storage._cdata] = tensor.bytes
+        return tensor
+
+    def __tensor_flatten__(self):  # module.to() then swaps its parameters for these
+        return ["elem"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner, meta, size, stride):
+        return Paper(inner["elem"])
+
+    def __repr__(self):
+        return f"Paper({self.elem})"
+
+    def tolist(self):
+        count("tolist")
+        return self.elem.tolist()
+
+    def numpy(self, *args, **kwargs):
+        raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to "
+                        "copy it to host memory first.")
+
+    def __reduce_ex__(self, protocol):
+        return rebuild, (self.elem.detach(), self.requires_grad)
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        return compute(func, args, kwargs or {})
+
+
+class Mode(TorchDispatchMode):
+    """Sees what makes a tensor on CUDA out of nothing or out of a CPU tensor."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return compute(func, args, kwargs or {})
+
+
+def rebuild(elem, requires_grad):
+    return Paper(elem).requires_grad_(requires_grad)
+
+
+def each_tensor(function, x):
+    """x, a tensor or lists, tuples and dicts of them, with function(tensor) for each tensor."""
+    if isinstance(x, torch.Tensor):
+        return function(x)
+    if isinstance(x, (list, tuple)):
+        return type(x)(each_tensor(function, part) for part in x)
+    if isinstance(x, dict):
+        return {key: each_tensor(function, part) for key, part in x.items()}
+    return x
+
+
+def compute(func, args, kwargs):
+    """An operation: check the devices of its tensors, compute it on the CPU, wrap what it gives."""
+    tensors = []
+    each_tensor(tensors.append, (args, kwargs))
+    papers = [x for x in tensors if isinstance(x, Paper)]
+    check_devices(func, args, tensors, papers)
+    device = kwargs.get("device") and torch.device(kwargs["device"])
+    here = device.type == "cuda" if device else bool(papers)  # does the result lie on CUDA?
+    args_, kwargs_ = each_tensor(lambda x: x.elem if isinstance(x, Paper) else x, (args, kwargs))
+    if device and device.type == "cuda":
+        kwargs_ = dict(kwargs_, device=torch.device("cpu"))
+    if func is aten.rand.default and here:  # CUDA's random numbers have a state of their own
+        func, kwargs_ = aten.rand.generator, dict(kwargs_, generator=RANDOM)
+    if papers and func in WAITING:
+        count(WAITING[func])
+    if func is aten.copy_.default:
+        (args[0].elem if isinstance(args[0], Paper) else args[0]).copy_(args_[1])
+        return args[0]
+    if func is aten._to_copy.default and here != bool(papers):
+        if args_[0].numel():
+            count("copy to GPU" if here else "copy to CPU")
+        args_ = (args_[0].clone(), *args_[1:])
+    out = func(*args_, **kwargs_)
+    if not here or func in NUMBERS:
+        return out
+    out = each_tensor(lambda x: x if isinstance(x, Paper) else Paper(x), out)
+    return return_and_correct_aliasing(func, args, kwargs, out) if papers and aliases(func) else out
+
+
+@functools.cache
+def aliases(func):
+    """Whether it writes into its arguments or returns a view of them."""
+    return any(argument.alias_info for argument in func._schema.arguments)
+
+
+def check_devices(func, args, tensors, papers):
+    if not papers or len(papers) == len(tensors) or func in ACROSS:
+        return
+    indices = []
+    if func in INDEXING:  # a tensor on CUDA takes indices from either device, one on the CPU not
+        if not isinstance(args[0], Paper):
+            raise RuntimeError("indices should be either on cpu or on the same device as the "
+                               "indexed tensor (cpu)")
+        each_tensor(indices.append, args[1])
+        for x in indices:
+            if not isinstance(x, Paper) and x.dim() > 0:
+                count("copy to GPU")
+    known = {id(x) for x in indices}
+    for x in tensors:
+        if not isinstance(x, Paper) and x.dim() > 0 and id(x) not in known:
+            raise RuntimeError("Expected all tensors to be on the same device, but found cuda:0 "
+                               f"and cpu ({func})")
+
+
+def same_device(function):
+    """torch.rand and its like refuse a generator of another device."""
+    def checked(*args, generator=None, device=None, **kwargs):
+        kind = torch.device(device or "cpu").type
+        if generator is not None:
+            if any(generator is known for known in GENERATORS) != (kind == "cuda"):
+                raise RuntimeError(f"Expected a '{kind}' device type for generator")
+            kwargs["generator"] = generator
+        return function(*args, device=device, **kwargs)
+    return checked
+
+
+class Generator:
+    def __new__(cls, device="cpu", make=torch.Generator):
+        made = make("cpu")
+        if torch.device(device).type == "cuda":
+            GENERATORS.append(made)
+        return made
+
+
+def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None,
+              enable_gqa=False):
+    """scaled_dot_product_attention by its definition, in the dtype that autocast gives it on CUDA.
+
+    A query that may look at nothing gets zeros, as from CUDA's kernels.
+    """
+    if torch.is_autocast_enabled("cuda"):
+        query, key, value = (x.to(torch.get_autocast_dtype("cuda")) for x in (query, key, value))
+    if enable_gqa:
+        groups = query.shape[1] // key.shape[1]
+        key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+    weights = query @ key.transpose(-1, -2) * (scale or query.shape[-1] ** -0.5)
+    if is_causal:
+        past = torch.ones(weights.shape[-2:], dtype=torch.bool, device=query.device).tril()
+        weights = weights.masked_fill(~past, float("-inf"))
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        weights = weights.masked_fill(~attn_mask, float("-inf"))
+    elif attn_mask is not None:
+        weights = weights + attn_mask
+    return torch._safe_softmax(weights.float(), -1).to(value.dtype) @ value
+
+
+def reset_peak():
+    Bytes.peak = Bytes.now
+
+
+def install():
+    """From here on there is one GPU, which has bf16."""
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    torch.Generator = Generator
+    for name in ("rand", "randn", "randint", "randperm"):
+        setattr(torch, name, same_device(getattr(torch, name)))
+    torch.nn.functional.scaled_dot_product_attention = lambda query, *args, **kwargs: (
+        attention if isinstance(query, Paper) else sdpa)(query, *args, **kwargs)
+    answers = dict(
+        _lazy_init=None, is_available=True, is_initialized=True, device_count=1, current_device=0,
+        is_bf16_supported=True, mem_get_info=(80 << 30, 80 << 30), empty_cache=None,
+        get_device_name="paper", get_device_capability=(9, 0),
+        is_current_stream_capturing=False)
+    for name, answer in answers.items():
+        setattr(torch.cuda, name, lambda *args, answer=answer, **kwargs: answer)
+    torch.cuda.synchronize = lambda *args: count("synchronize")
+    torch.cuda.max_memory_allocated = lambda *args: Bytes.peak
+    torch.cuda.memory_allocated = lambda *args: Bytes.now
+    torch.cuda.reset_peak_memory_stats = lambda *args: reset_peak()
+    torch.cuda.manual_seed_all = torch.cuda.manual_seed = lambda seed: RANDOM.manual_seed(seed)
+    torch.cuda.get_rng_state = lambda *args: RANDOM.get_state()
+    torch.cuda.set_rng_state = lambda state, *args: RANDOM.set_state(state)
+    torch.serialization.add_safe_globals([rebuild])
+    torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(list, device=cuda): a copy, and seen
+    Mode().__enter__()
+    import transformers
+    save = transformers.PreTrainedModel.save_pretrained
+    transformers.PreTrainedModel.save_pretrained = lambda self, folder, **kwargs: save(
+        self, folder, state_dict={name: x.detach().cpu() for name, x in self.state_dict().items()},
+        **kwargs)
+
+
+def run_script(path, *flags):
+    """What `python PATH FLAGS` does; at the end, how often it waited for the GPU."""
+    install()
+    sys.argv[:] = [path, *flags]
+    sys.path[0] = str(Path(path).resolve().parent)
+    try:
+        runpy.run_path(path, run_name="__main__")
+    finally:
+        print("waited for the GPU:", ", ".join(f"{kind} {n}" for kind, n in sorted(SYNCS.items())))
