@@ -36,7 +36,7 @@ def load_problems(cfg, policy, tokenizer, wanted=None):
                     for number, row in enumerate(rows, 1)]
         encode(problems, tokenizer, cfg.data)
         if toy.is_toy(cfg.model) and any(tokenizer.unk_token_id in row["ids"] for row in problems):
-            fail(f"--data {cfg.data}: the toy's model reads digits, + - = and comma; name a --model")
+            fail(f"--data {cfg.data}: the toy's model reads digits, + - = and comma; name --model")
         splits[split] = drop_unfit(problems, policy, cfg, split)
     splits = hold_out(splits, cfg.data)
     for split in ("validation", "test"):
@@ -126,13 +126,12 @@ def to_problem(row, wanted, needs, where):
 
 def clean(value):
     """Text, or messages {role, content} without the keys that Arrow filled with None; else None."""
-    if isinstance(value, str):  # JSON may hold half a letter
-        return value if value == value.encode("utf-8", "ignore").decode() else None
-    if not isinstance(value, list) or not value or not all(
-            isinstance(message, dict) and isinstance(message.get("role"), str)
-            and isinstance(clean(message.get("content")), str) for message in value):
-        return None
-    return [{key: item for key, item in message.items() if item is not None} for message in value]
+    if isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
+        value = [{key: item for key, item in part.items() if item is not None} for part in value]
+        texts = [clean(part.get(key)) for part in value for key in ("role", "content")]
+        return value if all(isinstance(text, str) for text in texts) else None
+    is_text = isinstance(value, str) and value == value.encode("utf-8", "ignore").decode()
+    return value if is_text else None  # JSON may hold half a letter
 
 
 def drop_unfit(problems, policy, cfg, split):
@@ -152,8 +151,8 @@ def drop_unfit(problems, policy, cfg, split):
               f"above {room} tokens, a completion above {cfg.max_new_tokens}, or two equal ones")
     if not kept:
         fail(f"--data {cfg.data}: no row of {split} is left; change --max_new_tokens, or the data")
-    if max(max(row["ids"] + sum(row["targets"], [])) for row in kept) >= (
-            policy.get_input_embeddings().num_embeddings):
+    largest = max(max(row["ids"] + sum(row["targets"], [])) for row in kept)
+    if largest >= policy.get_input_embeddings().num_embeddings:
         fail("--model: its tokenizer has tokens that the model lacks; replace the tokenizer")
     return kept
 

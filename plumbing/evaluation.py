@@ -1,8 +1,8 @@
 """
 Looking at a policy: what the log says of a step, and how it fares on held-out problems.
 """
+import contextlib
 import json
-import resource
 from pathlib import Path
 
 import torch
@@ -100,9 +100,10 @@ def report(before, after, folder):
         if key in after:
             cells = ["{:8.3f} [{:6.3f}, {:6.3f}]".format(*found[key]) for found in (before, after)]
             print(f"{name:24s}" + "     ".join(cells))
-    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # of this process, on Linux
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        peak = torch.cuda.max_memory_allocated()  # of tensors on the GPU
+    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0  # of tensors
+    with contextlib.suppress(ImportError):  # Windows has no such module
+        import resource
+        peak = peak or 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # of the process
     results = dict(before=before, after=after, peak_memory=peak)
     Path(folder, "test.json").write_text(json.dumps(results, indent=1))
     print(f"\nPeak memory: {peak / 1e9:.2f} GB. The trained model is in {folder / 'model'}, the "

@@ -180,8 +180,8 @@ def fixed_cache(policy, cache, owner, width):
 def compile_decoding(policy):
     """--compile: from now on sample() decodes with torch.compile, and keeps rows that have ended.
 
-    It compiles once for each shape, so prompts are padded to multiples of 64 columns. On a GPU,
-    reduce-overhead records a CUDA graph, which wants its memory at the same place each time.
+    It compiles once for each shape, so prompts are padded to multiples of 64 columns. On a GPU, it
+    records a CUDA graph, which wants its memory at the same place each time.
     """
     warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")
     torch._dynamo.config.recompile_limit = 64

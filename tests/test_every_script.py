@@ -33,13 +33,14 @@ VARIANTS = {
     "sft": {}, "reward_model": {}, "dpo": {}, "dpo plackett_luce": dict(loss="plackett_luce"),
     "orpo": {}}
 each_script = pytest.mark.parametrize("name", SCRIPTS)
+
+
 def variants_of(names, but=()):
     return pytest.mark.parametrize("variant", [
         variant for variant in VARIANTS if variant.split()[0] in names and variant not in but])
 
 
 each_variant = variants_of(SCRIPTS, but=["ppo warmup", "remax groups"])  # these: formulas alone
-
 
 # ------------------------------------------------------------------------------ how a test runs one
 
@@ -101,6 +102,18 @@ def check_same(old, ours, theirs, limit=1e-3):
     assert (ours - theirs).abs().max() <= limit * (ours - old).abs().max() > 0
 
 
+def spy(patch, script, name, take):
+    """-> a list of take(arguments, result) of each call of script.name()."""
+    seen, real = [], getattr(script, name)
+
+    def spied(*args, **more):
+        result = real(*args, **more)
+        seen.append(take(args, result))
+        return result
+    patch.setattr(script, name, spied)
+    return seen
+
+
 REWARDS = '''
 import random, torch
 
@@ -125,7 +138,7 @@ def short(prompts, completions, completion_ids, **columns):
 
 @pytest.fixture(scope="session")
 def props(tmp_path_factory, folders):
-    """Data with columns of awkward names, rewards, and a reward model that likes short answers."""
+    """Data with awkward names of columns, rewards, and a reward model that likes short answers."""
     folder = tmp_path_factory.mktemp("props")
     texts = [["7", "7=7=7,7", "7=7"], ["12", "12,1+1", "1+1+1"], ["3", "3,3,3,3", "3-3="]]
     rows = [dict(prompt=f"{i}+{j}=", answer=i + j, level=1 + i % 4, ids="a", row=7, batch=[1],
@@ -180,14 +193,8 @@ def test_a_run_and_what_it_leaves(folders, props, here, capsys, kind, variant):
     model = folders(kind, hostile=True, template=TEMPLATE if own else None, pad="<eos>",
                     dtype=torch.bfloat16 if own else torch.float32)
     initial = load_policy(model, "cpu")[0].state_dict()
-    references, all_logprobs = [], getattr(script, "all_logprobs", None)
-
-    def spy(policy, *args, **more):
-        if not any(parameter.requires_grad for parameter in policy.parameters()):
-            references.append(copy.deepcopy(policy.state_dict()))
-        return all_logprobs(policy, *args, **more)
-
-    here.setattr(script, "all_logprobs", spy, raising=False)
+    asked = spy(here, script, "all_logprobs", lambda args, result: copy.deepcopy(args[0])) if (
+        hasattr(script, "all_logprobs")) else []
     run(variant, model=model, **flags, steps=3, eval_every=2, log_every=1, out_dir=None,
         max_new_tokens=6 if online else 32)
     folder, screen = Path("runs", name), capsys.readouterr().out
@@ -220,12 +227,15 @@ def test_a_run_and_what_it_leaves(folders, props, here, capsys, kind, variant):
     moved = torch.cat([(value != initial[key]).flatten() for key, value in weights(folder).items()
                        if key in initial])
     assert moved.float().mean() > 0.9
-    asked = 0 if not online or name == "raft" or VARIANTS[variant].get("kl_coef") == 0 else 3
-    assert len(references) == asked
+    references = [model.state_dict() for model in asked
+                  if not any(parameter.requires_grad for parameter in model.parameters())]
     assert all(torch.equal(reference[key], value) for reference in references
                for key, value in initial.items())
-    if asked:  # the policy begins as the reference, and leaves it
+    if online and name != "raft" and VARIANTS[variant].get("kl_coef") != 0:
+        assert len(references) == 3  # the policy begins as the reference, and leaves it
         assert abs(rows[0]["kl"]) < 1e-4 < abs(rows[2]["kl"])
+    else:
+        assert not references
     if name != "reward_model":
         settings = json.loads((folder / "model" / "generation_config.json").read_text())
         assert settings["eos_token_id"] == [2, 7] and "top_k" not in settings
@@ -253,14 +263,9 @@ def test_memory_flags_do_not_matter(folders, props, here, plain_descent, variant
     check_same(load_policy(model, "cpu")[0].state_dict(), weights("whole"), weights(), limit)
 
 
-def stopping(script, at):
-    """draw_problems(), but somebody presses Ctrl-C in step `at`, counted from 0."""
-    def draw_problems(problems, step, n, seed):
-        if step == at:
-            raise KeyboardInterrupt
-        return real(problems, step, n, seed)
-    real = script.draw_problems
-    return draw_problems
+def interrupt(when):
+    if when:
+        raise KeyboardInterrupt
 
 
 @each_variant
@@ -274,18 +279,17 @@ def test_a_run_that_was_stopped_goes_on_to_the_last_bit(folders, props, here, va
     noisy = dict(flags, reward=flags["reward"].replace("by_text", "noisy"))
     script, logged = SCRIPTS[name], []
     for at, words in ((1, typed(variant, **noisy)), (3, ["--resume", "run"])):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(script, "draw_problems", stopping(script, at))
-            with pytest.raises(SystemExit) as stop:
-                command(name, *words)
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+            spy(patch, script, "draw_problems", lambda args, result: interrupt(args[1] == at))
+            command(name, *words)
         assert stop.value.code == 130
         logged.append((len(lines("metrics")), Path("run", "checkpoint.pt").exists()))
     assert logged == [(1, False), (3, True)] and not Path("run", "model").exists()
     command(name, "--resume", "run")
     for file in ("metrics", "validation", *["samples"] * (name in ONLINE)):
         assert lines(file) == lines(file, "whole")
-    for key in ("policy", "critic", "prm"):
-        ours, theirs = weights("run", key) or {}, weights("whole", key) or {}
+    for network in ("policy", "critic", "prm"):
+        ours, theirs = weights("run", network) or {}, weights("whole", network) or {}
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
     for when in ("before", "after"):
@@ -315,17 +319,10 @@ def test_a_run_that_was_killed_goes_on_to_the_last_bit(folders, props, here, tmp
                                          ("prime", 1)])  # the second network's gradient
 def test_a_gradient_that_is_nan_ends_in_one_sentence(folders, props, here, capsys, name, which):
     """In the file as a user runs it."""
-    calls, backward, grad = [], torch.Tensor.backward, torch.autograd.grad
-
-    def broken(loss):
-        calls.append(loss)
-        return loss * (math.nan if len(calls) == which + 1 else 1)
-
-    here.setattr(torch.Tensor, "backward", lambda loss, *args, **more: backward(
-        broken(loss), *args, **more))
-    if name == "trpo":
-        here.setattr(torch.autograd, "grad", lambda loss, *args, **more: grad(
-            broken(loss), *args, **more))
+    factors = iter([1] * which + [math.nan])
+    for owner, method in ((torch.Tensor, "backward"), (torch.autograd, "grad")):
+        here.setattr(owner, method, lambda loss, *args, real=getattr(owner, method), **more: real(
+            loss * next(factors, 1), *args, **more))
     words = typed(name, **inputs(name, props), model=folders("llama"))
     here.setattr(sys, "argv", [f"{name}.py", *map(str, words)])
     with pytest.raises(SystemExit) as stop:
@@ -434,18 +431,6 @@ def losses_by_hand(name, cfg, A, new, old, ref):
     return {"reinforce": -A * new, "raft": -new}.get(name, losses)
 
 
-def spy(patch, script, name, take):
-    """-> a list of take(arguments, result) of each call of script.name()."""
-    seen, real = [], getattr(script, name)
-
-    def spied(*args, **more):
-        result = real(*args, **more)
-        seen.append(take(args, result))
-        return result
-    patch.setattr(script, name, spied)
-    return seen
-
-
 @variants_of(ONLINE, but=["grpo no_kl", "rloo no_kl"])
 def test_online_weights_are_those_of_the_formulas(folders, props, descent, variant):
     """Each completion alone, with a ratio, an advantage and a KL for each token; the reference is
@@ -453,7 +438,7 @@ def test_online_weights_are_those_of_the_formulas(folders, props, descent, varia
     one iteration of conjugate gradients is that of the gradient."""
     name, T, model = variant.split()[0], 0.7, folders("llama", hostile=True)
     script, policy = SCRIPTS[name], load_policy(model, "cpu")[0]
-    initial, reference = copy.deepcopy(policy.state_dict()), make_model("llama", seed=5).eval()
+    reference = make_model("llama", seed=5).eval()
     copies = iter([reference])
     judged = spy(descent, script, "score", lambda args, result: (args[2], result[1]))
     if name != "raft":
@@ -465,9 +450,11 @@ def test_online_weights_are_those_of_the_formulas(folders, props, descent, varia
     cfg = run(variant, completions=8, **inputs(variant, props), **{**LOUD, **more}, model=model,
               epochs=2, temperature=T, kl_coef=0.3, clip_eps=0.05, gamma=0.9, lam=0.8, beta=0.3,
               value_clip=0.02, critic_lr=0.2, prm_lr=0.2, reward_clip=1.2, decay=0.7)
-    second = {"ppo": getattr(script, "make_critic", None), "prime": copy.deepcopy}.get(
-        name, lambda policy: None)(policy)
-    initial_second = copy.deepcopy(second and second.state_dict())
+    networks = dict(policy=policy)
+    if name in ("ppo", "prime"):
+        second = script.make_critic(policy) if name == "ppo" else copy.deepcopy(policy)
+        networks["critic" if name == "ppo" else "prm"] = second
+    initial = {key: copy.deepcopy(network.state_dict()) for key, network in networks.items()}
     baseline, past, calls = 0, [], 1 + (name == "remax")
     for step in range(cfg.steps):
         (batch, s), (_, greedy) = judged[calls * step], judged[calls * step + calls - 1]
@@ -507,18 +494,16 @@ def test_online_weights_are_those_of_the_formulas(folders, props, descent, varia
                     error -= (s[i] * p.log() + (1 - s[i]) * (1 - p).log()) / len(s)
             wait = step < getattr(cfg, "critic_warmup", 0)
             descend(policy, loss, 0 if wait else 0.1 * RATES[step], cfg)
-            if second:
+            if name in ("ppo", "prime"):
                 descend(second, error, 0.2 * RATES[step], cfg)
     if name == "trpo":
-        gradient = torch.autograd.grad(loss, list(policy.parameters()))
+        gradient = torch.autograd.grad(-loss, list(policy.parameters()))
         step = [weights()[key] - value for key, value in policy.named_parameters()]
         one, two = (torch.cat([part.flatten() for part in parts]) for parts in (gradient, step))
-        assert F.cosine_similarity(-one, two, dim=0) > 0.999
-        return
-    check_same(initial, policy.state_dict(), weights())
-    if second:
-        check_same(initial_second, second.state_dict(),
-                   weights(key="critic" if name == "ppo" else "prm"))
+        assert F.cosine_similarity(one, two, dim=0) > 0.999
+    else:
+        for key, network in networks.items():
+            check_same(initial[key], network.state_dict(), weights(key=key))
 
 
 @variants_of(OFFLINE)

@@ -140,7 +140,7 @@ def test_own_data_and_own_reward_as_the_page_shows_them(tmp_path, monkeypatch):
         **arguments, steps=1, prompts_per_step=4, minibatch_size=4, max_new_tokens=8,
         eval_prompts=4, device="cpu", out_dir="run"))
     row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
-    assert row["score"] == row["reward_last_number"] + row["reward_brief"]
+    assert row["score"] == pytest.approx(row["reward_last_number"] + row["reward_brief"], abs=1e-6)
     prompts = {json.loads(text)["prompt"] for text in open("times.jsonl")}
     assert len(prompts) == 121 and "What is 12 times 12?" in prompts
 

@@ -2,7 +2,7 @@
 import exact_world as w
 import pytest
 import torch
-from oracle_cases import T, cases, check_padding, random_batch, same
+from oracle_cases import T, cases, check_padding, same
 
 import common
 import reinforce_pp
@@ -37,10 +37,11 @@ def test_padding_changes_nothing():
 
 def test_groups_that_agree_are_exactly_no_signal():
     """Also where the mean of K equal scores is not quite the score."""
-    mask, *_ = random_batch()
-    for value in torch.linspace(0.1, 3, 30):
-        A = reinforce_pp.reinforce_pp_baseline_advantages(value.expand(6), mask, 3)
-        assert (A == 0).all()
+    for K in range(2, 31):
+        for value in torch.linspace(0.1, 3, 30):
+            scores = torch.cat([value.expand(K), torch.ones(K)])
+            A = reinforce_pp.reinforce_pp_baseline_advantages(scores, torch.ones(2 * K, 2), K)
+            assert (A == 0).all()
 
 
 def losses_of(baseline):

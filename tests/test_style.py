@@ -1,5 +1,6 @@
 """The shape of the house: widths, the length of train(), who may import whom, and which words."""
 import ast
+import functools
 import re
 import sys
 
@@ -13,6 +14,7 @@ LONGEST = {"trpo": 80, "rloo": 55, "grpo": 60}  # lines of train(), where it is 
 each_file = pytest.mark.parametrize("name", FILES)
 
 
+@functools.cache
 def imported(name):
     """-> the modules that a file imports, those of its functions too."""
     found = set()
@@ -57,8 +59,7 @@ def test_lines_are_narrow_and_the_story_is_short(name):
 def test_a_reader_of_grpo_reads_few_lines():
     """It has 1,650 lines at most, with all that it imports of ours."""
     lines = {name: len(FILES[name].read_text().splitlines()) for name in closure("grpo")}
-    assert {"common", "plumbing.run", "plumbing.toy"} <= lines.keys()
-    assert sum(lines.values()) <= 1650, lines
+    assert len(lines) > 10 and sum(lines.values()) <= 1650, lines
 
 
 @each_file
@@ -90,7 +91,7 @@ def test_every_flag_is_read_and_has_help(name):
     for flag, text in flags:
         assert text, f"--{flag} has no help"
         if flag not in own and not (flag in online and "OnlineConfig)" not in sources):
-            assert f"cfg.{flag}" in sources, f"{name}: --{flag} is parsed and never read"
+            assert re.search(rf"cfg\.{flag}\b", sources), f"{name}: --{flag} is never read"
 
 
 @each_file
@@ -104,13 +105,12 @@ def test_dependencies_are_the_agreed_ones(name):
 
 
 def test_every_word_is_english_and_of_today():
-    """No German, no place of work, and no name of what went."""
-    foreign = re.compile("[äöüßÄÖÜ]|" + r"\b(und|nicht|oder|eine[nrms]?|wird|werden|auf|mit|ist|dass|"
-                         r"für|noch|aber|wenn)\b|/work/|/tmp/|\b[H]elper\b")
-    gone = re.compile(r"UNTYPED|\bREAL\b|by_token|by_row|\bMeans\b|response_mean|aggregate\(|ratio_stat"
-                      r"s|ratio_max|check_first_step|sequence_ratio|true_equations|time_sample|steps_"
-                      r"per_s|\bmake_rankings|(docs/|tools[/.])(flags|memory)\b(?!\.md)|prime\.spell")
+    """No German, no folder of somebody's machine, and no name of what went."""
+    german = "und nicht oder eine einen einer wird werden auf mit ist dass noch aber wenn".split()
+    gone = ("UNTYPED REAL response_mean ratio_stats ratio_max sequence_ratio check_first_step "
+            "time_sample steps_per_s flags.md tools.flags tools.memory").split()
+    words = re.compile(r"[äöüßÄÖÜ]|/work/|/tmp/|\b(%s)\b" % "|".join(map(re.escape, german + gone)))
     for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *FILES.values()]:
         for number, line in enumerate(path.read_text().splitlines(), 1):
-            found = foreign.search(line) or gone.search(line)
+            found = words.search(line)
             assert not found, f"{path.relative_to(ROOT)}:{number} has {found[0]!r}: {line}"

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import make_model, save_folder, seeded, to_problems, write_jsonl
 
 import rloo
-from conftest import make_model, save_folder, seeded, to_problems, write_jsonl
 from plumbing import rewards
 from plumbing.rewards import last_number, read_number
 from plumbing.rollout import sample, to_texts
@@ -43,8 +43,9 @@ def test_a_number_is_read_as_models_write_it(text, number):
 
 NOT_READ = [
     # separators that are not ours
-    r"9{,}500", r"9\,500", r"9\ 500", r"9 \, 500", "9 500", "9\u00a0500", "9\u2009500", "9\u202f500",
-    "9'500", "9_500", "9.500.000", "0,5", "0,500", "1,23", "1234,567", "12,34,567", "1.2.3",
+    r"9{,}500", r"9\,500", r"9\ 500", r"9 \, 500", "9 500", "9\u00a0500", "9\u2009500",
+    "9\u202f500", "9'500", "9_500", "9.500.000", "0,5", "0,500", "1,23", "1234,567", "12,34,567",
+    "1.2.3",
     # ranges, dates, times, fractions
     "3-4", "3\u20134", "3 - 4", "3 -4", "3 \u2013 4", "3 ~4", "2024-01-05", "12:30", "12 : 30",
     "1/2", "1 / 2", "1/ 2", "2 1/2", "2\u00bd", "2 \u00bd", r"\frac{1}{2}", r"\frac12",
@@ -76,11 +77,12 @@ def test_no_number_or_no_end_is_0(text, finished):
 
 def test_a_long_text_is_read_in_time_that_grows_with_its_length():
     """A policy that has gone astray writes the same character until it is cut off."""
-    texts = [(word * 20000)[:20000] + end for end in ("", "x") for word in (
-        "1", "a", "$", " ", ".", "-", "1 ", "- ", "1 - ", "1+", "1,", ",111", "1" + 98 * " ", "* ")]
-    start = time.process_time()
-    last_number(completions=texts, answer=["1"] * len(texts), finished=[True] * len(texts))
-    assert time.process_time() - start < 3
+    for word in ("1", "a", "$", " ", ".", "-", "1 ", "- ", "1 - ", "1+", "1,", ",111", "* ", "{ ",
+                 "1" + 98 * " ", "\\times ", "minus "):
+        for end in ("", "x", "5 million"):
+            start = time.process_time()
+            last_number(completions=[(word * 20000)[:20000] + end], answer=["1"], finished=[True])
+            assert time.process_time() - start < 1, word + end
 
 
 @pytest.mark.parametrize("answer, right, wrong", [
@@ -94,7 +96,7 @@ def test_answers_as_columns_have_them(answer, right, wrong):
 
 
 @pytest.mark.parametrize("answer", [
-    "blue", None, "12 apples", "1,23", math.nan, math.inf, "nan", True, "1/2", "1e3", "#### so", ""])
+    "blue", None, "12 apples", "1,23", math.nan, math.inf, "nan", True, "1/2", "1e3", "#### so"])
 def test_last_number_wants_numbers_for_answers(answer, capsys):
     rows = [dict(prompt="1+2=", answer=3), dict(prompt="2+2=", answer="4")]
     load("last_number", rows)
@@ -106,9 +108,7 @@ def test_last_number_wants_numbers_for_answers(answer, capsys):
 # ------------------------------------------------------------------ one's own
 
 GOOD = """
-import asyncio, sys
-import torch
-import numpy
+import numpy, torch
 from helper_of_rewards import weight
 
 def short(completions, prompts, **columns):  # TRL calls by keyword, so any order is common
@@ -128,47 +128,23 @@ length = Length()
 """
 BAD = """
 import math, sys
-
-def few(prompts, completions, **columns):
-    return [1.0]
-
-def nothing(prompts, completions, **columns):
-    pass
-
-def nan(prompts, completions, **columns):
-    return [0.0, math.nan]
-
-def inf(prompts, completions, **columns):
-    return [math.inf, 0.0]
-
-def words(prompts, completions, **columns):
-    return ["good", "bad"]
-
-def none(prompts, completions, **columns):
-    return [1.0, None]
-
-def pairs(prompts, completions, **columns):
-    return [[1.0, 2.0], [1.0, 2.0]]
-
-def one(prompts, completions, **columns):
-    return 1.0
-
-async def later(prompts, completions, **columns):
-    return [1.0, 1.0]
-
-def asks(prompts, completions, solution, **columns):
-    return [1.0, 1.0]
-
-def raises(prompts, completions, **columns):
-    return [{}["a"] for _ in prompts]
-
-def lazy(prompts, completions, **columns):
-    return ({}["a"] for _ in prompts)
-
-def leaves(prompts, completions, **columns):
-    sys.exit()
-
+few = lambda **columns: [1.0]
+nothing = lambda **columns: None
+nan = lambda **columns: [0.0, math.nan]
+inf = lambda **columns: [math.inf, 0.0]
+words = lambda **columns: ["good", "bad"]
+none = lambda **columns: [1.0, None]
+pairs = lambda **columns: [[1.0, 2.0], [1.0, 2.0]]
+one = lambda **columns: 1.0
+huge = lambda **columns: [10**400, 1]
+asks = lambda completions, solution, **columns: [1.0, 1.0]
+raises = lambda completions, **columns: [{}["a"] for text in completions]
+lazy = lambda completions, **columns: ({}["a"] for text in completions)
+leaves = lambda **columns: sys.exit()
 seven = 7
+
+async def later(**columns):
+    return [1.0, 1.0]
 """
 ROWS = [dict(prompt="1+2=", answer="3", level=4), dict(prompt="2+2=", answer="4", level=5)]
 
@@ -232,10 +208,10 @@ def test_rewards_are_added_in_float64(tokenizer):
 
 @pytest.mark.parametrize("name, words", [
     ("few", "[1.0] for 2 completions"), ("nothing", "None"), ("nan", "nan"), ("inf", "inf"),
-    ("words", "good"), ("none", "None"), ("pairs", "2.0"), ("one", "1.0"), ("later", "coroutine"),
+    ("words", "good"), ("none", "None"), ("pairs", "2.0"), ("one", "1.0"), ("huge", "huge"),
     ("asks", "solution' by keyword prompts, completions, answer"), ("seven", "int"),
-    ("raises", "KeyError: 'a' line 35 bad.py"), ("lazy", "lazy"), ("leaves", "leaves"),
-    ("eight", "eight")])
+    ("raises", "KeyError: 'a' line 13 bad.py"), ("lazy", "lazy"), ("leaves", "leaves"),
+    ("eight", "eight"), ("later", "coroutine")])
 @pytest.mark.filterwarnings("ignore:coroutine")
 def test_a_reward_that_cannot_be_used_is_refused_before_the_run(name, words, tmp_path, capsys):
     (tmp_path / "bad.py").write_text(BAD)
@@ -275,7 +251,7 @@ def test_a_file_is_read_anew_each_time(tmp_path):
     """Also after an edit that changes neither its size nor its time, as in a notebook."""
     file = tmp_path / "edited.py"
     for value in ("1.0", "0.5"):
-        file.write_text(f"def f(completions, **columns):\n    return [{value}] * len(completions)\n")
+        file.write_text(f"def f(completions, **columns):\n    return [{value}] * len(completions)")
         os.utime(file, (1e9, 1e9))
         assert load("edited.py:f")["f"](completions=["a"]) == [float(value)]
 
@@ -361,12 +337,8 @@ from the_neighbour import zero
 def judge(text):
     return len(text) + zero
 
-def fork(completions, **columns):
-    with multiprocessing.get_context("fork").Pool(1) as pool:
-        return pool.map(judge, completions)
-
-def spawn(completions, **columns):
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
+def own(completions, **columns):
+    with multiprocessing.get_context(columns["how"]).Pool(1) as pool:
         return pool.map(judge, completions)
 """
 
@@ -376,4 +348,5 @@ def test_a_reward_hands_its_functions_to_a_pool(how, tmp_path):
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "my pools.py").write_text(POOL)
     (tmp_path / "there" / "the_neighbour.py").write_text("zero = 0")
-    assert load(f"there/my pools.py:{how}")[how](completions=["a", "bb"]) == [1, 2]
+    own = rewards.load_function(tmp_path / "there" / "my pools.py", "own")
+    assert own(completions=["a", "bb"], how=how) == [1, 2]

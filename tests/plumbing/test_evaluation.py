@@ -1,0 +1,184 @@
+"""Looking at a policy: the log of a step, held-out problems, intervals, and the last table."""
+import copy
+import json
+import math
+import random
+import statistics
+from types import SimpleNamespace
+
+import numpy
+import pytest
+import torch
+from conftest import make_model, save_folder, seeded, to_problems
+
+import rloo
+from plumbing import evaluation, toy
+from plumbing.model import load_policy
+from plumbing.rewards import last_number
+from plumbing.rollout import sample
+
+EXACT = dict(last_number=last_number)
+
+
+def knobs(**changes):
+    return SimpleNamespace(**{**dict(data="toy", max_new_tokens=24, micro_batch_size=8,
+                                     minibatch_size=3, temperature=0.5), **changes})
+
+
+def test_batch_stats_by_a_loop(tokenizer):
+    batch = sample(make_model("llama"), tokenizer, [[5], [6]], 2, 4, 1.0, seeded())
+    lengths, C = [2, 4, 1, 3], 4
+    batch.mask = (torch.arange(C) < torch.tensor(lengths)[:, None]).float()
+    batch.finished = torch.tensor([True, False, True, True])
+    batch.logprobs, kl = (torch.randn(4, C, generator=seeded(i)) * batch.mask for i in (1, 2))
+    scores = [1.0, 1.0, 0.0, 0.5]
+    tokens = [(i, t) for i in range(4) for t in range(lengths[i])]
+    expected = dict(
+        score=statistics.mean(scores), score_std=statistics.pstdev(scores),
+        kl=sum(kl[i, t].item() for i, t in tokens) / 4,
+        entropy=-statistics.mean(batch.logprobs[i, t].item() for i, t in tokens),
+        length=2.5, truncated=0.25, frac_zero_std=0.5)
+    for K, zero in {2: 0.5, 1: 0.0, 4: 0.0}.items():  # without groups, the batch is the group
+        stats = evaluation.batch_stats(torch.tensor(scores), kl, batch, K)
+        assert {key: value.item() for key, value in stats.items()} == pytest.approx(
+            {**expected, "frac_zero_std": zero}, rel=1e-4, abs=1e-6)
+    assert evaluation.batch_stats(torch.ones(4), kl, batch, 1)["frac_zero_std"] == 1
+
+
+def test_approx_kl_is_in_expectation_the_kl_from_the_policy_that_sampled():
+    """By enumeration of 5 tokens: the share of each is its probability under that policy."""
+    old, new = torch.randn(2, 3, 5, generator=seeded(), dtype=torch.float64).log_softmax(-1)
+    found = evaluation.approx_kl(new.requires_grad_(), old, old.exp() / 3)
+    expected = sum((old[i].exp() * (old[i] - new[i])).sum() for i in range(3)) / 3
+    assert found.item() == pytest.approx(expected.item()) and not found.requires_grad
+
+
+def test_wilson_is_the_solution_of_its_quadratic():
+    """The bounds are the p for which the share is 1.96 standard errors away from p."""
+    for ones, n in ((9, 10), (1, 3), (0, 10), (10, 10), (250, 512)):
+        share, low, high = evaluation.wilson([1] * ones + [0] * (n - ones))
+        a = 1.96**2 / n  # (share - p)^2 = a p (1 - p)
+        roots = sorted(numpy.roots([1 + a, -2 * share - a, share**2]).real)
+        assert share == ones / n and [low, high] == pytest.approx(roots, abs=1e-7)
+    published = 0.9, 0.596, 0.982
+    assert evaluation.wilson([True] * 9 + [False]) == pytest.approx(published, abs=1e-3)
+
+
+def test_the_interval_of_a_mean():
+    values = [random.Random(i).gauss(3, 2) for i in range(50)]
+    mean, low, high = evaluation.interval(values)
+    margin = 1.96 * statistics.pstdev(values) / math.sqrt(50)
+    assert [mean, low, high] == pytest.approx(
+        [statistics.mean(values), mean - margin, mean + margin])
+    assert evaluation.interval([3.0, 3.0]) == [3, 3, 3] and evaluation.interval([5]) == [5, 5, 5]
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """The toy's policy and some held-out problems, of which it answers about half."""
+    policy, tokenizer = load_policy(None, "cpu")
+    return policy, tokenizer, to_problems(toy.problems("toy", "test", 12), tokenizer)
+
+
+def test_greedy_is_the_most_likely_token_again_and_again(trained):
+    """Each problem alone, no cache and no padding: hits and lengths as evaluate() has them."""
+    policy, tokenizer, problems = trained
+    hits, lengths = [], []
+    for problem in problems:
+        ids = list(problem["ids"])
+        while ids[-1] != tokenizer.eos_token_id and len(ids) < len(problem["ids"]) + 24:
+            with torch.no_grad():
+                ids.append(policy(torch.tensor([ids])).logits[0, -1].argmax().item())
+        text = tokenizer.decode(ids[len(problem["ids"]) :]).replace(",", "=").split("=")[-1]
+        hits.append(text == problem["row"]["answer"] + tokenizer.eos_token)
+        lengths.append(len(ids) - len(problem["ids"]))
+    assert 0 < sum(hits) < 12
+    results = evaluation.evaluate(policy, tokenizer, problems, knobs(), EXACT)
+    assert results["greedy"] == evaluation.wilson(hits) and results["n"] == 12
+    found = evaluation.look(policy, tokenizer, problems, knobs(), dict(exact=EXACT), 0.0, None)
+    assert found["lengths"] == lengths and found["exact"] == hits
+
+
+def test_an_evaluation_always_draws_the_same_at_temperature_1(trained):
+    """Whatever was drawn before, the micro-batches, and the temperature of the training."""
+    policy, tokenizer, _ = trained
+    problems = to_problems(toy.problems("toy", "test", 70), tokenizer)  # sampled in two parts
+    before, seen, found = copy.deepcopy(policy.state_dict()), [], []
+
+    def watch(prompts, completions, **columns):
+        seen.append(list(completions))
+        return [float(len(text)) for text in completions]
+    for cfg in knobs(), knobs(micro_batch_size=64, minibatch_size=64, temperature=2.0):
+        torch.rand(3), random.random()
+        found.append(evaluation.evaluate(policy, tokenizer, problems, cfg, dict(watch=watch)))
+    assert found[0] == found[1] and seen[:4] == seen[4:] and seen[0] != seen[2]
+    texts = seen[0] + seen[1]
+    assert found[0]["shows_work"][0] == statistics.mean("=" in text for text in texts)
+    assert found[0]["score_sampled"][0] == pytest.approx(statistics.mean(map(len, texts)))
+    assert all(torch.equal(before[key], value) for key, value in policy.state_dict().items())
+
+
+def test_what_is_evaluated_follows_the_data_and_the_rewards(tokenizer):
+    """Exact match where all answers are numbers, and the rewards where they say something else."""
+    policy, rows = make_model("llama").eval(), toy.problems("toy", "test", 6)
+    problems = to_problems(rows, tokenizer)
+
+    def names(rewards=None, measure=None, problems=problems, policy=policy, **changes):
+        found = evaluation.evaluate(policy, tokenizer, problems, knobs(**changes), rewards, measure)
+        assert found.pop("n") == len(problems)
+        return set(found) - {"length"}
+    long = dict(long=lambda prompts, completions, **columns: list(map(len, completions)))
+    both = {"sampled", "greedy", "shows_work"}
+    assert names(EXACT) == names() == both
+    assert names(long) == names({**EXACT, **long}) == both | {"score_sampled", "score_greedy"}
+    assert names(EXACT, data="rows.jsonl") == {"sampled", "greedy"}
+    blue = to_problems([{**rows[0], "answer": "blue"}, *rows[1:]], tokenizer)
+    assert names(long, problems=blue, data="rows.jsonl") == {"score_sampled", "score_greedy"}
+    assert names(long, problems=to_problems([dict(prompt="1+1=")], tokenizer), data="rows.jsonl"
+                 ) == {"score_sampled", "score_greedy"}
+
+    demonstrations = to_problems(rows, tokenizer, "demonstration")
+    demonstrations[1]["targets"] = []  # a prompt alone, which can only be answered
+    def nats(problems):
+        assert len(problems) == 5 and all(problem["targets"] for problem in problems)
+        return dict(nats=[1, 1, 1])
+    assert names(measure=nats, problems=demonstrations) == both | {"nats"}
+    scorer = SimpleNamespace(can_generate=lambda: False)  # as reward_model.py trains
+    assert names(measure=nats, problems=demonstrations, policy=scorer) == {"nats"}
+    assert names(measure=nats, problems=problems) == both  # prompts alone, all of them
+
+
+def test_an_evaluation_does_not_change_the_run(tmp_path, monkeypatch, few_problems):
+    """Also if a reward draws from the global generators, as one may that has rubrics."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "draws.py").write_text("""
+import random
+def judge(completions, **columns):
+    return [len(text) + random.random() for text in completions]
+""")
+    runs = []
+    for every in (0, 1):
+        rloo.train(rloo.Config(**{**rloo.TOY, **dict(
+            model=save_folder(tmp_path / "model"), reward="draws.py:judge", steps=3,
+            prompts_per_step=4, minibatch_size=8, max_new_tokens=6, eval_prompts=4,
+            eval_every=every, out_dir=f"run-{every}")}))
+        rows = (tmp_path / f"run-{every}" / "metrics.jsonl").read_text().splitlines()
+        runs.append([{**json.loads(row), "time_step": 0} for row in rows])
+    assert runs[0] == runs[1] and len({row["score"] for row in runs[0]}) == 3
+    rows = list(map(json.loads, open(tmp_path / "run-1" / "validation.jsonl")))
+    assert [row["step"] for row in rows] == [1, 2, 3] and rows[0]["n"] == 4
+
+
+def test_the_report_shows_what_was_measured_and_writes_all_of_it(tmp_path, capsys):
+    before = dict(n=7, sampled=[0.5, 0.25, 0.75], length=[9.0, 8.0, 10.0])
+    after = dict(n=7, sampled=[0.875, 0.75, 1.0], length=[12.0, 11.0, 13.0], other=[1, 1, 1])
+    evaluation.report(before, after, tmp_path)
+    screen = capsys.readouterr().out
+    (line,) = [line for line in screen.splitlines() if line.startswith("exact match, sampled")]
+    assert line.split("sampled")[1].replace("[", "").replace("]", "").replace(",", "").split() == [
+        "0.500", "0.250", "0.750", "0.875", "0.750", "1.000"]
+    assert "n = 7" in screen and "mean length" in screen and "greedy" not in screen
+    assert str(tmp_path / "model") in screen and "GB" in screen
+    results = json.loads((tmp_path / "test.json").read_text())
+    assert results["before"] == before and results["after"] == after
+    assert results["peak_memory"] > 1e8  # torch alone takes more
