@@ -202,9 +202,9 @@ def train(cfg):
                 error.backward()  # the policy's backward has freed its activations
                 run.count(value_loss=error, value_clip_frac=(is_stuck * share[rows]).sum())
             grad_norm = clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
-            clip_grad_norm_(critic.parameters(), cfg.max_grad_norm)
+            critic_grad_norm = clip_grad_norm_(critic.parameters(), cfg.max_grad_norm)
             optimizer.step()
-            run.end_minibatch(grad_norm=grad_norm)
+            run.end_minibatch(grad_norm=grad_norm, critic_grad_norm=critic_grad_norm)
 
         # 5. Log, and save when due. The score shows progress. The loss is there for its gradient.
         run.log(step, step_problems, texts, scores, kl, batch, explained_var=explained,

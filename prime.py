@@ -192,9 +192,9 @@ def train(cfg):
                 error.backward()
                 run.count(prm_loss=error)
             grad_norm = clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
-            clip_grad_norm_(prm.parameters(), cfg.max_grad_norm)
+            prm_grad_norm = clip_grad_norm_(prm.parameters(), cfg.max_grad_norm)
             optimizer.step()
-            run.end_minibatch(grad_norm=grad_norm)
+            run.end_minibatch(grad_norm=grad_norm, prm_grad_norm=prm_grad_norm)
 
         # 5. Log, and save when due. The score shows progress. The loss is there for its gradient.
         run.log(step, step_problems, texts, scores, kl, batch, **reward_means)

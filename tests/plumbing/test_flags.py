@@ -65,12 +65,10 @@ def test_what_is_refused_before_anything_is_loaded(tmp_path, monkeypatch, capsys
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_the_folder_of_a_run_that_goes_on_is_there(tmp_path, capsys):
-    assert not refusal(capsys, config(SCRIPTS[0], resume=str(tmp_path), out_dir=str(tmp_path)))
-
-
-def test_a_group_that_is_too_small(capsys):
+def test_what_is_refused_only_sometimes(tmp_path, capsys):
+    """The folder of a run that goes on is there; a group is too small where answers compete."""
     rloo = importlib.import_module("rloo")
+    assert not refusal(capsys, config(rloo, resume=str(tmp_path), out_dir=str(tmp_path)))
     assert "--group_size 1" in refusal(capsys, config(rloo, group_size=1), min_group=2)
     assert not refusal(capsys, config(rloo, group_size=2), min_group=2)
     assert not refusal(capsys, config(rloo, group_size=1))
