@@ -85,30 +85,21 @@ def test_dashes_switches_and_choices():
     assert enter(SCRIPTS["dpo"], "--loss", "plackett_luce").loss == "plackett_luce"
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory, folders):
-    """A run folder of the toy's model, and one of another model."""
-    found = {}
-    for name, text in (("toy", False), ("real", True)):
-        found[name] = tmp_path_factory.mktemp(name)
-        (found[name] / "model").symlink_to(folders("llama", text=text))
-    return found
-
-
 @each_script
-def test_defaults_are_the_toys_where_the_model_is_the_toys(script, runs, folders, capsys):
+def test_defaults_are_the_toys_where_the_model_is_the_toys(script, tmp_path, folders):
     """No --model, or one with the toy's tokens; --data does not decide, and what is typed stays."""
-    real = folders("llama", text=True)
-    for flags, expected in (
-            ([], script.TOY), (["--model", toy.POLICY], script.TOY), (["--data", "words"],
-                                                                      script.TOY),
-            (["--model", folders("gpt2")], script.TOY), (["--model", runs["toy"]], script.TOY),
-            (["--model", real], {}), (["--model", real, "--data", "toy"], {}),
-            (["--model", runs["real"]], {}), (["--model", "someone/nothing"], {})):
-        typed = dict(zip([flag.strip("-") for flag in flags[::2]], map(str, flags[1::2])))
-        assert enter(script, *flags) == script.Config(**{**expected, **typed}), flags
-        assert enter(script, *flags, "--eval_prompts", 3, "--save_every", 4) == script.Config(
-            **{**expected, **typed, "eval_prompts": 3, "save_every": 4}), flags
+    real, toys = folders("llama", text=True), folders("gpt2")
+    for name, model in (("run", toys), ("real", real)):  # a run folder stands for the model in it
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model").symlink_to(model)
+    for defaults, typed in (
+            (script.TOY, {}), (script.TOY, dict(model=str(toy.POLICY))),
+            (script.TOY, dict(model=toys, eval_prompts=3)), (script.TOY, dict(data="words")),
+            (script.TOY, dict(model=f"{tmp_path}/run")), ({}, dict(model=real, eval_prompts=3)),
+            ({}, dict(model=real, data="toy")), ({}, dict(model=f"{tmp_path}/real")),
+            ({}, dict(model="someone/nothing"))):
+        flags = [f"--{key}={value}" for key, value in typed.items()]
+        assert enter(script, *flags) == script.Config(**{**defaults, **typed}), flags
 
 
 @each_script
@@ -134,16 +125,12 @@ def test_a_real_model_on_a_cpu_is_told_flags_that_this_script_has(script, folder
 def test_resume_has_the_flags_of_the_run_and_what_is_typed_wins(tmp_path, monkeypatch):
     """Of the toy and of other models; from another folder; ~ is the home folder."""
     saved = dict(vars(grpo.Config(model="some/model", steps=7, lr=0.5, process=True)))
-    saved.update(script="grpo", checksum=1)
-    (tmp_path / "my run").mkdir()
-    (tmp_path / "my run" / "config.json").write_text(json.dumps(saved))
-    monkeypatch.setenv("HOME", str(tmp_path))
-    for folder in (tmp_path / "my run", "~/my run"):
-        cfg = enter(grpo, "--resume", folder)
-        assert cfg == grpo.Config(model="some/model", steps=7, lr=0.5, process=True,
-                                  resume=str(folder))
+    (tmp_path / "config.json").write_text(json.dumps(dict(saved, script="grpo", checksum=1)))
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    for folder in (str(tmp_path), f"~/{tmp_path.name}"):
+        assert vars(enter(grpo, "--resume", folder)) == dict(saved, resume=folder)
         cfg = enter(grpo, f"--resume={folder}", "--lr", 3, "--steps=9", "--process", "False")
-        assert cfg == grpo.Config(model="some/model", steps=9, lr=3, resume=str(folder))
+        assert cfg == grpo.Config(model="some/model", steps=9, lr=3, resume=folder)
 
 
 @pytest.mark.parametrize("text", [
@@ -191,7 +178,7 @@ def test_a_failure_is_one_sentence_and_the_command_that_goes_on(capsys, error, c
         sentence, *command = capsys.readouterr().err.splitlines()
         assert stop.value.code == code and sentence.startswith("error: ") and words in sentence
         assert [shlex.split(line.partition("point: ")[2]) for line in command] == [
-            ["python", "my dir/g.py", "--resume", folder]][: len(folder or "")]
+            ["python", "my dir/g.py", "--resume", folder]] * (folder is not None)
 
 
 def test_an_error_of_ours_shows_itself_and_a_run_that_ends_well_prints_nothing(capsys):

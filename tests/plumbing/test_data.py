@@ -13,6 +13,7 @@ from conftest import TEMPLATE, write_jsonl
 from tokenizers.processors import TemplateProcessing
 
 from plumbing import data
+from plumbing.flags import RunConfig
 from plumbing.toy_model import make_model, make_tokenizer
 
 POLICY = make_model(0)  # its context is 128 tokens
@@ -37,9 +38,8 @@ def refused(capsys, *words):
 
 def load(where, wanted=None, tokenizer=None, **flags):
     """The three splits that load_problems() makes of a file or folder."""
-    settings = dict(data=str(where), max_new_tokens=32, eval_prompts=1000, eval_every=0)
-    return data.load_problems(SimpleNamespace(**{**settings, **flags}), POLICY,
-                              tokenizer or make_tokenizer(), wanted)
+    cfg = RunConfig(**{**dict(data=str(where), max_new_tokens=32, eval_prompts=1000), **flags})
+    return data.load_problems(cfg, POLICY, tokenizer or make_tokenizer(), wanted)
 
 
 def sums(n, **more):
@@ -147,7 +147,7 @@ def test_a_problem_has_every_column_of_the_data_whatever_its_name(tmp_path):
     ("demonstration", [dict(row, completion=None) for row in sums(9)], ["row 1 of train"]),
     ("ranking", [dict(row, completions=["4", "5", "6"][: 2 + i % 2])
                  for i, row in enumerate(sums(9))], ["completions"]),
-    (None, [dict(prompt="What is 1?")] * 3, ["'What is 1?'"]),
+    (None, [dict(prompt="What is 1?")] * 3, ["toy", "--model"]),
     (None, [dict(prompt="")] * 3, ["''"]),
     (None, [dict(prompt=CHAT)] * 3, ["chat template"])])
 def test_data_that_is_refused(tmp_path, capsys, wanted, rows, words):

@@ -1,4 +1,5 @@
 """Rewards: the number that is read, one's own file, and what a reward is given and may do."""
+import gc
 import math
 import os
 import re
@@ -216,6 +217,7 @@ def test_rewards_are_added_in_float64(tokenizer):
 def test_a_reward_that_cannot_be_used_is_refused_before_the_run(name, words, tmp_path, capsys):
     (tmp_path / "bad.py").write_text(BAD)
     error = refused(f"bad.py:{name}", capsys)
+    gc.collect()  # or the coroutine would warn in another test that nobody awaited it
     assert all(word in error for word in [name, *words.split()]), error
 
 
@@ -299,6 +301,7 @@ def test_each_completion_has_copies_of_its_own(tokenizer):
 
 HOSTILE = """
 import os, random
+from pathlib import Path
 import numpy, torch
 torch.set_grad_enabled(False)  # as scripts for inference have it at their top
 
@@ -306,7 +309,7 @@ def judge(prompts, completions, kind, **columns):
     if kind[0] == "hostile":
         random.seed(0), numpy.random.seed(0), torch.manual_seed(0)
         torch.set_grad_enabled(True)
-        os.chdir("/")
+        os.chdir(Path(__file__).with_name("elsewhere"))
         prompts.clear(), columns["completion_ids"].clear()
     return [sum(map(ord, text)) % 97 / 96 for text in completions]
 """
@@ -324,6 +327,7 @@ def test_a_reward_may_do_as_it_likes_and_the_run_is_the_same(tmp_path):
         weights = torch.load(tmp_path / kind / "checkpoint.pt", weights_only=True)["policy"]
         return (tmp_path / kind / "samples.jsonl").read_text().replace(kind, ""), weights
     (tmp_path / "hostile.py").write_text(HOSTILE)
+    (tmp_path / "elsewhere").mkdir()
     model = save_folder(tmp_path / "model", "llama")
     (texts, weights), (others, same) = run("hostile"), run("gentle")
     assert texts == others and texts.count("\n") >= 4
