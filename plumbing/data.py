@@ -31,11 +31,13 @@ def load_problems(cfg, policy, tokenizer, wanted=None):
     splits = read(cfg.data, cfg.eval_prompts, wanted)
     columns = dict.fromkeys(key for rows in splits.values() for row in rows for key in row)
     for split, rows in splits.items():
-        problems = [to_problem({**columns, **row}, wanted, split == "train",
+        needs = split == "train" or len(splits) == 1
+        problems = [to_problem({**columns, **row}, wanted, needs,
                                f"--data {cfg.data}: row {number} of {split}")
                     for number, row in enumerate(rows, 1)]
         encode(problems, tokenizer, cfg.data)
-        if toy.is_toy(cfg.model) and any(tokenizer.unk_token_id in row["ids"] for row in problems):
+        used = {token for row in problems for ids in (row["ids"], *row["targets"]) for token in ids}
+        if split == "train" and toy.is_toy(cfg.model) and tokenizer.unk_token_id in used:
             fail(f"--data {cfg.data}: the toy's model reads digits, + - = and comma; name --model")
         splits[split] = drop_unfit(problems, policy, cfg, split)
     splits = hold_out(splits, cfg.data)
@@ -99,7 +101,7 @@ def to_problem(row, wanted, needs, where):
     prompt's column is, if nothing does.
     """
     answer = row["answer"] if re.search(r"####\s*\S+\s*\Z", str(row.get("answer"))) else None
-    found = [[row.get("chosen"), row.get("rejected")], row.get("completions"),
+    found = [row.get("completions"), [row.get("chosen"), row.get("rejected")],
              [row.get("completion")], [answer]]
     prompt = clean(row.get("question") if row.get("prompt") is None else row["prompt"])
     sizes = SIZES.get(wanted, range(1000 if prompt is None else 0))  # it may be in a conversation
@@ -135,22 +137,19 @@ def clean(value):
 
 
 def drop_unfit(problems, policy, cfg, split):
-    """Rows that are too long or have equal completions are left out and counted, never cut.
-
-    Where a model's positions change beyond a length (LongRoPE), that length is its context.
-    """
+    """Rows that are too long or have equal completions are left out and counted, never cut."""
     config = policy.config.get_text_config()
-    rope = getattr(config, "rope_parameters", None) or {}
-    room = min(getattr(config, "max_position_embeddings", 0) or 2**31,
-               rope.get("original_max_position_embeddings", 2**31)) - cfg.max_new_tokens
+    room = getattr(config, "max_position_embeddings", 2**31) - cfg.max_new_tokens
     kept = [row for row in problems if len(row["ids"]) <= room
             and all(len(target) <= cfg.max_new_tokens for target in row["targets"])
-            and len(set(row["completions"])) == len(row["completions"])]
+            and len(set(map(tuple, row["targets"]))) == len(row["targets"])]
     if len(kept) < len(problems):
         print(f"dropped {len(problems) - len(kept)} of {len(problems)} rows of {split}: a prompt "
               f"above {room} tokens, a completion above {cfg.max_new_tokens}, or two equal ones")
     if not kept:
         fail(f"--data {cfg.data}: no row of {split} is left; change --max_new_tokens, or the data")
+    if len({len(row["targets"]) for row in kept if row["targets"]}) > 1:
+        fail(f"--data {cfg.data}: give all rankings of {split} the same number of completions")
     largest = max(max(row["ids"] + sum(row["targets"], [])) for row in kept)
     if largest >= policy.get_input_embeddings().num_embeddings:
         fail("--model: its tokenizer has tokens that the model lacks; replace the tokenizer")
@@ -184,15 +183,16 @@ def encode(problems, tokenizer, data="the data"):
     A completion is tokenised apart from the prompt, so that the boundary between them is one
     between tokens, and it ends with one EOS: to stop is a decision too.
     """
-    eos, marked = tokenizer.eos_token, tokenizer("a").input_ids
+    if not problems:
+        return []
+    eos, marked = re.escape(tokenizer.eos_token), tokenizer("a").input_ids
     before = marked[: marked.index(tokenizer("a", add_special_tokens=False).input_ids[0])]
     texts = [render(problem["prompt"], tokenizer, data) for problem in problems]
     for problem, ids in zip(problems, tokenizer(texts, add_special_tokens=False).input_ids):
         problem["ids"] = ids if ids[: len(before)] == before else before + ids
         if not problem["ids"]:
             fail(f"--data {data}: the prompt {problem['prompt']!r:.200} has no tokens; delete it")
-        texts = [text.rstrip().removesuffix(eos) if text.rstrip().endswith(eos) else text
-                 for text in problem["completions"]]
+        texts = [re.sub(rf"({eos}\s*)+\Z", "", text) for text in problem["completions"]]
         problem["targets"] = [ids + [tokenizer.eos_token_id] for ids in (
             tokenizer(texts, add_special_tokens=False).input_ids if texts else [])]
     return problems

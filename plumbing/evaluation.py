@@ -1,7 +1,6 @@
 """
 Looking at a policy: what the log says of a step, and how it fares on held-out problems.
 """
-import contextlib
 import json
 from pathlib import Path
 
@@ -101,10 +100,7 @@ def report(before, after, folder):
             cells = ["{:8.3f} [{:6.3f}, {:6.3f}]".format(*found[key]) for found in (before, after)]
             print(f"{name:24s}" + "     ".join(cells))
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0  # of tensors
-    with contextlib.suppress(ImportError):  # Windows has no such module
-        import resource
-        peak = peak or 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # of the process
     results = dict(before=before, after=after, peak_memory=peak)
     Path(folder, "test.json").write_text(json.dumps(results, indent=1))
-    print(f"\nPeak memory: {peak / 1e9:.2f} GB. The trained model is in {folder / 'model'}, the "
-          f"log in {folder / 'metrics.jsonl'}.")
+    print(f"\nPeak GPU memory: {peak / 1e9:.2f} GB. The trained model is in {folder / 'model'}, "
+          f"the log in {folder / 'metrics.jsonl'}.")

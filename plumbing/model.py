@@ -29,6 +29,9 @@ def load(auto_class, flag, name, **options):
         config = AutoConfig.from_pretrained(where, trust_remote_code=False)
         if getattr(config, "quantization_config", None):
             raise ValueError("its weights are quantised; choose the model that it was made from")
+        rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+        if rope.get("rope_type") == "longrope":
+            raise ValueError("its positions change with the length of a text (LongRoPE)")
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
         eos = tokenizer.eos_token_id
         if eos is None or eos >= config.get_text_config().vocab_size:
@@ -75,16 +78,14 @@ def probe(policy, tokenizer, name):
 
     Three ways to the same log-probs must agree (fp32, on the CPU): the sampler, the shared-prompt
     pass, and a plain forward of each row, without padding or cache. Prompts are ragged, and lie on
-    both sides of each length up to 1,024 that the config names: of a window, of a rope.
+    both sides of each length up to 1,024 that the config names, such as a window.
     """
     config = policy.config.get_text_config()
-    rope, size = getattr(config, "rope_parameters", None) or {}, config.vocab_size
-    named = {4, getattr(config, "sliding_window", 4), getattr(config, "attention_chunk_size", 4),
-             rope.get("original_max_position_embeddings", 4)}
+    named = {4, getattr(config, "sliding_window", 4), getattr(config, "attention_chunk_size", 4)}
     context = min(1024, getattr(config, "max_position_embeddings", 1024) - 5)
     try:
         for n in [n for n in named if n and n <= context]:
-            prompts = [[7 * i % size for i in range(length)] for length in (n + 2, n - 1)]
+            prompts = [[7 * i % config.vocab_size for i in range(P)] for P in (n + 2, n - 1)]
             batch = sample(policy, tokenizer, prompts, 2, 3, 0.7, torch.Generator().manual_seed(0))
             shared, plain = token_logprobs(policy, batch, torch.arange(4), 0.7), 0 * batch.mask
             for i, row in enumerate(plain_logprobs(policy, batch, 0.7)):

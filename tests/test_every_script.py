@@ -173,11 +173,12 @@ def inputs(variant, props, rewards=("by_text",)):
 KEYS = {  # of the log, beside those that all online or all offline scripts have
     "reinforce": "lr", "raft": "lr", "sft": "lr",
     "trpo": "kl_step kl_full_step tries predicted_gain real_gain",
-    "ppo": "lr approx_kl clip_frac value_loss value_clip_frac explained_var",
+    "ppo": "lr approx_kl clip_frac value_loss value_clip_frac explained_var critic_grad_norm",
     "remax": "lr approx_kl clip_frac greedy_score",
-    "prime": "lr approx_kl clip_frac prm_loss prm_accuracy",
+    "prime": "lr approx_kl clip_frac prm_loss prm_accuracy prm_grad_norm",
     **dict.fromkeys(("reinforce_pp", "rloo", "grpo"), "lr approx_kl clip_frac"),
     **dict.fromkeys(("reward_model", "dpo", "orpo"), "lr chosen rejected margin accuracy")}
+LOG = ROOT / "docs" / "log.md"  # it explains each of them
 BEFORE = {}  # what a run says of the model that it begins with: every script must say the same
 
 
@@ -207,7 +208,8 @@ def test_a_run_and_what_it_leaves(folders, props, here, capsys, kind, variant):
     rows, expected = lines("metrics", folder), {"step", "grad_norm", "loss", *KEYS[name].split()}
     if online:
         expected |= set("score score_std kl entropy length truncated frac_zero_std".split())
-        expected |= {f"reward_{part}" for part in rewards if own}
+    assert expected - {"step"} <= set(re.findall(r"`(\w+)`", LOG.read_text()))
+    expected |= {f"reward_{part}" for part in rewards if online and own}
     assert [row["step"] for row in rows] == [1, 2, 3]
     for row in rows:  # prime has three more where there are wrong answers of several steps
         assert set(row) - {"wrong_answers", "step_found", "step_chance"} == expected
@@ -323,7 +325,7 @@ def test_a_gradient_that_is_nan_ends_in_one_sentence(folders, props, here, capsy
     for owner, method in ((torch.Tensor, "backward"), (torch.autograd, "grad")):
         here.setattr(owner, method, lambda loss, *args, real=getattr(owner, method), **more: real(
             loss * next(factors, 1), *args, **more))
-    words = typed(name, **inputs(name, props), model=folders("llama"))
+    words = typed(name, **inputs(name, props), model=folders("llama"), steps=1, minibatch_size=16)
     here.setattr(sys, "argv", [f"{name}.py", *map(str, words)])
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(str(ROOT / f"{name}.py"), run_name="__main__")

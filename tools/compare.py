@@ -67,7 +67,7 @@ def run(script, seed, flags):
                 solved=json.loads((folder / "solved.json").read_text()),
                 greedy=test["after"]["greedy"][0], length=test["after"]["length"][0],
                 kl=sum(measured) / len(measured) if measured else None,
-                seconds=sum(row["time_step"] for row in log), memory=test["peak_memory"] / 1e6)
+                seconds=sum(row["time_step"] for row in log))
 
 
 def draw(script, folder):
@@ -117,7 +117,7 @@ def line(script, runs, low, high):
     return (f"| {script}.py | {mean('completions'):,.0f} | {mean('before'):.3f} "
             f"| **{sum(after) / len(after):.3f}** ({each}) | {low:.3f}-{high:.3f} "
             f"| {mean('greedy'):.3f} | {kl} | {mean('length'):.1f} "
-            f"| {min(r['seconds'] for r in runs):.0f} | {mean('memory'):.0f} |")
+            f"| {min(r['seconds'] for r in runs):.0f} |")
 
 
 def pairs(scripts, means, resampled):
@@ -164,7 +164,7 @@ def main():
     solved = torch.tensor([[r["solved"] for r in runs] for runs in found.values()]).double().mean(3)
     resampled = bootstrap(solved)
     print("| script | completions | before | after: mean (each seed) | its 95 % interval | greedy "
-          "| KL | length | seconds | peak MB |\n" + "|---" * 10 + "|")
+          "| KL | length | seconds |\n" + "|---" * 9 + "|")
     for i, (script, runs) in enumerate(found.items()):
         print(line(script, runs, *interval(resampled[:, i], 0.95)))
     if len(found) > 1:

@@ -305,18 +305,6 @@ def test_equal_completions_are_no_preference(tmp_path, capsys):
     assert all(problem["targets"] == targets for problem in found)  # the order stays
 
 
-def test_a_context_ends_where_the_positions_change():
-    """LongRoPE has other frequencies beyond the original length, for all tokens."""
-    config = transformers.Phi3Config(
-        vocab_size=18, hidden_size=32, num_attention_heads=4, pad_token_id=0, eos_token_id=2,
-        max_position_embeddings=64, original_max_position_embeddings=20,
-        rope_scaling=dict(rope_type="longrope", short_factor=[1.0] * 4, long_factor=[2.0] * 4))
-    policy = SimpleNamespace(config=config, get_input_embeddings=POLICY.get_input_embeddings)
-    rows = [dict(ids=[5] * n, targets=[], completions=[]) for n in (1, 12, 13, 40)]
-    cfg = SimpleNamespace(data="x", max_new_tokens=8)
-    assert data.drop_unfit(rows, policy, cfg, "train") == rows[:2]
-
-
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(capsys):
     rows = [dict(ids=[5], targets=[[18]], completions=["x"])]
     with refused(capsys, "--model", "token"):

@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
-
 from conftest import make_model, save_folder, seeded
+from safetensors.torch import load_file, save_file
+from test_rollout import by_definition, close
+
 from plumbing.model import load_policy
 from plumbing.rollout import sample, token_logprobs
 from plumbing.toy_model import make_tokenizer
-from test_rollout import by_definition, close
 
 
 def refused(capsys, folder):
@@ -123,7 +123,7 @@ def save_random(model_config, folder):
     transformers.LlamaConfig(**ROPE, rope_parameters=LONG | dict(
         original_max_position_embeddings=24))], ids=["looks ahead", "state-space", "longrope"])
 def test_what_the_sampler_would_serve_wrongly_is_refused(tmp_path, capsys, model_config):
-    """It looks ahead, keeps no keys and values, or turns a short row by the longest one's length."""
+    """It looks ahead, keeps no keys and values, or gives short rows the frequencies of long ones."""
     assert model_config.model_type in refused(capsys, save_random(model_config, tmp_path))
 
 

@@ -6,12 +6,11 @@ import shutil
 import numpy
 import pytest
 import torch
-
 from conftest import CONFIGS, HOSTILE, make_model, seeded
+
 from plumbing import rollout
 from plumbing.model import load_policy, plain_logprobs, remove_dropout
-from plumbing.rollout import (Batch, all_logprobs, draw, micro_batches, sample, step_generator,
-                              to_texts, token_logprobs)
+from plumbing.rollout import Batch, all_logprobs, micro_batches, sample, token_logprobs
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12], [5, 6], [13, 4, 4, 5, 0]]  # ragged; one contains the pad id
 ALL = torch.arange(12)  # the rows of three prompts with four completions each
@@ -208,7 +207,7 @@ def test_draw_follows_the_softmax():
     """Chi-square of 40,000 draws at T = 0.7; tokens of probability 0 are never drawn."""
     logits = torch.tensor([-torch.inf, 1.0, -torch.inf, 0.0, 2.0, -1.0, -torch.inf])
     uniform = torch.rand(40_000, dtype=torch.float64, generator=seeded())
-    tokens, logprobs = draw(logits.expand(40_000, -1), 0.7, uniform)
+    tokens, logprobs = rollout.draw(logits.expand(40_000, -1), 0.7, uniform)
     expected = (logits / 0.7).softmax(-1).double()
     counts, possible = torch.bincount(tokens, minlength=7), expected > 0
     assert (counts[~possible] == 0).all()
@@ -220,12 +219,12 @@ def test_draw_at_the_edges():
     """The uniform number 0 draws no token of probability 0. And in a large vocabulary, one token of
     weight 1 and 150,000 of 3e-8, each has a place of its own: an fp32 sum would merge them."""
     zero = torch.zeros(1, dtype=torch.float64)
-    assert draw(torch.tensor([[-torch.inf, 1.0, 2.0]]), 1.0, zero)[0].item() == 1
+    assert rollout.draw(torch.tensor([[-torch.inf, 1.0, 2.0]]), 1.0, zero)[0].item() == 1
     tail = torch.cat([torch.ones(1), torch.full((150_000,), 3e-8)]).log()[None]
     cumulative = tail[0].double().exp().cumsum(0)
     for k in (1, 70_001, 83_002, 149_999):
         uniform = (cumulative[k - 1] + cumulative[k]) / 2 / cumulative[-1]
-        token, logprob = draw(tail, 1.0, uniform[None])
+        token, logprob = rollout.draw(tail, 1.0, uniform[None])
         assert token.item() == k
         assert logprob.item() == pytest.approx((tail[0, k].double() - cumulative[-1].log()).item())
 
@@ -273,7 +272,7 @@ def test_a_row_draws_its_own_numbers(policy, tokenizer):
 def test_the_random_numbers_of_a_step():
     """They are the same for the same seed and step; no seed repeats another, some steps later."""
     def numbers(seed, step):
-        found = torch.rand(2, generator=step_generator(seed, step)).tolist()
+        found = torch.rand(2, generator=rollout.step_generator(seed, step)).tolist()
         return (*found, random.random(), numpy.random.rand(), torch.rand(()).item())
     steps = [numbers(seed, step) for seed in (1, 2, 2**32 + 1) for step in range(20)]
     assert numbers(1, 0) == steps[0]
@@ -308,7 +307,7 @@ def test_a_completion_ends_with_any_eos_or_is_cut_off(
     batch = sample(policy, tokenizer, [PROMPTS[0]], 2, 3, 1.0, seeded())
     assert batch.completions.tolist() == [expected] * 2 and batch.mask.all()
     assert batch.finished.tolist() == [finished] * 2
-    assert to_texts(tokenizer, batch) == [text] * 2
+    assert rollout.to_texts(tokenizer, batch) == [text] * 2
 
 
 # ------------------------------------------------------------------ how much is forwarded
@@ -353,4 +352,5 @@ def test_rows_without_signal_are_not_forwarded():
     for signal in (advantages, advantages[:, None] * torch.tensor([0, 1, 0])):
         forwarded = torch.cat(list(micro_batches(batch, ALL, 2, signal)))
         assert {4, 6} <= set(forwarded.tolist()) <= {0, 4, 6}
-        assert len(list(micro_batches(batch, ALL, 2, 0 * signal))) == 1
+        kept, = micro_batches(batch, ALL, 2, 0 * signal)
+        assert len(kept) == 1
