@@ -33,9 +33,9 @@ def approx_kl(logprobs, old_logprobs, share):
 def evaluate(policy, tokenizer, problems, cfg, rewards=None, measure=None):
     """How the policy fares on held-out problems -> {name: [value, low, high]}, 95 % intervals.
 
-    Sampled at temperature 1, and greedy: the exact match (last_number) where all answers are
-    numbers, and the rewards where they say something else; and what measure(problems) says of the
-    completions in the data. All evaluations use the same random numbers, of their own generator.
+    Sampled at temperature 1, and greedy: the exact match where all answers are numbers, rewards that
+    say something else, and what measure() says of completions in the data. Random numbers are the
+    same ones, of a generator of its own.
     """
     results = {"n": len(problems)}
     if policy.can_generate():  # a reward model cannot
@@ -55,7 +55,8 @@ def evaluate(policy, tokenizer, problems, cfg, rewards=None, measure=None):
         if cfg.data in toy.KINDS:
             results["shows_work"] = wilson(["=" in text for text in sampled["texts"]])
         results["length"] = interval(sampled["lengths"])
-    return results | measure([row for row in problems if row["targets"]]) if measure else results
+    rows = [problem for problem in problems if problem["targets"]]
+    return results | measure(rows) if measure and rows else results
 
 
 def look(policy, tokenizer, problems, cfg, judges, temperature, generator, group_size=1):

@@ -1,6 +1,4 @@
-"""
-The flags that all scripts share, what they may be, and how a run is refused.
-"""
+"""The flags that all scripts share, what they may be, and how a run is refused."""
 import copy
 import os
 import sys
@@ -8,6 +6,7 @@ from dataclasses import dataclass
 from typing import Optional
 
 import torch
+from tqdm import tqdm
 from transformers.hf_argparser import HfArg
 
 
@@ -54,7 +53,7 @@ class OnlineConfig(RunConfig):
 
 def fail(message, code=2):
     """Stop with one sentence, no traceback. Code 2: wrong input; 1: it happened on the way."""
-    print("error:", " ".join(str(message).split()), file=sys.stderr)
+    tqdm.write(f"error: {' '.join(str(message).split())}", file=sys.stderr)  # not into a bar
     sys.exit(code)
 
 

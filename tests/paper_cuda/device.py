@@ -48,6 +48,10 @@ import torch  # noqa: E402
 from torch.utils._python_dispatch import (  # noqa: E402
     TorchDispatchMode, return_and_correct_aliasing)
 
+# Backward runs in the calling thread. A thread for the GPU, which the engine would start at its first
+# backward if there were one, sometimes ends too late for Python, which is then aborted.
+torch.autograd.set_multithreading_enabled(False)
+torch.ones((), requires_grad=True).backward()
 guard.install_guard()
 
 aten = torch.ops.aten

@@ -249,8 +249,9 @@ def test_a_folder_with_a_reward_of_its_own_is_a_reward_by_the_folders_name(tmp_p
     assert list(load("plain,last_number")) == ["plain", "last_number"]
 
 
-def test_a_file_is_read_anew_each_time(tmp_path):
+def test_a_file_is_read_anew_each_time(tmp_path, monkeypatch):
     """Also after an edit that changes neither its size nor its time, as in a notebook."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
     file = tmp_path / "edited.py"
     for value in ("1.0", "0.5"):
         file.write_text(f"def f(completions, **columns):\n    return [{value}] * len(completions)")
