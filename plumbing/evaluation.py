@@ -33,9 +33,9 @@ def approx_kl(logprobs, old_logprobs, share):
 def evaluate(policy, tokenizer, problems, cfg, rewards=None, measure=None):
     """How the policy fares on held-out problems -> {name: [value, low, high]}, 95 % intervals.
 
-    Sampled at temperature 1, and greedy: the exact match where all answers are numbers, rewards that
-    say something else, and what measure() says of completions in the data. Random numbers are the
-    same ones, of a generator of its own.
+    Sampled at temperature 1, and greedy: the exact match where all answers are numbers, rewards
+    that say something else, and what measure() says of completions in the data. All evaluations use
+    the same random numbers, from a generator of their own.
     """
     results = {"n": len(problems)}
     if policy.can_generate():  # a reward model cannot

@@ -24,7 +24,8 @@ import rloo
 from plumbing.run import Run
 
 pytestmark = [pytest.mark.usefixtures("few_problems"), pytest.mark.filterwarnings(
-    "error", "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")]
+    "error", *(f"ignore::{kind}" for kind in ("DeprecationWarning", "ResourceWarning",
+                                              "pytest.PytestUnraisableExceptionWarning")))]
 SMALL = dict(device="cpu", steps=2, prompts_per_step=4, minibatch_size=8, micro_batch_size=8,
              max_new_tokens=6, eval_prompts=4, save_every=1, log_every=1, lr=1e-3)
 TYPED = [word for key, value in SMALL.items() for word in (f"--{key}", str(value))]
@@ -162,27 +163,29 @@ def test_more_epochs_may_be_asked_for(here, props):
 def settings():
     return (torch.are_deterministic_algorithms_enabled(), torch.is_grad_enabled(),
             torch.is_deterministic_algorithms_warn_only_enabled(), torch.get_default_dtype(),
-            torch.utils.deterministic.fill_uninitialized_memory, torch.get_num_threads(),
+            torch.utils.deterministic.fill_uninitialized_memory, torch.backends.cudnn.benchmark,
             torch.get_float32_matmul_precision(), *map(signal.getsignal, (2, 15)))
+
+
+BEFORE = settings()  # when no run has been made in this process
 
 
 def test_train_in_a_loop_in_a_thread_and_what_it_leaves_behind(folders, here):
     """One Config for two seeds makes two runs; the settings of torch are those from before."""
-    before = settings()
     cfg = grpo.Config(**{**grpo.TOY, **SMALL, "model": folders("llama"), "steps": 1})
     for cfg.seed in (1, 2):
         same = copy.copy(cfg)
         thread = threading.Thread(target=grpo.train, args=[cfg])
         thread.start()
         thread.join()
-        assert cfg == same and settings() == before
+        assert cfg == same and settings() == BEFORE
     for folder, seed in (("runs/grpo", 1), ("runs/grpo-2", 2)):
         assert json.loads(Path(folder, "config.json").read_text())["seed"] == seed
         assert Path(folder, "model").is_dir() and steps(folder) == [1]
     here.setattr(Run, "log", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         grpo.train(cfg)
-    assert settings() == before and Path("runs/grpo-3").is_dir()
+    assert settings() == BEFORE and Path("runs/grpo-3").is_dir()
 
 
 def test_validation_is_looked_at_in_training_and_test_before_and_after(props, here):
