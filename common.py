@@ -115,8 +115,7 @@ def learning_rate(step, steps, warmup_steps, peak):
 def mini_batches(n, minibatch_size, group_size, epochs, generator):
     """Shuffles the groups of a step's n completions, `epochs` times -> yields row indices.
 
-    A mini-batch consists of whole groups. It has at most minibatch_size rows, or one group if a
-    group has more.
+    A mini-batch has whole groups, of at most minibatch_size rows together, or one larger group.
     """
     if n == 0:
         return

@@ -97,8 +97,7 @@ def to_problem(row, wanted, needs, where):
     demonstration    `completion`; or an `answer` of the form "reasoning #### 42", as in GSM8K
     pair             `chosen` and `rejected`, or `completions`, a list of two, best first
     ranking          `completions`, or `chosen` and `rejected`
-    In a conversation, the last message is the completion. What precedes it is the prompt, or the
-    prompt's column is, if nothing does.
+    In a conversation, the last message is the completion, and what precedes it is the prompt.
     """
     answer = row["answer"] if re.search(r"####\s*\S+\s*\Z", str(row.get("answer"))) else None
     found = [row.get("completions"), [row.get("chosen"), row.get("rejected")],

@@ -14,10 +14,8 @@ from transformers.hf_argparser import HfArg
 class RunConfig:
     """The flags of every script. The defaults are for a real model on a GPU."""
 
-    model: Optional[str] = HfArg(default=None, help="folder of a model or of a run, or name on the "
-                                                    "hub; None: the toy's model")
-    data: str = HfArg(default="words", help="toy, words, or your own: a .jsonl file, a folder, or "
-                                            "a name[:configuration] on the hub")
+    model: Optional[str] = HfArg(default=None, help="folder, run or hub name; None: the toy")
+    data: str = HfArg(default="words", help="toy, words, .jsonl file, folder, or hub name[:config]")
     steps: int = HfArg(default=200, help="training steps")
     lr: float = HfArg(default=1e-6, help="AdamW learning rate at its peak")
     warmup_steps: int = HfArg(default=0, help="steps in which the learning rate rises to its peak")
@@ -34,10 +32,8 @@ class RunConfig:
     save_every: int = HfArg(default=20, help="steps between checkpoints")
     seed: int = HfArg(default=1, help="seed of all random numbers")
     device: Optional[str] = HfArg(default=None, help="cpu or cuda; None: cuda if present")
-    out_dir: Optional[str] = HfArg(default=None, help="folder of the run; None: runs/SCRIPT, "
-                                                      "numbered if it exists")
-    resume: Optional[str] = HfArg(default=None, help="folder of a run to go on with; its flags "
-                                                     "hold, except those that you type")
+    out_dir: Optional[str] = HfArg(default=None, help="new folder of the run; None: runs/SCRIPT")
+    resume: Optional[str] = HfArg(default=None, help="folder of a run to go on with, by its flags")
 
 
 @dataclass

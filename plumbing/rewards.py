@@ -1,18 +1,16 @@
 """
-Rewards: how the policy's answers are judged.
+Rewards: how the policy's answers are judged. A reward is called by keyword, as in TRL:
 
-A reward is a function that is called as TRL calls it, by keyword, and returns a list of floats:
+    reward(prompts=..., completions=..., finished=..., completion_ids=..., **columns)
 
-    reward(prompts=..., completions=..., **columns)
-
-Every argument is a list with one item per completion. Completions are text, without the EOS that
-ended them, also where the data has messages. The columns are those of the data, and two more:
-    finished         True where the completion ended by itself, False where it was cut off
-    completion_ids   its tokens, EOS included
+Every argument is a list with one item per completion, and it returns a list of floats. Completions
+are text, finished is False where one was cut off, and columns are the other columns of the data.
 """
+import contextlib
 import copy
 import importlib.util
 import math
+import os
 import re
 import runpy
 import sys
@@ -25,27 +23,33 @@ import torch
 from plumbing.flags import fail, split_rewards
 from plumbing.rollout import to_texts
 
-# The last word with a digit, freed of the marks around it, is the number; or there is none. Words
-# that belong together are one: 9 500, 3 - 4, 12 : 30, 5 million are not the numbers 500, 4, 30, 5.
-WORD = re.compile(r"(?:[-+−] +)?(?:[^\s=]*\d(?: *[-+−*/×÷^]| +:)?[^\S\n]+)*[^\s=]*\d[^\s=]*"
-                  r"(?: (?:hundred|thousand|[mb]illion|trillion|dozen))?")
-NUMBER = re.compile(r"(?:\\boxed|[\\$€£*_`'\"([{<,])*"
-                    r"([-+−]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?)"
-                    r"[\\$€£*_`'\")\]}>,.;:!?%°²³]*")
+NUMBER = re.compile(r"(?:\\boxed{|<answer>|[\\$€£*_`'\"([{,~≈])*"  # marks, the number, marks
+                    r"([-+−]?\\?[$€£]?(?:(?:[1-9]\d{0,2}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+))"
+                    r"(?:</answer>|[\\$€£*_`'\")\]},.;:!?%°])*")
+OTHERS = set("minus negative plus times over x hundred thousand million billion trillion dozen "
+             "pi π \\pi ¼ ½ ¾".split())  # beside one of these, it is another number
 
 
 def read_number(text):
     """"-1,234.50", "$5.", "**\\boxed{42}**" -> that number; None for a text that is no number."""
     found = NUMBER.fullmatch(str(text).rpartition("####")[2].strip())
-    if found and any(char.isdecimal() for char in found[1]):
-        return Decimal(found[1].replace(",", "").replace("−", "-"))
+    return found and Decimal(re.sub(r"[^\d.-]", "", found[1].replace("−", "-")))
 
 
 def last_number(completions, answer, finished, **columns):
-    """1 if the last number of a finished completion equals the answer as a number, else 0."""
+    """1 if the last number of a finished completion equals the answer as a number, else 0.
+
+    The last word with a digit is read, whole, if it follows =, a new line or a word of letters:
+    nothing is paid for a part of 3-4, 10^3, 9 500, 3 - 4 or 5 million.
+    """
     def right(text, answer):
-        number = read_number((WORD.findall(text) or [""])[-1])
-        if number is not None and isinstance(answer, float):  # maybe 0.1 in 32 bits, or 1/3
+        words = ["=", *re.findall(r"[=\n]|[^\s=#]+", text), "\n"]
+        plain = [re.sub(r"[^\w\\]", "", word).lower() for word in words]
+        at = max((i for i, word in enumerate(words) if re.search(r"\d", word)), default=0)
+        alone = words[at - 1] in "=\n" or plain[at - 1].isalpha()
+        alone = alone and not OTHERS & {plain[at - 1], plain[at + 1]}
+        number = read_number(words[at]) if alone else None
+        if number is not None and isinstance(answer, float) and answer % 1:  # 0.1 in 32 bits, 1/3
             return math.isclose(number, answer, rel_tol=1e-7)
         return number is not None and number == read_number(answer)
 
@@ -66,7 +70,7 @@ def load_rewards(cfg, problems):
                      f"({wrong[0]!r}); mend the column answer, or write a reward of your own")
             function = last_number
         elif Path(part, "reward.py").is_file():  # reward_model.py has written it
-            name, function = Path(part).name, runpy.run_path(f"{part}/reward.py")["score"]
+            name, function = Path(part).name, runpy.run_path(f"{part}/reward.py").get("score")
         elif Path(file).is_file():
             function = load_function(Path(file), name)
         else:
@@ -83,7 +87,7 @@ def load_function(path, name):
     """The function `name` of the Python file at `path`, which is read anew.
 
     It is a module by its own name, so that it can import its neighbours and hand its functions to a
-    pool of processes. no_grad restores the gradient mode that a file changes.
+    pool of processes.
     """
     sys.path.append(str(path.parent))
     try:
@@ -91,20 +95,23 @@ def load_function(path, name):
         if not (known and known.origin and path.samefile(known.origin)):
             raise ImportError(f"another module is called {path.stem}; rename the file")
         sys.modules[path.stem] = module = importlib.util.module_from_spec(known)
-        with torch.no_grad():
+        with contained():
             exec(compile(path.read_bytes(), path, "exec"), module.__dict__)
         return getattr(module, name)
     except (Exception, SystemExit) as error:
-        fail(f"--reward {path}:{name}: {describe(error)}")
+        fail(f"--reward {path}:{name}: {error!r}")
 
 
-def describe(error):
-    """What happened in a reward's file, and where."""
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {error} (line {last.lineno} of {Path(last.filename).name})"
+@contextlib.contextmanager
+def contained():
+    """What a reward does to the current folder, the dtype or gradients is undone after it."""
+    folder, dtype = os.getcwd(), torch.get_default_dtype()
+    with torch.no_grad():
+        yield
+    os.chdir(folder)
+    torch.set_default_dtype(dtype)
 
 
-@torch.no_grad()
 def judge(name, reward, problems, texts, finished, completion_ids):
     """One reward's scores of texts[i] as an answer to problems[i] -> list of N floats."""
     # Everything is a copy, and each completion's its own: a reward may change what it is given.
@@ -113,13 +120,15 @@ def judge(name, reward, problems, texts, finished, completion_ids):
     columns.update(prompts=columns.pop("prompt"), completions=list(texts),
                    finished=list(finished), completion_ids=[list(ids) for ids in completion_ids])
     try:
-        values = reward(**columns)
-    except Exception as error:
-        fail(f"--reward {name} raised {describe(error)}; it is called by keyword, with "
-             f"{', '.join(columns)}")
+        with contained():
+            values = reward(**columns)
+    except (Exception, SystemExit) as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        fail(f"--reward {name} raised {error!r} in line {last.lineno} of {last.filename}; it is "
+             f"called by keyword, with {', '.join(columns)}")
     try:
         scores = [float(value) for value in values]
-    except (TypeError, ValueError):  # None, or a list with None in it; a coroutine; ...
+    except Exception:  # None, or a list with None in it; a coroutine; ...
         scores = []
     if len(scores) != len(texts) or not all(-3e38 < score < 3e38 for score in scores):
         fail(f"--reward {name} returned {str(values)[:200]} for {len(texts)} completions, "

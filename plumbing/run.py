@@ -28,9 +28,8 @@ class Run:
                  **trained):
         """Make the folder; with --resume, load the checkpoint; look at the test problems.
 
-        problems: training, validation, test. rewards, measure: see evaluate(). trained: what else a
-        checkpoint holds the state of, as optimizer=optimizer, critic=critic. It also holds `kept`,
-        where a script may put numbers of its own.
+        rewards, measure: see evaluate(). trained: what else a checkpoint holds the state of, such
+        as optimizer=optimizer. It also holds `kept`, for numbers of a script's own.
         """
         self.cfg, self.name, self.policy, self.tokenizer = cfg, name, policy, tokenizer
         self.trained, self.first = dict(policy=policy, **trained), 0
@@ -108,8 +107,7 @@ class Run:
     def log(self, step, problems=None, texts=None, scores=None, kl=None, batch=None, **metrics):
         """The end of a step: write the log; show, evaluate and save when it is due.
 
-        The numbers of count() become means over the step's mini-batches. Every --log_every steps,
-        there is a line on screen, with a prompt and a completion where there are some.
+        The numbers of count() become means over the step's mini-batches.
         """
         cfg, done = self.cfg, step + 1
         if scores is not None:

@@ -5,9 +5,8 @@ The embedded world: chain arithmetic, and a language model small enough to learn
     completion   8+9=17,17-5=12,12-8=4,4-2=2<eos>     shows its work
              or  2<eos>                               answers directly
 
-Both are legal; the answer is the last number. The demonstrations of SFT are right, and half of them
-show the work, so toy_policy/ shows it half of the time, and is right far more often when it does.
-Then reinforcement learning makes answers longer. `words` asks a pretrained model the same.
+The answer is the last number. toy_policy/ shows its work half of the time, as SFT's demonstrations
+do, and is right far more often when it does. `words` asks a pretrained model the same in English.
 """
 import json
 import random
@@ -72,10 +71,9 @@ def make_row(kind, chain, totals, show_work):
 
 
 def check_steps(prompt, completion):
-    """Process supervision's judge: is each step of a toy answer exactly the next line of the work?
+    """Is each step of a toy answer, which ends with a comma, exactly the next line of the work?
 
-    -> [(end, right), ...], one per comma-separated step: the 0-based index of its last character,
-    which is also its token (a comma belongs to the step before it), and 1.0 or 0.0.
+    -> [(end, right), ...]: the 0-based index of the step's last character, and 1.0 or 0.0.
     """
     total, *terms = re.findall(r"[+-]?\d+", prompt)
     expected = []
@@ -91,9 +89,8 @@ def score_steps(problems, batch, texts, scores):
     """Process supervision of the toy -> rewards of each completion's steps, and where they end.
 
     Two lists of N lists; an end is the 0-based index of the step's last token. The last step's
-    reward is the outcome, scores (N,), and it ends with the completion, EOS included: to stop is an
-    action too. A step before it can be right only if it is not the last line of the work, or it
-    would pay to say the result once more.
+    reward is the outcome, scores (N,), and it ends with the EOS: to stop is an action too. A step
+    before it is not right if it is the last line of the work, or repeating the result would pay.
     """
     step_rewards, step_ends = [], []
     for i, text in enumerate(texts):

@@ -158,6 +158,8 @@ def compute(func, args, kwargs):
     check_devices(func, args, tensors, papers)
     device = kwargs.get("device") and torch.device(kwargs["device"])
     here = device.type == "cuda" if device else bool(papers)  # does the result lie on CUDA?
+    if not papers and not here:
+        return func(*args, **kwargs)
     args_, kwargs_ = each_tensor(lambda x: x.elem if isinstance(x, Paper) else x, (args, kwargs))
     if device and device.type == "cuda":
         kwargs_ = dict(kwargs_, device=torch.device("cpu"))
@@ -186,7 +188,7 @@ def aliases(func):
 
 
 def check_devices(func, args, tensors, papers):
-    if not papers or len(papers) == len(tensors) or func in ACROSS:
+    if not papers or func in ACROSS:
         return
     indices = []
     if func in INDEXING:  # a tensor on CUDA takes indices from either device, one on the CPU not
@@ -197,6 +199,8 @@ def check_devices(func, args, tensors, papers):
         for x in indices:
             if not isinstance(x, Paper) and x.dim() > 0:
                 count("copy to GPU")
+            if x.dtype == torch.bool and func is aten.index.Tensor:  # how many are True?
+                count("nonzero")
     known = {id(x) for x in indices}
     for x in tensors:
         if not isinstance(x, Paper) and x.dim() > 0 and id(x) not in known:

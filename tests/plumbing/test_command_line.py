@@ -1,7 +1,4 @@
-"""What a user types: --help, wrong flags, defaults, flags of --resume; and how a failure ends.
-
-Nothing is trained here.
-"""
+"""What a user types: --help, wrong flags, defaults, flags of --resume; and how a failure ends."""
 import contextlib
 import dataclasses
 import importlib

@@ -1,14 +1,12 @@
 """What a flag may be, and what a run works with: check() and the paths in flags."""
 import dataclasses
-import importlib
 from pathlib import Path
 
 import pytest
+from test_command_line import each_script, grpo
 
 from plumbing.flags import absolute, check, split_rewards
 
-SCRIPTS = [importlib.import_module(name) for name in (
-    "reinforce reinforce_pp ppo trpo remax rloo grpo prime raft sft reward_model dpo orpo").split()]
 ABOVE_0 = set(  # all other numbers may be 0
     "steps max_grad_norm minibatch_size micro_batch_size max_new_tokens log_every eval_prompts "
     "save_every prompts_per_step group_size temperature epochs clip_eps value_clip delta "
@@ -31,7 +29,7 @@ def refusal(capsys, cfg, **more):
     return ""
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@each_script
 def test_the_range_of_every_number(script, capsys):
     """Of every flag of every script; and both kinds of defaults are in their range."""
     assert not refusal(capsys, script.Config(device="cpu")) + refusal(capsys, config(script))
@@ -57,13 +55,13 @@ def test_what_is_refused_before_anything_is_loaded(tmp_path, monkeypatch, capsys
     Path("empty").mkdir(), Path("file").touch(), Path("dangling").symlink_to("nowhere")
     before = sorted(tmp_path.rglob("*"))
     key, value = flag.split("=")
-    assert f"--{key} {value}".strip() in refusal(capsys, config(SCRIPTS[0], **{key: value}))
+    assert f"--{key} {value}".strip() in refusal(capsys, config(grpo, **{key: value}))
     assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_what_is_refused_only_sometimes(tmp_path, capsys):
     """The folder of a run that goes on is there; a group is too small where answers compete."""
-    cfg = config(SCRIPTS[0], resume=str(tmp_path), out_dir=str(tmp_path), group_size=2)
+    cfg = config(grpo, resume=str(tmp_path), out_dir=str(tmp_path), group_size=2)
     assert not refusal(capsys, cfg) + refusal(capsys, cfg, min_group=2)
     assert "--group_size 2" in refusal(capsys, cfg, min_group=3)
 
@@ -73,16 +71,16 @@ def test_check_gives_a_copy_with_a_device_and_whole_paths(tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     Path("m").mkdir(), Path("sums.jsonl").touch(), Path("mine.py").touch(), Path("toy").mkdir()
-    cfg = config(SCRIPTS[0], device=None, model="m", data="~/sums.jsonl",
+    cfg = config(grpo, device=None, model="m", data="~/sums.jsonl",
                  reward="last_number,mine.py:f")
     before = dict(vars(cfg))
     checked = check(cfg)
     assert vars(cfg) == before and checked.device in ("cpu", "cuda")
     assert (checked.model, checked.data) == (f"{tmp_path}/m", f"{tmp_path}/sums.jsonl")
     assert checked.reward == f"last_number,{tmp_path}/mine.py:f"
-    hub = check(config(SCRIPTS[0], model="someone/m", data="someone/set:main"))
+    hub = check(config(grpo, model="someone/m", data="someone/set:main"))
     assert (hub.model, hub.data) == ("someone/m", "someone/set:main")
-    assert check(config(SCRIPTS[0])).data == "toy"
+    assert check(config(grpo)).data == "toy"
 
 
 def test_rewards_are_split_at_commas_that_are_not_in_a_path(tmp_path, monkeypatch):

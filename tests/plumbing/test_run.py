@@ -78,9 +78,9 @@ def files(folder):
 def props(tmp_path_factory, folders):
     """Data, rewards, a model; and `run`, a run of two steps that was given relative paths."""
     folder = tmp_path_factory.mktemp("props")
-    write_jsonl(folder / "sums.jsonl", [dict(
-        prompt=f"{i}+{j}=", answer=i + j, chosen=str(i + j), rejected="50")
-                                        for i in range(9) for j in range(9)])
+    write_jsonl(folder / "sums.jsonl", [
+        dict(prompt=f"{i}+{j}=", answer=i + j, chosen=str(i + j), rejected="50")
+        for i in range(9) for j in range(9)])
     (folder / "judges.py").write_text(REWARDS)
     (folder / "m").symlink_to(folders("llama"))
     save_folder(folder / "other", seed=1)
@@ -116,8 +116,8 @@ def test_a_run_goes_on_from_any_folder_and_through_links(here, props):
     assert steps("run") == [1, 2, 3] and rows("run/metrics.jsonl")[:2] == rows(
         props / "run" / "metrics.jsonl")
     assert json.loads(Path("run/config.json").read_text()) == {**old, "steps": 3, "lr": 1e-2}
-    for name in ("run", "disk/run/model", "disk/run/checkpoint.pt"):
-        assert Path(name).is_symlink()
+    links = "run", "disk/run/model", "disk/run/checkpoint.pt"
+    assert all(Path(name).is_symlink() for name in links)
     assert torch.load("disk/checkpoint.pt", weights_only=True)["step"] == 3
     after = files("disk/model")
     assert [path.name for path in before if before[path] != after[path]] == ["model.safetensors"]
@@ -147,13 +147,12 @@ def test_what_does_not_go_on_is_one_sentence_and_loses_nothing(here, props, caps
 
 def test_more_epochs_may_be_asked_for(here, props):
     """The number of steps follows from them, also where they are typed at --resume."""
-    flags = dict(model=f"{props}/m", data=f"{props}/sums.jsonl", minibatch_size=20, device="cpu",
-                 eval_prompts=4)  # of 81 prompts, an eighth is for each test, and 61 are left
-    cfg = dpo.Config(**{**dpo.TOY, **flags})
+    cfg = dpo.Config(**{**dpo.TOY, "model": f"{props}/m", "data": f"{props}/sums.jsonl",
+                        "minibatch_size": 20, "eval_prompts": 4, "device": "cpu"})
     for cfg.epochs, cfg.out_dir, n in ((2, "two", 7), (1, "one", 4)):
         same = copy.copy(cfg)
         dpo.train(cfg)
-        assert cfg == same and steps(cfg.out_dir) == list(range(1, n + 1))
+        assert cfg == same and steps(cfg.out_dir) == list(range(1, n + 1))  # of 61 in 81 prompts
     enter(dpo, "--resume", "one", "--epochs", 2, train=dpo.train)
     assert steps("one") == steps("two")
 
@@ -258,10 +257,8 @@ def test_of_two_processes_with_one_folder_one_is_refused(here, folders, capsys):
     """Also where neither saw the other's folder when it looked."""
     here.setattr(os.path, "lexists", lambda path: False)
     here.setattr(os.path, "exists", lambda path: False)
-    before = files("run")
-    assert "--out_dir" in refused(capsys, grpo, *TYPED, "--model", folders("llama"), "--out_dir",
-                                  "run")
-    assert files("run") == before
+    before, flags = files("run"), ["--model", folders("llama"), "--out_dir", "run"]
+    assert "--out_dir" in refused(capsys, grpo, *TYPED, *flags) and files("run") == before
 
 
 GROUP = "import os, runpy, sys; os.setpgid(0, 0); sys.argv = sys.argv[1:]; runpy.run_path(" \
