@@ -53,10 +53,10 @@ def fail(message, code=2):
     sys.exit(code)
 
 
-# A number must be above 0, except where 0 has a meaning; and some must be at most 1.
+# A number must be above 0, except where 0 has a meaning; and some have an upper end.
 ZERO_IS_FINE = set("lr critic_lr prm_lr warmup_steps critic_warmup weight_decay eval_every seed "
                    "kl_coef reward_clip gamma lam decay beta damping accuracy_filter".split())
-AT_MOST_1 = "gamma", "lam", "decay", "backtrack", "fisher_fraction", "accuracy_filter"
+AT_MOST = dict(gamma=1, lam=1, decay=1, backtrack=1, fisher_fraction=1, accuracy_filter=0.5)
 
 
 def check(cfg, min_group=1):
@@ -72,8 +72,8 @@ def check(cfg, min_group=1):
             fail(f"--{key}: it is empty; give it a value, or leave it out")
         if number and not (value > 0 or (value == 0 and key in ZERO_IS_FINE)):  # nan is refused
             fail(f"--{key} {value}: it must be {'at least' if key in ZERO_IS_FINE else 'above'} 0")
-        if number and key in AT_MOST_1 and value > 1:
-            fail(f"--{key} {value}: it must be at most 1")
+        if number and value > AT_MOST.get(key, value):
+            fail(f"--{key} {value}: it must be at most {AT_MOST[key]}")
     if getattr(cfg, "group_size", min_group) < min_group:
         fail(f"--group_size {cfg.group_size}: it must be at least {min_group}, to compare answers")
     cfg.device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")

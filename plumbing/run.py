@@ -8,7 +8,7 @@ import shutil
 import time
 import zlib
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -37,14 +37,16 @@ class Run:
         checksum = checksum_of(policy, problems)
         self.folder = self.find(cfg.resume, checksum) if cfg.resume else self.make(cfg.out_dir)
         Run.unfinished = str(self.folder)
-        config = dict(asdict(cfg), script=name, out_dir=None, resume=None, checksum=checksum)
+        flags = {field.name: getattr(cfg, field.name) for field in fields(cfg) if field.init}
+        config = dict(flags, script=name, out_dir=None, resume=None, checksum=checksum)
         self.replace("config.json", lambda path: path.write_text(json.dumps(config, indent=1)))
         for thing in self.trained.values():
             if cfg.gradient_checkpointing and isinstance(thing, torch.nn.Module):
-                thing.gradient_checkpointing_enable()
+                getattr(thing, "activation_checkpointing_enable",  # its name since 5.24
+                        thing.gradient_checkpointing_enable)()
         if cfg.compile:
             compile_decoding(policy)
-        print(f"{name}: " + " ".join(f"{key}={value}" for key, value in asdict(cfg).items()))
+        print(f"{name}: " + " ".join(f"{key}={value}" for key, value in flags.items()))
         print(f"{policy.config.model_type} of {policy.num_parameters():,} parameters on "
               f"{policy.device}, computing in {'bf16' if use_bf16(policy.device) else 'fp32'} over "
               f"fp32 weights, into {self.folder}", flush=True)

@@ -110,8 +110,8 @@ def test_every_log_key_is_explained():
 
 
 def test_the_table_of_memory_follows_from_the_formula_on_its_page():
-    """Qwen2.5-0.5B: parameters, layers, width, MLP width, key/value width, vocabulary."""
-    p, layers, width, mlp, kv, vocabulary = 494e6, 24, 896, 4864, 128, 151936
+    """Qwen2.5-0.5B: parameters, layers, width, MLP width, vocabulary."""
+    p, layers, width, mlp, vocabulary = 494e6, 24, 896, 4864, 151936
     for micro, expected in ((8, "19.7 GB"), (16, "26.1 GB"), (64, "64.5 GB")):
         layer = 34.5 * width + 8 * mlp
         updating = micro * 384 * layers * layer + vocabulary * (micro * 256 * 4 + 1024 * 16)

@@ -8,9 +8,8 @@ How fast is a step? The scripts beside TRL's trainers and model.generate, on the
 
 All contenders run in this process, in turns, from the same random weights, on the same prompts, and
 make the same number of completions and of new tokens. The first step of each turn is dropped;
-medians are printed. What is timed is the scripts' own train(), with a stopwatch in the place of its
-run folder, and TRL's own train(), neither with vLLM nor compiled; checkpoints are not timed. TRL
-comes with requirements-dev.txt; without it, its rows say so.
+medians are printed. What is timed is the scripts' own train(), without its run folder, and TRL's,
+neither with vLLM nor compiled. TRL comes with requirements-dev.txt.
 """
 import argparse
 import contextlib

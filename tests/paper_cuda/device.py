@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import weakref
+from collections import Counter
 from pathlib import Path
 
 if __name__ == "__main__":  # once more, under the name by which pickle finds rebuild()
@@ -56,7 +57,7 @@ guard.install_guard()
 
 aten = torch.ops.aten
 CUDA = torch.device("cuda", 0)
-SYNCS = {}  # how often the program waited for the GPU, by kind
+SYNCS = Counter()  # how often the program waited for the GPU, by kind
 RANDOM = torch.Generator()  # of torch.rand on CUDA without a generator
 GENERATORS = []  # those made for CUDA
 ACROSS = {aten._to_copy.default, aten.copy_.default, aten._local_scalar_dense.default}
@@ -69,7 +70,7 @@ NUMBERS = {aten._local_scalar_dense.default, aten.equal.default}
 
 
 def count(kind):
-    SYNCS[kind] = SYNCS.get(kind, 0) + 1
+    SYNCS[kind] += 1
 
 
 class Bytes:
@@ -87,6 +88,13 @@ class Bytes:
     def free(size):
         Bytes.now -= size
 
+    @staticmethod
+    def of(tensor):
+        storage = tensor.untyped_storage()
+        known = Bytes.of_storage.get(storage._cdata) or Bytes(storage.nbytes())
+        Bytes.of_storage[storage._cdata] = known
+        return known
+
 
 class Paper(torch.Tensor):
     """A tensor on cuda:0; `elem` is the CPU tensor that it stands for."""
@@ -96,11 +104,13 @@ class Paper(torch.Tensor):
         tensor = torch.Tensor._make_wrapper_subclass(
             cls, elem.size(), strides=elem.stride(), storage_offset=elem.storage_offset(),
             dtype=elem.dtype, layout=elem.layout, device=CUDA)
-        tensor.elem, storage = elem, elem.untyped_storage()
-        known = Bytes.of_storage.get(storage._cdata)
-        tensor.bytes = known or Bytes(storage.nbytes())
-        Bytes.of_storage[storage._cdata] = tensor.bytes
+        tensor.elem, tensor.bytes = elem, Bytes.of(elem)
         return tensor
+
+    def __deepcopy__(self, memo):
+        copied = super().__deepcopy__(memo)
+        copied.bytes = Bytes.of(copied.elem)
+        return copied
 
     def __tensor_flatten__(self):  # module.to() then swaps its parameters for these
         return ["elem"], None

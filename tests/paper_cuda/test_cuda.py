@@ -6,6 +6,7 @@ What a GPU runs, within five minutes, without a network and without `datasets`:
 Where there is no GPU, test_paper_device.py runs these tests on the device of device.py, and with
 them those that only that device can tell.
 """
+import copy
 import gc
 import json
 import sys
@@ -20,6 +21,7 @@ import ppo
 import test_every_script as every
 from conftest import make_model, save_folder, seeded
 from plumbing import rollout, run
+from plumbing.data import draw_problems
 from plumbing.model import load_policy, plain_logprobs
 from plumbing.rollout import Batch, sample, token_logprobs
 from plumbing.scorer import load_scorer
@@ -84,8 +86,12 @@ def test_a_run_that_was_stopped_goes_on(folders, props, here):
     flags = dict(every.inputs("ppo", props), device="cuda", model=folders("llama"), steps=3,
                  save_every=1)
     every.run("ppo", **flags, out_dir="whole")
+
+    def interrupt():
+        raise KeyboardInterrupt
     with here.context() as patch:
-        patch.setattr(ppo, "draw_problems", every.stopping(ppo, 2))
+        patch.setattr(ppo, "draw_problems", lambda problems, step, *more: (
+            draw_problems(problems, step, *more) if step < 2 else interrupt()))
         with pytest.raises(SystemExit):
             every.run("ppo", **flags)
     torch.manual_seed(7)  # of both devices
@@ -126,14 +132,15 @@ def test_log_probs_are_those_of_the_cpu(monkeypatch, tokenizer, kind, bf16):
     elif not rollout.use_bf16(torch.device("cuda")):
         pytest.skip("this GPU has no bf16")
     model = make_model(kind, scale=0.1).eval()
+    there = copy.deepcopy(model)
     batch = sample(model.to("cuda"), tokenizer, [[5, 6, 7, 8, 9], [5, 6]], 8, 12, 0.7, seeded())
     with torch.no_grad():
         found = token_logprobs(model, batch, torch.arange(16), 0.7)
-        there = Batch(batch.prompts, batch.owner.cpu(), batch.completions.cpu(), batch.mask.cpu())
-        plain = torch.cat(plain_logprobs(model.to("cpu"), there, 0.7))
+        copies = (x.cpu() for x in (batch.owner, batch.completions, batch.mask))
+        plain = torch.cat(plain_logprobs(there, Batch(batch.prompts, *copies), 0.7))
     for ours in (found, batch.logprobs):
         assert ours.device.type == "cuda" and ours.dtype == torch.float32
-        ratio = (ours.cpu()[there.mask.bool()] - plain).exp()
+        ratio = (ours[batch.mask.bool()].cpu() - plain).exp()
         if bf16:
             assert 1e-5 < (ratio - 1).abs().mean() < 0.02
         else:
@@ -155,9 +162,9 @@ def test_compiled_decoding_gives_the_same_tokens(folders, monkeypatch):
         monkeypatch.setattr(torch, "compile", lambda function, **settings: function)
     (policy, tokenizer), found = load_policy(folders("llama"), "cuda"), []
     for compiled in (False, True):
-        if compiled:
-            rollout.compile_decoding(policy)
         for bf16 in (True, False):
+            if compiled:
+                rollout.compile_decoding(policy)
             with monkeypatch.context() as patch:
                 if not bf16:
                     without_bf16(patch)
@@ -207,6 +214,7 @@ def test_bytes_of_each_parameter(tmp_path, here, props):
         every.run(variant, completions=4, device="cuda", model=folder, eval_prompts=1,
                   out_dir=variant, **every.inputs(variant, props))
         found[variant] = (torch.cuda.max_memory_allocated() - before) / n
+    print(found)
     assert found["rloo no_kl"] == pytest.approx(18, abs=1)
     assert found["rloo"] - found["rloo no_kl"] == pytest.approx(4, abs=0.2)
     assert found["ppo"] - found["rloo"] == pytest.approx(16, abs=0.5)
