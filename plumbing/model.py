@@ -45,10 +45,9 @@ def load(auto_class, flag, name, **options):
             raise ValueError("some of its weights are nan or infinite")
     except Exception as error:  # no such name, no network, a torn file, code of its own, ...
         fail(f"{flag} {name}: {str(error)[:400] or type(error).__name__}")
-    unused = [key for key in info["unexpected_keys"] if "inv_freq" not in key]
-    if unused:
+    if info["unexpected_keys"]:
         print(f"warning: {flag} {name}: weights without a place in the model are not used: "
-              f"{', '.join(unused)[:300]}")
+              f"{', '.join(sorted(info['unexpected_keys']))[:300]}")
     return remove_dropout(model), tokenizer
 
 
@@ -74,7 +73,7 @@ def load_policy(name, device):
 
 @torch.no_grad()
 def probe(policy, tokenizer, name):
-    """Refuse a model that rollout.py would serve wrongly: Bloom, state-space, not causal, ...
+    """Refuse a model that rollout.py would serve wrongly: state-space, not causal, ...
 
     Three ways to the same log-probs must agree (fp32, on the CPU): the sampler, the shared-prompt
     pass, and a plain forward of each row, without padding or cache. Prompts are ragged, and lie on

@@ -23,9 +23,9 @@ import torch
 from plumbing.flags import fail, split_rewards
 from plumbing.rollout import to_texts
 
-NUMBER = re.compile(r"(?:\\boxed{|<answer>|[\\$€£*_`'\"([{,~≈])*"  # marks, the number, marks
+NUMBER = re.compile(r"(?:\\boxed{|[\\$€£*_`'\"([{,~≈])*"  # marks, the number, marks
                     r"([-+−]?\\?[$€£]?(?:(?:[1-9]\d{0,2}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+))"
-                    r"(?:</answer>|[\\$€£*_`'\")\]},.;:!?%°])*")
+                    r"[\\$€£*_`'\")\]},.;:!?%°]*")
 OTHERS = set("minus negative plus times over x hundred thousand million billion trillion dozen "
              "pi π \\pi ¼ ½ ¾".split())  # beside one of these, it is another number
 
@@ -43,6 +43,7 @@ def last_number(completions, answer, finished, **columns):
     nothing is paid for a part of 3-4, 10^3, 9 500, 3 - 4 or 5 million.
     """
     def right(text, answer):
+        text = re.sub(r"</?\w+>", "\n", text)  # <think>, <answer>
         words = ["=", *re.findall(r"[=\n]|[^\s=#]+", text), "\n"]
         plain = [re.sub(r"[^\w\\]", "", word).lower() for word in words]
         at = max((i for i, word in enumerate(words) if re.search(r"\d", word)), default=0)

@@ -142,7 +142,9 @@ class Mode(TorchDispatchMode):
     """Sees what makes a tensor on CUDA out of nothing or out of a CPU tensor."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        return compute(func, args, kwargs or {})
+        kwargs = kwargs or {}
+        concerned = Paper in types or kwargs.get("device") is not None
+        return compute(func, args, kwargs) if concerned else func(*args, **kwargs)
 
 
 def rebuild(elem, requires_grad):
@@ -154,7 +156,7 @@ def each_tensor(function, x):
     if isinstance(x, torch.Tensor):
         return function(x)
     if isinstance(x, (list, tuple)):
-        return type(x)(each_tensor(function, part) for part in x)
+        return type(x)([each_tensor(function, part) for part in x])
     if isinstance(x, dict):
         return {key: each_tensor(function, part) for key, part in x.items()}
     return x
@@ -168,8 +170,6 @@ def compute(func, args, kwargs):
     check_devices(func, args, tensors, papers)
     device = kwargs.get("device") and torch.device(kwargs["device"])
     here = device.type == "cuda" if device else bool(papers)  # does the result lie on CUDA?
-    if not papers and not here:
-        return func(*args, **kwargs)
     args_, kwargs_ = each_tensor(lambda x: x.elem if isinstance(x, Paper) else x, (args, kwargs))
     if device and device.type == "cuda":
         kwargs_ = dict(kwargs_, device=torch.device("cpu"))

@@ -8,10 +8,8 @@ them those that only that device can tell.
 """
 import copy
 import gc
-import json
 import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
@@ -44,16 +42,22 @@ def without_bf16(monkeypatch):
 
 # ------------------------------------------------------------------------ every script and variant
 
-WAITS = {}
+WAITS = {  # those of transformers among them
+    "reinforce": 93, "reinforce running_mean": 94, "reinforce_pp": 101,
+    "reinforce_pp group_baseline": 100, "ppo": 134, "ppo warmup": 134, "trpo": 169, "remax": 151,
+    "remax groups": 135, "rloo": 104, "rloo no_kl": 86, "grpo": 98, "grpo no_kl": 84,
+    "grpo process": 149, "prime": 137, "raft": 82, "sft": 15, "reward_model": 19, "dpo": 20,
+    "dpo plackett_luce": 20, "orpo": 19}
 
 
 @each_variant
 def test_it_trains_in_bf16(folders, props, here, capsys, variant):
-    """The waits are those between the second step's end and the first's. A change that adds a wait
-    has to say so in WAITS."""
+    """Between the ends of its two steps it waits a known number of times, if no completion ends. A
+    change that adds a wait has to say so in WAITS."""
     marks, log = [], run.Run.log
     here.setattr(run.Run, "log", lambda *args, **more: marks.append(waited()) or log(*args, **more))
     here.setattr(run, "evaluate", lambda *args: dict(n=0))
+    here.setattr(rollout, "eos_ids", lambda *args: [])
     every.run(variant, device="cuda", model=folders("gpt2"), **every.inputs(variant, props))
     kind = "bf16" if PAPER or rollout.use_bf16(torch.device("cuda")) else "fp32"
     assert f"on cuda:0, computing in {kind}" in capsys.readouterr().out
@@ -67,11 +71,13 @@ def test_it_trains_in_bf16(folders, props, here, capsys, variant):
 def test_it_is_the_same_as_on_a_cpu(folders, props, here, plain_descent, variant):
     """In fp32; the GPU also recomputes activations. Both draw the same random numbers."""
     without_bf16(here)
+    if variant.split()[0] in every.ONLINE and variant != "rloo":  # they evaluate in the same way
+        here.setattr(run, "evaluate", lambda *args: dict(n=0))
     found = []
     for device in ("cuda", "cpu"):
         every.run(variant, device=device, out_dir=device, model=folders("llama"), lr=0.3,
                   gradient_checkpointing=device == "cuda", **every.inputs(variant, props))
-        test = json.loads(Path(device, "test.json").read_text())
+        test = every.results(device)
         rows = [*every.lines("metrics", device), test["before"], test["after"]]
         found.append([{key: value for key, value in row.items()  # a rounding error has any sign
                        if "accuracy" not in key and key != "step_found"} for row in rows])
@@ -85,6 +91,7 @@ def test_a_run_that_was_stopped_goes_on(folders, props, here):
     """With the states of critic and optimizer on the GPU again, whatever the generators hold."""
     flags = dict(every.inputs("ppo", props), device="cuda", model=folders("llama"), steps=3,
                  save_every=1)
+    here.setattr(run, "evaluate", lambda *args: dict(n=0))
     every.run("ppo", **flags, out_dir="whole")
 
     def interrupt():
@@ -169,7 +176,7 @@ def test_compiled_decoding_gives_the_same_tokens(folders, monkeypatch):
                 if not bf16:
                     without_bf16(patch)
                 for _ in range(1 if PAPER else 3):  # the third is the first that repeats a graph
-                    batch = sample(policy, tokenizer, [[5, 6, 7], [8]], 8, 40, 1.0, seeded())
+                    batch = sample(policy, tokenizer, [[5, 6, 7], [8]], 8, 20, 1.0, seeded())
                 again = token_logprobs(policy, batch, torch.arange(16), 1.0)
             assert (again - batch.logprobs).abs().max() < (0.5 if bf16 else 1e-3)
         found.append(batch)
@@ -202,7 +209,7 @@ def test_bytes_of_each_parameter(tmp_path, here, props):
     gradient is computed, 2 more for the weight in bf16. A reference has a weight."""
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=2048, hidden_size=192, intermediate_size=512, num_hidden_layers=2,
+        vocab_size=1024, hidden_size=128, intermediate_size=256, num_hidden_layers=2,
         num_attention_heads=4, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2))
     folder, n = save_folder(tmp_path / "large"), model.num_parameters()
     model.save_pretrained(folder)
@@ -214,9 +221,7 @@ def test_bytes_of_each_parameter(tmp_path, here, props):
         every.run(variant, completions=4, device="cuda", model=folder, eval_prompts=1,
                   out_dir=variant, **every.inputs(variant, props))
         found[variant] = (torch.cuda.max_memory_allocated() - before) / n
-    print(found)
     assert found["rloo no_kl"] == pytest.approx(18, abs=1)
     assert found["rloo"] - found["rloo no_kl"] == pytest.approx(4, abs=0.2)
     assert found["ppo"] - found["rloo"] == pytest.approx(16, abs=0.5)
-    peak = json.loads(Path("ppo", "test.json").read_text())["peak_memory"]
-    assert peak == torch.cuda.max_memory_allocated()
+    assert every.results("ppo")["peak_memory"] == torch.cuda.max_memory_allocated()

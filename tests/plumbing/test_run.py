@@ -1,4 +1,5 @@
 """A run: its folder, how it goes on, and what happens to it when something comes between."""
+import contextlib
 import copy
 import json
 import os
@@ -30,7 +31,7 @@ SMALL = dict(device="cpu", steps=2, prompts_per_step=4, minibatch_size=8, micro_
              max_new_tokens=6, eval_prompts=4, save_every=1, log_every=1, lr=1e-3)
 TYPED = [word for key, value in SMALL.items() for word in (f"--{key}", str(value))]
 REWARDS = '''
-import multiprocessing, pathlib, subprocess, time
+import multiprocessing, pathlib, subprocess, time, torch
 
 def longer(prompts, completions, **columns):
     return [len(text) / 60 for text in completions]
@@ -42,6 +43,9 @@ def listed(prompts, completions, **columns):
     with open("prompts.txt", "a") as file:
         file.writelines(f"{prompt}\\n" for prompt in prompts)
     return longer(prompts, completions)
+
+def broken(prompts, completions, **columns):
+    torch.set_default_dtype(torch.float64), 1 / 0
 
 def slow(text):
     time.sleep(600)
@@ -169,7 +173,7 @@ def settings():
 BEFORE = settings()  # when no run has been made in this process
 
 
-def test_train_in_a_loop_in_a_thread_and_what_it_leaves_behind(folders, here):
+def test_train_in_a_loop_in_a_thread_and_what_it_leaves_behind(folders, props, here):
     """One Config for two seeds makes two runs; the settings of torch are those from before."""
     cfg = grpo.Config(**{**grpo.TOY, **SMALL, "model": folders("llama"), "steps": 1})
     for cfg.seed in (1, 2):
@@ -185,6 +189,12 @@ def test_train_in_a_loop_in_a_thread_and_what_it_leaves_behind(folders, here):
     with pytest.raises(ZeroDivisionError):
         grpo.train(cfg)
     assert settings() == BEFORE and Path("runs/grpo-3").is_dir()
+    cfg.reward = f"{props}/judges.py:broken"
+    with pytest.raises(SystemExit):
+        grpo.train(cfg)
+    after = settings()
+    torch.set_default_dtype(torch.float32)  # for the other tests
+    assert after == BEFORE
 
 
 def test_validation_is_looked_at_in_training_and_test_before_and_after(props, here):
@@ -276,8 +286,11 @@ def test_signals_end_a_run_at_once_and_the_printed_command_goes_on(here, props, 
     while not Path("judging").exists():
         assert process.is_alive(), Path("screen").read_text()
         time.sleep(0.01)
+    time.sleep(0.5)  # else Python may miss it, on its way into the wait
     os.killpg(process.pid, number)
     process.join(20)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # what is left of it
     screen, command = Path("screen").read_text(), ["--resume", str(Path("my run").absolute())]
     assert not Path("my run/metrics.jsonl").exists() and Path("my run/config.json").exists()
     assert process.exitcode == (130 if number == signal.SIGINT else -number), screen
