@@ -95,9 +95,8 @@ def ppo_clip_loss(logprobs, old_logprobs, advantages, clip_eps=0.2):
     """-min(ratio * A, clip(ratio, 1 - eps, 1 + eps) * A) per token -> losses, is_clipped, (N, C).
 
     PPO's objective (arXiv 1707.06347, eq. 7), negated, because optimizers minimise. Log-probs are
-    (N, C); advantages are (N, C), or (N, 1) if all tokens of a completion have the same one. Where
-    the clipped value is taken, is_clipped is true and the loss has no gradient. While a ratio is 1,
-    the loss is -A: its mean does not say how good the policy is.
+    (N, C), advantages (N, C) or (N, 1). Where the clipped value is taken, is_clipped is true and
+    the loss has no gradient. While a ratio is 1, the loss is -A, which shows no progress.
     """
     ratio = (logprobs - old_logprobs).exp()
     unclipped = -advantages * ratio

@@ -101,14 +101,14 @@ def train(cfg):
     problems = load_problems(
         cfg, policy, tokenizer, "ranking" if cfg.loss == "plackett_luce" else "pair")
     K = len(problems.train[0]["targets"])  # completions, best first; in a pair there are two
-    cfg.steps = cfg.steps or math.ceil(cfg.epochs * len(problems.train) / cfg.minibatch_size)
+    steps = cfg.steps or math.ceil(cfg.epochs * len(problems.train) / cfg.minibatch_size)
 
     def data_logps(problems):  # (B, K), log pi(y | x) of their completions, without gradient
         return for_all_completions(lambda batch: all_logprobs(
             policy, batch, cfg.micro_batch_size, temperature=1.0).sum(1), problems, cfg)
 
     # A step 0 of this size has the problems of all steps below: they draw from the same order.
-    n = min(cfg.steps * cfg.minibatch_size, len(problems.train))
+    n = min(steps * cfg.minibatch_size, len(problems.train))
     seen = draw_problems(problems.train, 0, n, cfg.seed)
     seen += [problem for problem in problems.validation + problems.test if problem["targets"]]
     for problem, ref_logps in zip(seen, data_logps(seen).tolist()):
@@ -120,6 +120,7 @@ def train(cfg):
         ref_logps = torch.tensor([problem["ref_logps"] for problem in problems]).to(cfg.device)
         return held_out_stats(cfg.beta * (data_logps(problems) - ref_logps))
     run = Run(cfg, "dpo", policy, tokenizer, problems, measure=measure, optimizer=optimizer)
+    cfg.steps = steps  # only now: a run is resumed with its --epochs, or others
 
     for step in run.steps():
         # 1. Batch: the completions of this step, from the data. Nothing is sampled.

@@ -80,7 +80,7 @@ def train(cfg):
     policy, tokenizer = load_policy(cfg.model, cfg.device)
     problems = load_problems(cfg, policy, tokenizer, "pair")
     K = 2  # chosen, rejected
-    cfg.steps = cfg.steps or math.ceil(cfg.epochs * len(problems.train) / cfg.minibatch_size)
+    steps = cfg.steps or math.ceil(cfg.epochs * len(problems.train) / cfg.minibatch_size)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.99),  # short runs
                                   weight_decay=cfg.weight_decay, fused=True)
 
@@ -89,6 +89,7 @@ def train(cfg):
             policy, batch, cfg.micro_batch_size, temperature=1.0).sum(1) / batch.mask.sum(1),
             problems, cfg))
     run = Run(cfg, "orpo", policy, tokenizer, problems, measure=measure, optimizer=optimizer)
+    cfg.steps = steps  # only now: a run is resumed with its --epochs, or others
 
     for step in run.steps():
         # 1. Batch: the completions of this step, from the data. Nothing is sampled.

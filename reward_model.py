@@ -86,7 +86,7 @@ def train(cfg):
     policy, tokenizer = load_policy(cfg.model, cfg.device)
     problems = load_problems(cfg, policy, tokenizer, "pair")
     K = 2  # chosen, rejected
-    cfg.steps = cfg.steps or math.ceil(cfg.epochs * len(problems.train) / cfg.minibatch_size)
+    steps = cfg.steps or math.ceil(cfg.epochs * len(problems.train) / cfg.minibatch_size)
     scorer = make_scorer(policy, tokenizer, cfg.model)
     del policy  # the scorer has a copy of its weights
     optimizer = torch.optim.AdamW(scorer.parameters(), lr=cfg.lr, betas=(0.9, 0.99),  # short runs
@@ -97,6 +97,7 @@ def train(cfg):
             scorer, batch, cfg.micro_batch_size), problems, cfg))
     run = Run(cfg, "reward_model", scorer, tokenizer, problems, measure=measure,
               optimizer=optimizer)
+    cfg.steps = steps  # only now: a run is resumed with its --epochs, or others
 
     for step in run.steps():
         # 1. Batch: the completions of this step, from the data. Nothing is sampled.

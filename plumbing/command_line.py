@@ -34,8 +34,9 @@ def main(config_class, toy_defaults, train):
         parser.set_defaults(**toy_defaults)
     cfg = config_class(**vars(parser.parse_args()))
     if not is_toy(cfg.model) and (cfg.device == "cpu" or not torch.cuda.is_available()):
-        print("on a CPU, try --steps 20 --lr 1e-5 --max_new_tokens 48 --eval_prompts 64 "
-              "--minibatch_size 16" + " --prompts_per_step 16" * hasattr(cfg, "prompts_per_step"))
+        small = dict(lr=1e-5, max_new_tokens=48, minibatch_size=16, prompts_per_step=16)
+        print("on a CPU, try --steps 20 --eval_prompts 64",
+              *(f"--{key} {small[key]}" for key in small if getattr(cfg, key, None) is not None))
     try:
         train(cfg)
     except KeyboardInterrupt:
@@ -56,7 +57,7 @@ def main(config_class, toy_defaults, train):
 def read_config(folder, config_class):
     """The flags of the run in a folder, which are the defaults of --resume."""
     try:
-        saved = json.loads((Path(folder).expanduser() / "config.json").read_text())
+        saved = json.loads(Path(os.path.expanduser(folder), "config.json").read_text())
         del saved["script"], saved["checksum"]  # run.py looks at these
         config_class(**saved)
     except (OSError, ValueError, TypeError, KeyError) as error:

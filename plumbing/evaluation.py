@@ -103,5 +103,5 @@ def report(before, after, folder):
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0  # of tensors
     results = dict(before=before, after=after, peak_memory=peak)
     Path(folder, "test.json").write_text(json.dumps(results, indent=1))
-    print(f"\nPeak GPU memory: {peak / 1e9:.2f} GB. The trained model is in {folder / 'model'}, "
-          f"the log in {folder / 'metrics.jsonl'}.")
+    print(f"\nPeak GPU memory: {peak / 1e9:.2f} GB." if peak else "")
+    print(f"The trained model is in {folder / 'model'}, the log in {folder / 'metrics.jsonl'}.")

@@ -62,8 +62,7 @@ AT_MOST = dict(gamma=1, lam=1, decay=1, backtrack=1, fisher_fraction=1, accuracy
 def check(cfg, min_group=1):
     """Refuse what cannot work, before anything is loaded -> a copy of cfg to work with.
 
-    In the copy, the device is found and paths are absolute, so that a run can be resumed from
-    anywhere. min_group: the smallest group size that works.
+    In the copy, the device is found and paths are absolute. min_group: the smallest --group_size.
     """
     cfg = copy.copy(cfg)
     for key, value in vars(cfg).items():
@@ -85,7 +84,9 @@ def check(cfg, min_group=1):
     cfg.data = cfg.data if cfg.data in ("toy", "words") else absolute(cfg.data)
     if hasattr(cfg, "reward"):
         cfg.reward = ",".join(split_rewards(cfg.reward))
-    if cfg.out_dir and not cfg.resume and os.path.lexists(os.path.expanduser(cfg.out_dir)):
+    cfg.out_dir, cfg.resume = (name and os.path.abspath(os.path.expanduser(name))
+                               for name in (cfg.out_dir, cfg.resume))
+    if cfg.out_dir and not cfg.resume and os.path.lexists(cfg.out_dir):
         fail(f"--out_dir {cfg.out_dir}: it exists; name another, or --resume the run in it")
     return cfg
 

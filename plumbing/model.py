@@ -21,8 +21,7 @@ def load(auto_class, flag, name, **options):
     fp32 even where the checkpoint is bf16: an RL step is often smaller than the gap between two
     neighbouring bf16 numbers, and would be rounded away.
     """
-    folder = Path(name).expanduser()
-    where = str(next((path for path in (folder / "model", folder) if path.is_dir()), name))
+    where = str(next((path for path in (Path(name, "model"), Path(name)) if path.is_dir()), name))
     transformers.utils.logging.set_verbosity_error()  # what matters of its reports is said here
     transformers.utils.logging.disable_progress_bar()
     try:

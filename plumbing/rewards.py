@@ -85,10 +85,9 @@ def load_rewards(cfg, problems):
 
 
 def load_function(path, name):
-    """The function `name` of the Python file at `path`, which is read anew.
+    """The function `name` of a Python file, read anew, as a module by its own name.
 
-    It is a module by its own name, so that it can import its neighbours and hand its functions to a
-    pool of processes.
+    So it can import its neighbours, and hand its functions to a pool of processes.
     """
     sys.path.append(str(path.parent))
     try:
@@ -107,10 +106,12 @@ def load_function(path, name):
 def contained():
     """What a reward does to the current folder, the dtype or gradients is undone after it."""
     folder, dtype = os.getcwd(), torch.get_default_dtype()
-    with torch.no_grad():
-        yield
-    os.chdir(folder)
-    torch.set_default_dtype(dtype)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        os.chdir(folder)
+        torch.set_default_dtype(dtype)
 
 
 def judge(name, reward, problems, texts, finished, completion_ids):

@@ -3,9 +3,9 @@ From prompts to completions and their log-probs: sample(), token_logprobs(), mic
 only file that knows padding, positions and key/value caches. Three facts shape it:
 - The distribution that is sampled must be the one that is differentiated: softmax(logits / T), and
   nothing else, whatever top_k or repetition_penalty the checkpoint's generation_config asks for.
-- The completions of one prompt share it, so each prompt is forwarded once per group, in the sampler
-  and in every log-prob pass (with gradient too): its keys and values are copied to its completions.
-- Layout: prompts are padded on the left to P columns, completions follow in columns P, P+1, ..., so
+- Each prompt is forwarded once per group, in the sampler and in every log-prob pass (with gradient
+  too): its keys and values are copied to its completions.
+- Prompts are padded on the left to P columns, and completions follow in columns P, P+1, ..., so
   that all rows write the same column at the same time. Positions count real tokens only.
 """
 import contextlib
@@ -126,9 +126,8 @@ def per_token(model, batch, rows, read, fp32=False):
 
 def token_logprobs(policy, batch, rows, temperature):
     """log pi(y_t | x, y_<t) for completions `rows` (n,) -> (n, C); fp32, with gradient."""
-    def read(logits, tokens):
-        return pick_in_chunks(logits, tokens, temperature)
-    return per_token(policy, batch, rows, read)
+    return per_token(policy, batch, rows,
+                     lambda logits, tokens: pick_in_chunks(logits, tokens, temperature))
 
 
 @torch.no_grad()
@@ -143,8 +142,8 @@ def all_logprobs(policy, batch, micro_batch_size, temperature):
 def draw(logits, temperature, uniform):
     """One token per row of (n, V) from softmax(logits / temperature) -> tokens (n,), logprobs (n,).
 
-    By inverting the cumulative distribution at the numbers `uniform` (n,) from [0, 1); the
-    normaliser comes for free. In float64, or the sum would lose the tail of a large vocabulary.
+    Inverts the cumulative distribution at the numbers `uniform` (n,) from [0, 1). In float64, or
+    the sum would lose the tail of a large vocabulary.
     """
     logits = logits.float() / temperature
     logits = logits - logits.amax(-1, keepdim=True)
@@ -278,9 +277,8 @@ def to_texts(tokenizer, batch):
 def micro_batches(batch, rows, size, advantages=None):
     """Split the rows of a mini-batch into parts of `size`, each to be forwarded at once.
 
-    A forward is as wide as its longest row, and has each prompt once: so the completions of a
-    prompt stay together, and prompts with short ones come first. Rows where `advantages`, (N,) or
-    (N, C), are 0 are not forwarded: for losses that are a product with them.
+    The completions of a prompt stay together, and prompts with short ones come first. Rows where
+    `advantages`, (N,) or (N, C), are 0 are left out: for losses that are a product with them.
     """
     lengths, owner = batch.mask[rows].sum(1).long().cpu(), batch.owner[rows].cpu()
     longest = torch.zeros(len(batch.prompts), dtype=torch.long)

@@ -36,10 +36,10 @@ class Run:
         self.before, self.kept = None, {}
         checksum = checksum_of(policy, problems)
         self.folder = self.find(cfg.resume, checksum) if cfg.resume else self.make(cfg.out_dir)
-        Run.unfinished = str(self.folder)
         flags = {field.name: getattr(cfg, field.name) for field in fields(cfg) if field.init}
         config = dict(flags, script=name, out_dir=None, resume=None, checksum=checksum)
         self.replace("config.json", lambda path: path.write_text(json.dumps(config, indent=1)))
+        Run.unfinished = str(self.folder)
         for thing in self.trained.values():
             if cfg.gradient_checkpointing and isinstance(thing, torch.nn.Module):
                 getattr(thing, "activation_checkpointing_enable",  # its name since 5.24
@@ -58,7 +58,7 @@ class Run:
         """A new folder: --out_dir, or the first free of runs/NAME, runs/NAME-2, ..."""
         numbered = [f"runs/{self.name}", *(f"runs/{self.name}-{n}" for n in range(2, 10_000))]
         for name in [out_dir] if out_dir else numbered:
-            folder = Path(name).expanduser().absolute()
+            folder = Path(name).absolute()
             try:
                 folder.mkdir(parents=True)  # fails if it exists, or another process is faster
                 return folder
@@ -68,12 +68,12 @@ class Run:
 
     def find(self, folder, checksum):
         """The folder to --resume, and in it the checkpoint, if there is one yet."""
-        folder = Path(folder).expanduser().absolute()
+        folder = Path(folder)
         try:
             config = json.loads((folder / "config.json").read_text())
             if (config["script"], config["checksum"]) != (self.name, checksum):
-                raise ValueError(f"made by {config['script']}.py, or from other data or another "
-                                 "model than there is now")
+                fail(f"--resume {folder}: {config['script']}.py made this run, from other data or "
+                     "another model than there is now; start anew")
             if (folder / "checkpoint.pt").exists():
                 state = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
                 for key, thing in self.trained.items():
@@ -85,12 +85,12 @@ class Run:
                 path.write_text("".join(rows))
         except Exception as error:  # of json, of zip, of pickle, of other shapes, ...
             fail(f"--resume {folder}: {error!r:.300}; start anew")
-        if self.first > self.cfg.steps:
-            fail(f"--steps {self.cfg.steps}: this run has made {self.first} already; ask for more")
         return folder
 
     def steps(self):
         """Count the steps, from the one after the checkpoint."""
+        if self.first > self.cfg.steps:
+            fail(f"--steps {self.cfg.steps}: this run has made {self.first} already; ask for more")
         with tqdm(total=self.cfg.steps, initial=self.first, dynamic_ncols=True) as self.bar:
             for step in range(self.first, self.cfg.steps):
                 self.sums, self.minibatches, self.begun = Counter(), 0, time.perf_counter()
@@ -146,6 +146,8 @@ class Run:
                          for key, value in results.items()]
             self.bar.write(f"step {done}: validation, {n}: {', '.join(means)}")
         if done % cfg.save_every == 0 or done == cfg.steps:
+            if not all(weights.isfinite().all() for weights in self.policy.parameters()):
+                fail(f"step {done} made weights nan or infinite; take a smaller --lr", code=1)
             state = {key: thing.state_dict() for key, thing in self.trained.items()}
             state.update(step=done, before=self.before, kept=self.kept)
             self.replace("checkpoint.pt", lambda path: torch.save(state, path))
@@ -168,8 +170,6 @@ class Run:
 
     def close(self):
         """Save the model, and report how it fares on the test problems."""
-        if not all(parameter.isfinite().all() for parameter in self.policy.parameters()):
-            fail("the last update made weights nan or infinite; take a smaller --lr", code=1)
         self.replace("model", lambda path: [thing.save_pretrained(path)
                                             for thing in (self.policy, self.tokenizer)])
         report(self.before, self.evaluate(self.test), self.folder)

@@ -9,6 +9,7 @@ The answer is the last number. toy_policy/ shows its work half of the time, as S
 do, and is right far more often when it does. `words` asks a pretrained model the same in English.
 """
 import json
+import os
 import random
 import re
 import zlib
@@ -26,7 +27,7 @@ def is_toy(name):
         file = json.loads((folder / "tokenizer.json").read_text())
         return file["model"]["vocab"], [token["content"] for token in file["added_tokens"]]
 
-    folder = Path(name or POLICY).expanduser()
+    folder = Path(os.path.expanduser(name or POLICY))
     try:
         return tokens(folder / "model" if (folder / "model").is_dir() else folder) == tokens(POLICY)
     except (OSError, ValueError, KeyError, TypeError):  # no such file, or another kind of tokenizer

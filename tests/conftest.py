@@ -65,10 +65,7 @@ def make_model(name, scale=0.3, seed=0):
 
 def save_folder(folder, name="llama", hostile=False, template=None, dtype=torch.float32,
                 pad="<pad>", text=False, **kwargs):
-    """A model folder as it would come from the hub -> its path as a string.
-
-    Its tokenizer is the toy's; with text it has one token more, as a real model's would.
-    """
+    """A model folder as from the hub -> its path. With text, its tokenizer is not the toy's."""
     policy, tokenizer = make_model(name, **kwargs).to(dtype), make_tokenizer()
     if text:
         tokenizer.add_tokens(["<more>"])
@@ -87,8 +84,7 @@ def write_jsonl(path, rows):
 
 
 def pytest_collection_modifyitems(items):
-    """The name of the cache, which transformers 5.24 changed: only TRL may use the old one. (The
-    warning names a file of torch as its place, so that it can be known by its text alone.)"""
+    """Only TRL may use the old name of the cache; the warning's text is all that tells it."""
     for item in items:
         if "trl" not in item.path.name and "bench" not in item.path.name:
             item.add_marker(pytest.mark.filterwarnings("error:.*past_key_values"))
@@ -97,15 +93,8 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory):
     """folders("gpt2", hostile=True, ...) makes a model folder once and remembers it."""
-    made = {}
-
-    def get(name, **kwargs):
-        key = (name, *sorted((k, str(v)) for k, v in kwargs.items()))
-        if key not in made:
-            made[key] = save_folder(tmp_path_factory.mktemp(name), name, **kwargs)
-        return made[key]
-
-    return get
+    return functools.cache(lambda name, **kwargs: save_folder(
+        tmp_path_factory.mktemp(name), name, **kwargs))
 
 
 @pytest.fixture(params=["llama", "gpt2"])

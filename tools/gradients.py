@@ -6,8 +6,7 @@ computes both gradients and prints how they differ, as tables in markdown.
     python -m tools.gradients        three minutes
 
 Each cell is "cosine / length". A cosine of 1 means that the two gradients have the same direction.
-The length is that of the expected gradient, divided by that of the gradient of J. The learning rate
-can make up for a length other than 1, and AdamW ignores it.
+The length is that of the expected gradient, divided by that of the gradient of J.
 
 The world is small enough for exact answers. There are 2 prompts, and each has its own table as a
 policy: 3 symbols, of which 0 is EOS, and at most 3 tokens, which makes 15 completions. For each
@@ -17,10 +16,8 @@ averaged over all batches of N = 4 completions, each with its probability, or ov
 batches of N = 16 and of 64. K is the group size. The last column has the cosine at N = 64 in worlds
 with other random numbers: the median, the lowest and the highest.
 
-Rows without a KL, such as prime.py and raft.py, are compared with the gradient of E[score]. PRIME's
-reward model is as at the start, so that q = 0. The row of trpo.py is g, from which its step is
-computed; the step itself has another direction by design. A row "only" is RLOO with a sum over
-tokens and one change that GRPO makes.
+Rows without a KL are compared with the gradient of E[score]. PRIME's reward model is as at the
+start, so that q = 0. A row "only" is RLOO with a sum over tokens and one change that GRPO makes.
 """
 import argparse
 import itertools

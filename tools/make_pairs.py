@@ -11,8 +11,8 @@ that scores above the middle between the prompt's highest and lowest score, and 
 no answer is in two pairs. A ranking has four different answers, best first; where scores are equal,
 the order is by chance. Answers that were cut off are left out.
 
-The folder gets train.jsonl, validation.jsonl and test.jsonl. A held-out prompt has one pair or
-ranking, or none: then it is a row by itself, and its answers are still looked at in an evaluation.
+The folder gets train.jsonl, validation.jsonl and test.jsonl. A held-out prompt has at most one pair
+or ranking. Without one, it is a row by itself, whose answers are still evaluated.
 """
 import json
 import random

@@ -16,13 +16,7 @@ struct Guard : c10::impl::DeviceGuardImplInterface {
   void setDevice(Device) const override {}
   void uncheckedSetDevice(Device) const noexcept override {}
   Stream getStream(Device) const noexcept override { return Stream(Stream::DEFAULT, cuda); }
-  Stream getDefaultStream(Device) const override { return Stream(Stream::DEFAULT, cuda); }
   Stream exchangeStream(Stream stream) const noexcept override { return stream; }
-  void record(void**, const Stream&, const DeviceIndex, const c10::EventFlag) const override {}
-  void block(void*, const Stream&) const override {}
-  bool queryEvent(void*) const override { return true; }
-  bool queryStream(const Stream&) const override { return true; }
-  void synchronizeStream(const Stream&) const override {}
 };
 
 struct CUDAHooks : at::CUDAHooksInterface {
@@ -30,15 +24,9 @@ struct CUDAHooks : at::CUDAHooksInterface {
   bool isBuilt() const { return true; }      // no `override`: torch 2.6 does not ask for these
   bool isAvailable() const { return true; }
   bool hasCUDA() const override { return true; }
-  bool hasPrimaryContext(DeviceIndex) const override { return true; }
   void init() const override {}
-  DeviceIndex current_device() const override { return 0; }
-  int getNumGPUs() const override { return 1; }
   DeviceIndex deviceCount() const override { return 1; }
-  void setCurrentDevice(DeviceIndex) const override {}
   DeviceIndex getCurrentDevice() const override { return 0; }
-  DeviceIndex exchangeDevice(DeviceIndex) const override { return 0; }
-  DeviceIndex maybeExchangeDevice(DeviceIndex) const override { return 0; }
 };
 using at::CUDAHooksRegistry, at::RegistererCUDAHooksRegistry;
 C10_REGISTER_CLASS_WITH_PRIORITY(CUDAHooksRegistry, CUDAHooks, c10::REGISTRY_PREFERRED, CUDAHooks)

@@ -1,21 +1,19 @@
 """
 A CUDA device made of paper: for machines without a GPU, to find what would stop on one.
 
-    PAPER_CUDA=1 python -m pytest tests/paper_cuda                 the tests that a GPU runs
-    python tests/paper_cuda/device.py grpo.py --device cuda        a script, as if there were a GPU
+    PAPER_CUDA=1 python -m pytest tests/paper_cuda/test_cuda.py
 
 Tensors say that they are on cuda:0 and compute on the CPU. These things are as on a GPU: an
-operation that mixes devices raises an error, torch.rand refuses a generator of the other device,
-autocast gives the dtypes that it gives on CUDA, random numbers have a state of their own, SYNCS
-counts how often the program waits for the GPU, and max_memory_allocated() counts bytes of tensors.
-These are not: speed, rounding, what a kernel takes for itself, kernels that a GPU lacks.
+operation that mixes devices raises an error, torch.rand refuses a generator of the CPU, autocast
+gives the dtypes that it gives on CUDA, SYNCS counts how often the program waits for the GPU, and
+max_memory_allocated() counts bytes of tensors. These are not: speed, rounding, random numbers that
+are made on the GPU, what a kernel takes for itself, kernels that a GPU lacks.
 
 It needs a C++ compiler and the headers that come with torch, and must be imported before torch.
 """
 import ctypes
 import functools
 import importlib.util
-import runpy
 import subprocess
 import sys
 import tempfile
@@ -23,23 +21,16 @@ import weakref
 from collections import Counter
 from pathlib import Path
 
-if __name__ == "__main__":  # once more, under the name by which pickle finds rebuild()
-    import device
-    device.run_script(*sys.argv[1:])
-    sys.exit()
 if "torch" in sys.modules:
     raise ImportError("import device before torch")
 
 
 def load_guard():
     """Compile device.cpp against the installed torch, which takes two seconds, and load it."""
-    home = Path(importlib.util.find_spec("torch").origin).parent
-    out = Path(tempfile.mkdtemp(), "guard.so")
-    include = [f"-I{home}/include", f"-I{home}/include/torch/csrc/api/include"]
-    link = [f"-L{home}/lib", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{home}/lib",
-            "-Wl,--no-as-needed"]
-    subprocess.run(["g++", "-shared", "-fPIC", "-std=c++20", "-O1", *include,
-                    Path(__file__).with_suffix(".cpp"), "-o", out, *link], check=True)
+    home, out = Path(importlib.util.find_spec("torch").origin).parent, tempfile.mkdtemp() + "/guard"
+    subprocess.run(["g++", "-shared", "-fPIC", "-std=c++20", f"-I{home}/include",
+                    Path(__file__).with_suffix(".cpp"), "-o", out, f"-L{home}/lib", "-lc10",
+                    "-ltorch_cpu", f"-Wl,-rpath,{home}/lib", "-Wl,--no-as-needed"], check=True)
     return ctypes.CDLL(out, mode=ctypes.RTLD_GLOBAL)
 
 
@@ -49,8 +40,8 @@ import torch  # noqa: E402
 from torch.utils._python_dispatch import (  # noqa: E402
     TorchDispatchMode, return_and_correct_aliasing)
 
-# Backward runs in the calling thread. A thread for the GPU, which the engine would start at its first
-# backward if there were one, sometimes ends too late for Python, which is then aborted.
+# Backward runs in the calling thread. The engine would have a thread for the GPU, if there were one
+# before its first backward; it sometimes ends too late for Python, which is then aborted.
 torch.autograd.set_multithreading_enabled(False)
 torch.ones((), requires_grad=True).backward()
 guard.install_guard()
@@ -58,8 +49,6 @@ guard.install_guard()
 aten = torch.ops.aten
 CUDA = torch.device("cuda", 0)
 SYNCS = Counter()  # how often the program waited for the GPU, by kind
-RANDOM = torch.Generator()  # of torch.rand on CUDA without a generator
-GENERATORS = []  # those made for CUDA
 ACROSS = {aten._to_copy.default, aten.copy_.default, aten._local_scalar_dense.default}
 INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default,
             aten._index_put_impl_.default}
@@ -165,16 +154,17 @@ def each_tensor(function, x):
 def compute(func, args, kwargs):
     """An operation: check the devices of its tensors, compute it on the CPU, wrap what it gives."""
     tensors = []
-    each_tensor(tensors.append, (args, kwargs))
+
+    def unwrap(x):
+        tensors.append(x)
+        return x.elem if isinstance(x, Paper) else x
+    args_, kwargs_ = each_tensor(unwrap, (args, kwargs))
     papers = [x for x in tensors if isinstance(x, Paper)]
     check_devices(func, args, tensors, papers)
     device = kwargs.get("device") and torch.device(kwargs["device"])
     here = device.type == "cuda" if device else bool(papers)  # does the result lie on CUDA?
-    args_, kwargs_ = each_tensor(lambda x: x.elem if isinstance(x, Paper) else x, (args, kwargs))
     if device and device.type == "cuda":
-        kwargs_ = dict(kwargs_, device=torch.device("cpu"))
-    if func is aten.rand.default and here:  # CUDA's random numbers have a state of their own
-        func, kwargs_ = aten.rand.generator, dict(kwargs_, generator=RANDOM)
+        kwargs_["device"] = torch.device("cpu")
     if papers and func in WAITING:
         count(WAITING[func])
     if func is aten.copy_.default:
@@ -218,74 +208,40 @@ def check_devices(func, args, tensors, papers):
                                f"and cpu ({func})")
 
 
-def same_device(function):
-    """torch.rand and its like refuse a generator of another device."""
-    def checked(*args, generator=None, device=None, **kwargs):
-        kind = torch.device(device or "cpu").type
-        if generator is not None:
-            if any(generator is known for known in GENERATORS) != (kind == "cuda"):
-                raise RuntimeError(f"Expected a '{kind}' device type for generator")
-            kwargs["generator"] = generator
-        return function(*args, device=device, **kwargs)
-    return checked
+def checked(make, *args, generator=None, device=None, **kwargs):
+    """torch.rand and its like, which refuse a generator of another device: all are the CPU's."""
+    if generator is not None and torch.device(device or "cpu").type == "cuda":
+        raise RuntimeError("Expected a 'cuda' device type for generator but found 'cpu'")
+    return make(*args, generator=generator, device=device, **kwargs)
 
 
-class Generator:
-    def __new__(cls, device="cpu", make=torch.Generator):
-        made = make("cpu")
-        if torch.device(device).type == "cuda":
-            GENERATORS.append(made)
-        return made
-
-
-def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None,
-              enable_gqa=False):
-    """scaled_dot_product_attention by its definition, in the dtype that autocast gives it on CUDA.
-
-    A query that may look at nothing gets zeros, as from CUDA's kernels.
-    """
+def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **kwargs):
+    """scaled_dot_product_attention by its definition, in the dtype that autocast gives it."""
     if torch.is_autocast_enabled("cuda"):
         query, key, value = (x.to(torch.get_autocast_dtype("cuda")) for x in (query, key, value))
-    if enable_gqa:
-        groups = query.shape[1] // key.shape[1]
-        key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
-    weights = query @ key.transpose(-1, -2) * (scale or query.shape[-1] ** -0.5)
-    if is_causal:
-        past = torch.ones(weights.shape[-2:], dtype=torch.bool, device=query.device).tril()
-        weights = weights.masked_fill(~past, float("-inf"))
     if attn_mask is not None and attn_mask.dtype == torch.bool:
-        weights = weights.masked_fill(~attn_mask, float("-inf"))
-    elif attn_mask is not None:
-        weights = weights + attn_mask
-    return torch._safe_softmax(weights.float(), -1).to(value.dtype) @ value
-
-
-def reset_peak():
-    Bytes.peak = Bytes.now
+        zeros = torch.zeros_like(attn_mask, dtype=query.dtype)
+        attn_mask = zeros.masked_fill(~attn_mask, -torch.inf)
+    return aten._scaled_dot_product_attention_math(
+        query, key, value, attn_mask, dropout_p, is_causal, **kwargs)[0]
 
 
 def install():
     """From here on there is one GPU, which has bf16."""
     sdpa = torch.nn.functional.scaled_dot_product_attention
-    torch.Generator = Generator
-    for name in ("rand", "randn", "randint", "randperm"):
-        setattr(torch, name, same_device(getattr(torch, name)))
     torch.nn.functional.scaled_dot_product_attention = lambda query, *args, **kwargs: (
         attention if isinstance(query, Paper) else sdpa)(query, *args, **kwargs)
+    for name in ("rand", "randn", "randint", "randperm"):
+        setattr(torch, name, functools.partial(checked, getattr(torch, name)))
     answers = dict(
         _lazy_init=None, is_available=True, is_initialized=True, device_count=1, current_device=0,
-        is_bf16_supported=True, mem_get_info=(80 << 30, 80 << 30), empty_cache=None,
-        get_device_name="paper", get_device_capability=(9, 0),
+        is_bf16_supported=True, manual_seed_all=None, manual_seed=None,
         is_current_stream_capturing=False)
     for name, answer in answers.items():
         setattr(torch.cuda, name, lambda *args, answer=answer, **kwargs: answer)
-    torch.cuda.synchronize = lambda *args: count("synchronize")
     torch.cuda.max_memory_allocated = lambda *args: Bytes.peak
     torch.cuda.memory_allocated = lambda *args: Bytes.now
-    torch.cuda.reset_peak_memory_stats = lambda *args: reset_peak()
-    torch.cuda.manual_seed_all = torch.cuda.manual_seed = lambda seed: RANDOM.manual_seed(seed)
-    torch.cuda.get_rng_state = lambda *args: RANDOM.get_state()
-    torch.cuda.set_rng_state = lambda state, *args: RANDOM.set_state(state)
+    torch.cuda.reset_peak_memory_stats = lambda *args: setattr(Bytes, "peak", Bytes.now)
     torch.serialization.add_safe_globals([rebuild])
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(list, device=cuda): a copy, and seen
     Mode().__enter__()
@@ -294,14 +250,3 @@ def install():
     transformers.PreTrainedModel.save_pretrained = lambda self, folder, **kwargs: save(
         self, folder, state_dict={name: x.detach().cpu() for name, x in self.state_dict().items()},
         **kwargs)
-
-
-def run_script(path, *flags):
-    """What `python PATH FLAGS` does; at the end, how often it waited for the GPU."""
-    install()
-    sys.argv[:] = [path, *flags]
-    sys.path[0] = str(Path(path).resolve().parent)
-    try:
-        runpy.run_path(path, run_name="__main__")
-    finally:
-        print("waited for the GPU:", ", ".join(f"{kind} {n}" for kind, n in sorted(SYNCS.items())))

@@ -27,7 +27,6 @@ from plumbing.scorer import load_scorer
 PAPER = sys.modules.get("device")
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 on_paper = pytest.mark.skipif(not PAPER, reason="only the device of device.py can tell")
-each_variant = pytest.mark.parametrize("variant", every.VARIANTS)
 here, props = every.here, every.props
 
 
@@ -50,7 +49,7 @@ WAITS = {  # those of transformers among them
     "dpo plackett_luce": 20, "orpo": 19}
 
 
-@each_variant
+@pytest.mark.parametrize("variant", every.VARIANTS)
 def test_it_trains_in_bf16(folders, props, here, capsys, variant):
     """Between the ends of its two steps it waits a known number of times, if no completion ends. A
     change that adds a wait has to say so in WAITS."""
@@ -67,7 +66,7 @@ def test_it_trains_in_bf16(folders, props, here, capsys, variant):
 
 
 @on_paper
-@each_variant
+@pytest.mark.parametrize("variant", [*every.SCRIPTS, "grpo process"])
 def test_it_is_the_same_as_on_a_cpu(folders, props, here, plain_descent, variant):
     """In fp32; the GPU also recomputes activations. Both draw the same random numbers."""
     without_bf16(here)

@@ -76,12 +76,6 @@ def test_what_is_no_flag_or_no_value_is_one_sentence(capsys, flags, words):
     assert words in error and "--help" in error
 
 
-def test_dashes_switches_and_choices():
-    cfg = enter(grpo, "--max-new-tokens", 9, "--kl_coef=0.5", "--process", "--compile", "True")
-    assert (cfg.max_new_tokens, cfg.kl_coef, cfg.process, cfg.compile) == (9, 0.5, True, True)
-    assert enter(SCRIPTS["dpo"], "--loss", "plackett_luce").loss == "plackett_luce"
-
-
 @each_script
 def test_defaults_are_the_toys_where_the_model_is_the_toys(script, tmp_path, folders):
     """No --model, or one with the toy's tokens; --data does not decide, and what is typed stays."""
@@ -126,8 +120,8 @@ def test_resume_has_the_flags_of_the_run_and_what_is_typed_wins(tmp_path, monkey
     monkeypatch.setenv("HOME", str(tmp_path.parent))
     for folder in (str(tmp_path), f"~/{tmp_path.name}"):
         assert vars(enter(grpo, "--resume", folder)) == dict(saved, resume=folder)
-        cfg = enter(grpo, f"--resume={folder}", "--lr", 3, "--steps=9", "--process", "False")
-        assert cfg == grpo.Config(model="some/model", steps=9, lr=3, resume=folder)
+        cfg = enter(grpo, "--resume", folder, "--save-every", 3, "--steps=9", "--process", "False")
+        assert cfg == grpo.Config(model="some/model", lr=0.5, steps=9, save_every=3, resume=folder)
 
 
 @pytest.mark.parametrize("text", [

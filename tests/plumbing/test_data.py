@@ -1,10 +1,8 @@
 """Data: what a row means, what is refused, which rows are held out, and text -> tokens."""
 import functools
-import json
 import os
 import zlib
 from contextlib import contextmanager
-from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -17,6 +15,7 @@ from plumbing.flags import RunConfig
 from plumbing.toy_model import make_model, make_tokenizer
 
 POLICY = make_model(0)  # its context is 128 tokens
+BARE = TEMPLATE.replace("{{ bos_token }}", "")
 
 
 def user(text, role="user", **more):
@@ -24,6 +23,9 @@ def user(text, role="user", **more):
 
 
 assistant = functools.partial(user, role="assistant")
+CHAT = [user("p")]
+AB = dict(chosen="a", rejected="b")
+BOTH = dict(chosen=[*CHAT, assistant("a")], rejected=[*CHAT, assistant("b")])  # and the prompt
 
 
 @contextmanager
@@ -51,24 +53,13 @@ def prompts(problems):
     return {problem["prompt"] for problem in problems}
 
 
-# ------------------------------------------------------------------------------ what a row means
-
-CHAT = [user("p")]
-AB = dict(chosen="a", rejected="b")
-BOTH = dict(chosen=[*CHAT, assistant("a")], rejected=[*CHAT, assistant("b")])  # and the prompt
-
-
 @pytest.mark.parametrize("wanted, row, prompt, completions", [
-    (None, dict(prompt="p"), "p", []),
     (None, dict(question="q"), "q", []),
-    (None, dict(prompt=None, question="q"), "q", []),
     (None, dict(prompt="p", question="q"), "p", []),
     (None, dict(prompt=[user("p", name=None, tool_calls=None)]), CHAT, []),   # as Arrow fills
-    (None, dict(prompt=[user("p", name="n")]), [user("p", name="n")], []),
     (None, BOTH, CHAT, []),
     (None, dict(prompt="p", completion=7, chosen=8), "p", []),     # not wanted, so not looked at
     ("demonstration", dict(prompt="p", completion="c"), "p", ["c"]),
-    ("demonstration", dict(prompt="p", completion=[assistant("c")]), "p", ["c"]),
     ("demonstration", dict(completion=[*CHAT, assistant("c")]), CHAT, ["c"]),
     ("demonstration", dict(question="q", answer="So\n#### 1,234"), "q", ["So\n#### 1,234"]),
     ("demonstration", dict(prompt="p", completion="c", answer="a\n#### 4"), "p", ["c"]),
@@ -79,15 +70,15 @@ BOTH = dict(chosen=[*CHAT, assistant("a")], rejected=[*CHAT, assistant("b")])  #
     ("pair", BOTH, CHAT, ["a", "b"]),
     ("pair", dict(BOTH, prompt="p"), CHAT, ["a", "b"]),
     ("pair", dict(BOTH, prompt=[user("p", name=None)]), CHAT, ["a", "b"]),
-    ("pair", dict(BOTH, chosen=[user("p", name=None), assistant("a", name=None)]), CHAT,
-     ["a", "b"]),
     ("pair", dict(prompt="p", chosen=[user("s"), *CHAT, assistant("a")],
                   rejected=[user("s"), *CHAT, assistant("b")]), [user("s"), *CHAT], ["a", "b"]),
     ("ranking", dict(prompt="p", completions=["a", "b", "c"]), "p", ["a", "b", "c"]),
     ("ranking", dict(AB, prompt="p"), "p", ["a", "b"]),
+    ("pair", dict(prompt="p", chosen="a"), "p", []),                  # a prompt to be answered
     ("ranking", dict(AB, prompt="p", completions=["x", "y", "z"]), "p", ["x", "y", "z"])])
 def test_what_a_row_means(wanted, row, prompt, completions):
-    problem = data.to_problem(row, wanted, True, "here")
+    """Only a training row must have what is wanted."""
+    problem = data.to_problem(row, wanted, completions != [], "here")
     assert problem == dict(row=row, prompt=prompt, completions=completions)
 
 
@@ -96,11 +87,9 @@ def test_what_a_row_means(wanted, row, prompt, completions):
         dict(text="1"), dict(prompt=3), dict(prompt=[]), dict(prompt=["p"]), AB,
         dict(prompt=[dict(role="user")]), dict(prompt=[user(None)]), dict(prompt=[user(3)]),
         dict(prompt="p\ud800"), dict(prompt=[user("p\ud800")])]),              # half a letter
-    ("pair", "has chosen, rejected; it must have a prompt", [                   # as in hh-rlhf
-        AB, dict(AB, prompt=None), dict(AB, question=None)]),
-    ("pair", "a pair", [
-        dict(prompt="p", chosen="a"), dict(prompt="p", chosen="a", rejected=None),
-        dict(prompt="p", completions=["a", "b", "c"]), dict(prompt="p", completion="a")]),
+    ("pair", "has chosen, rejected; it must have a prompt", [AB, dict(AB, prompt=None)]),
+    ("pair", "a pair", [dict(prompt="p", chosen="a", rejected=None), dict(
+        prompt="p", completions=["a", "b", "c"]), dict(prompt="p", completion="a")]),
     ("pair", "a completion must be", [
         dict(prompt="p", chosen=3, rejected=4), dict(prompt="p", chosen="a", rejected="\ud800"),
         dict(prompt="p", chosen=["a"], rejected=["b"]), dict(BOTH, prompt="q"),
@@ -109,53 +98,44 @@ def test_what_a_row_means(wanted, row, prompt, completions):
     ("demonstration", "a demonstration", [
         dict(prompt="p", answer="1"), dict(prompt="p", answer="#### A title\ntext")]),
     ("demonstration", "a completion must be", [
-        dict(prompt="p", completion=[user("c")]),
+        dict(prompt="p", completion=3), dict(prompt="p", completion=[user("c")]),
         dict(prompt="p", completion=[assistant("a"), user("b"), assistant("c")])]),
     ("ranking", "a ranking", [
         dict(prompt="p", completions=["a"]), dict(prompt="p", completions="abc"),
-        dict(prompt="p", completions=["a", None])]),
-    ("ranking", "a completion must be", [dict(prompt="p", completions=["a", 2])])])
+        dict(prompt="p", completions=["a", None])])])
 def test_rows_that_are_refused(capsys, wanted, words, rows):
     for row in rows:
         with refused(capsys, "row 7", words):
             data.to_problem(row, wanted, True, "row 7")
 
 
-def test_only_training_rows_need_completions():
-    for row in (dict(prompt="p"), dict(prompt="p", chosen="a"), dict(prompt="p", completions=[])):
-        assert data.to_problem(row, "pair", False, "here")["completions"] == []
-
-
 def test_a_problem_has_every_column_of_the_data_whatever_its_name(tmp_path):
     """A row that lacks a column has None for it, and so has one of another split."""
-    (tmp_path / "set").mkdir()
-    write_jsonl(tmp_path / "set" / "train.jsonl", sums(9, ids=7) + [dict(prompt="9-9=", targets=8)])
-    write_jsonl(tmp_path / "set" / "test.jsonl", [dict(prompt="1=", row=[1], completions="x")])
-    write_jsonl(tmp_path / "set" / "validation.jsonl", [dict(question="1-1=")])
-    found = sum(load(tmp_path / "set"), [])
-    names = ["ids", "targets", "row", "completions", "prompt", "question"]
-    assert len(found) == 12 and all(sorted(problem["row"]) == sorted(names) for problem in found)
+    write_jsonl(tmp_path / "train.jsonl", sums(9, ids=7) + [dict(prompt="9-9=", targets=8)])
+    write_jsonl(tmp_path / "test.jsonl", [dict(prompt="1=", row=[1], completions="x")])
+    write_jsonl(tmp_path / "validation.jsonl", [dict(question="1-1=")])
+    found = sum(load(tmp_path), [])
+    names = {"ids", "targets", "row", "completions", "prompt", "question"}
+    assert len(found) == 12 and all(problem["row"].keys() == names for problem in found)
     assert found[9]["row"] == dict(dict.fromkeys(names), prompt="9-9=", targets=8)
     assert found[10]["row"]["question"] == found[10]["prompt"] == "1-1="
     assert all(problem["targets"] == problem["completions"] == [] and problem["ids"]
                == make_tokenizer()(problem["prompt"]).input_ids for problem in found)
 
 
-@pytest.mark.parametrize("wanted, rows, words", [
-    (None, [], ["a.jsonl"]),
-    (None, sums(2) + [dict(prompt=3)], ["row 3 of train"]),
-    ("demonstration", [dict(row, completion=None) for row in sums(9)], ["row 1 of train"]),
-    ("ranking", [dict(row, completions=["4", "5", "6"][: 2 + i % 2])
-                 for i, row in enumerate(sums(9))], ["completions"]),
-    (None, [dict(prompt="What is 1?")] * 3, ["toy", "--model"]),
-    (None, [dict(prompt="")] * 3, ["''"]),
-    (None, [dict(prompt=CHAT)] * 3, ["chat template"])])
-def test_data_that_is_refused(tmp_path, capsys, wanted, rows, words):
+@pytest.mark.parametrize("split, wanted, rows, words", [
+    ("train", None, sums(2) + [dict(prompt=3)], ["row 3 of train"]),
+    ("test", "demonstration", sums(9), ["row 1 of test", "demonstration"]),  # the only split
+    ("train", "ranking", [dict(row, completions=["4", "5", "6"][: 2 + i % 2])
+                          for i, row in enumerate(sums(9))], ["completions"]),
+    ("train", None, [dict(prompt="What is 1?")] * 3, ["toy", "--model"]),
+    ("train", None, [dict(prompt="")] * 3, ["''"]),
+    ("train", None, [dict(prompt=CHAT)] * 3, ["chat template"])])
+def test_data_that_is_refused(tmp_path, capsys, split, wanted, rows, words):
+    write_jsonl(tmp_path / f"{split}.jsonl", rows)
     with refused(capsys, "--data", *words):
-        load(write_jsonl(tmp_path / "a.jsonl", rows), wanted)
+        load(tmp_path, wanted)
 
-
-# ------------------------------------------------------------------------------ files and folders
 
 def test_a_file_as_windows_writes_it(tmp_path):
     """A BOM, \\r\\n, empty lines, no last newline, and a line separator inside a text."""
@@ -171,15 +151,14 @@ def test_a_broken_line_is_named(tmp_path, capsys, line):
         data.read_jsonl(tmp_path / "a.jsonl")
 
 
-@pytest.mark.parametrize("name", ["{}/no.jsonl", "{}/nothing", "{}", "{}/a.csv", "nobody/nothing",
-                                  "nobody/nothing:main"])
+@pytest.mark.parametrize("name", ["{}/no.jsonl", "{}/nothing", "{}", "{}/a.csv", "none/none:main"])
 def test_what_is_not_there_is_one_sentence(tmp_path, capsys, name):
     (tmp_path / "a.csv").write_text("prompt\n1+1=\n") if "csv" in name else None
     with refused(capsys, f"--data {name.format(tmp_path)}", "name"):
         data.read(name.format(tmp_path), 8)
 
 
-@pytest.mark.parametrize("name", ["json", "set.jsonl", "my data, new"])
+@pytest.mark.parametrize("name", ["json", "set.jsonl"])
 def test_a_folder_gives_the_same_values_as_its_files(tmp_path, monkeypatch, name):
     """Dates stay text; a folder may be called as a format of the library is."""
     monkeypatch.chdir(tmp_path)
@@ -187,51 +166,37 @@ def test_a_folder_gives_the_same_values_as_its_files(tmp_path, monkeypatch, name
     rows = [[dict(prompt=f"{i}=", born=f"2001-02-0{i}", symbol=text)]
             for i, text in enumerate(["None", "NA", "null", "007", ""], 1)]
     for file, row in zip(("more", "train-0", "train-1", "test", "validation"), rows):
-        write_jsonl(tmp_path / name / f"{file}.jsonl", row)
-    for where in (name, str(tmp_path / name)):
-        assert data.read(where, 8) == dict(train=sum(rows[:3], []), test=rows[3],
-                                           validation=rows[4])
+        write_jsonl(f"{name}/{file}.jsonl", row)
+    assert data.read(name, 8) == dict(train=sum(rows[:3], []), test=rows[3], validation=rows[4])
 
 
-@pytest.mark.parametrize("kind", ["csv", "parquet", "jsonl"])
-def test_a_folder_is_read_anew_although_its_time_is_the_same(tmp_path, kind):
-    folder, found = tmp_path / kind, []
-    folder.mkdir()
+def test_a_folder_is_read_anew_although_its_time_is_the_same(tmp_path):
     for answer in (5, 7):
-        rows = [dict(prompt=f"{i}+1=", answer=answer) for i in range(3)]
-        table = datasets.Dataset.from_list(rows)
-        write = dict(csv=table.to_csv, parquet=table.to_parquet, jsonl=table.to_json)[kind]
-        write(folder / f"train.{kind}")
-        os.utime(folder / f"train.{kind}", (10**9, 10**9))
-        found.append(data.read(str(folder), 8) == dict(train=rows))
-    assert found == [True, True]
+        (tmp_path / "train.csv").write_text(f"prompt,answer\n1+1=,{answer}\n")
+        os.utime(tmp_path / "train.csv", (10**9, 10**9))
+        assert data.read(str(tmp_path), 8) == dict(train=[dict(prompt="1+1=", answer=answer)])
 
 
-def test_messages_are_the_same_from_a_file_and_from_parquet(tmp_path):
+def test_messages_in_parquet_are_what_was_written(tmp_path):
     """Arrow gives every message all keys; a template would take the None for a name."""
     rows = [dict(prompt=[user(f"{i}", **dict(name="1") if i % 2 else {})]) for i in range(9)]
-    (tmp_path / "set").mkdir()
-    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "set" / "train.parquet")
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "train.parquet")
     tokenizer = make_tokenizer()
-    tokenizer.chat_template = ("{% for m in messages %}{% if 'name' in m %}{{ m['name'] }}"
-                               "{% endif %}{{ m['content'] }}{% endfor %}=")
-    found = [[problem["ids"] for part in load(where, tokenizer=tokenizer) for problem in part]
-             for where in (write_jsonl(tmp_path / "a.jsonl", rows), tmp_path / "set")]
-    assert found[0] == found[1] and sorted(map(len, found[0])) == [2] * 5 + [3] * 4
+    tokenizer.chat_template = "{% for m in messages %}{{ m.name ~ m.content }}{% endfor %}="
+    found = [problem["ids"] for part in load(tmp_path, tokenizer=tokenizer) for problem in part]
+    texts = ["1" * (i % 2) + f"{i}=" for i in range(9)]
+    assert sorted(found) == sorted(make_tokenizer()(texts).input_ids)
 
 
 def test_a_configuration_is_named_after_a_colon(tmp_path):
     """Of a data set of the hub; a folder that is built like one stands for it here."""
+    lines = ["---", "configs:"]
     for name in ("one", "two"):
-        (tmp_path / name).mkdir()
-        write_jsonl(tmp_path / name / "train.jsonl", [dict(prompt=name)])
-    (tmp_path / "README.md").write_text("---\nconfigs:\n" + "".join(
-        f"- config_name: {name}\n  data_files: {name}/train.jsonl\n" for name in ("one", "two"))
-        + "---\n")
+        write_jsonl(tmp_path / f"{name}.jsonl", [dict(prompt=name)])
+        lines += [f"- config_name: {name}", f"  data_files: {name}.jsonl"]
+    (tmp_path / "README.md").write_text("\n".join([*lines, "---", ""]))
     assert data.read(f"{tmp_path}:two", 8) == dict(train=[dict(prompt="two")])
 
-
-# ------------------------------------------------------------------------------ what is held out
 
 def split(n, repeat=1, **given):
     """What is made of n prompts, and the prompts by their checksums."""
@@ -263,57 +228,27 @@ def test_splits_that_the_data_has_stay(capsys):
             data.hold_out(splits, "x")
 
 
-def test_a_split_is_trained_on_only_if_it_has_what_is_wanted(tmp_path, capsys):
-    """Also if it is the only one, and called test."""
-    (tmp_path / "set").mkdir()
-    write_jsonl(tmp_path / "set" / "test.jsonl", sums(9))
-    with refused(capsys, "demonstration"):
-        load(tmp_path / "set", "demonstration")
-
-
 def test_few_of_many_held_out_prompts_are_always_the_same(tmp_path, capsys):
     path = write_jsonl(tmp_path / "a.jsonl", sums(400))
-    train, validation, test = load(path)
-    few = load(path, eval_prompts=5)
-    assert few == load(path, eval_prompts=5) and few[0] == train
-    for part, rest in ((few[1], validation), (few[2], test)):  # drawn from all of them
+    everything, few = load(path), load(path, eval_prompts=5)
+    assert few == load(path, eval_prompts=5) and few.train == everything.train
+    for part, rest in zip(few[1:], everything[1:]):  # drawn from all of them
         assert len(part) == 5 and prompts(part) < prompts(rest) and part != rest[:5]
-    assert "data" in capsys.readouterr().out
     with refused(capsys, "--eval_every"):
         load(write_jsonl(tmp_path / "a.jsonl", sums(5)), eval_every=1)
 
 
-# ------------------------------------------------------------------------------ what does not fit
-
 def test_rows_that_do_not_fit_are_dropped_and_counted_never_cut(tmp_path, capsys):
-    long = [dict(prompt="1" * n, completion="1") for n in (96, 97, 200)]  # 96 = 128 - 32
-    rows = sums(40, completion="1" * 31) + sums(3, completion="1" * 32) + long  # and the EOS
-    found = sum(load(write_jsonl(tmp_path / "a.jsonl", rows), "demonstration"), [])
-    assert "dropped 5 of 46 rows of train" in capsys.readouterr().out
+    """A prompt above 128 - 32 tokens, a completion above 32 with its EOS, and equal completions."""
+    pair, long = dict(chosen="1" * 31, rejected="2"), dict(chosen="3", rejected="1" * 32)
+    rows = sums(40, **pair) + sums(3, **long) + [dict(prompt="3=", chosen="4", rejected="4")]
+    rows += [dict(pair, prompt="1" * n) for n in (96, 97, 200)]
+    found = sum(load(write_jsonl(tmp_path / "a.jsonl", rows), "pair"), [])
+    assert "dropped 6 of 47 rows of train" in capsys.readouterr().out
     assert sorted(len(row["ids"]) for row in found) == [6] * 40 + [96]
-    assert max(len(row["targets"][0]) for row in found) == 32
+    assert all(list(map(len, row["targets"])) == [32, 2] for row in found)
     with refused(capsys, "--data", "train", "--max_new_tokens"):
-        load(tmp_path / "a.jsonl", "demonstration", max_new_tokens=1)
-
-
-def test_equal_completions_are_no_preference(tmp_path, capsys):
-    rows = [dict(row, completions=["4", "5", "6"]) for row in sums(9)]
-    rows += [dict(prompt="1=", completions=["4", "5", "4"])]
-    found = sum(load(write_jsonl(tmp_path / "a.jsonl", rows), "ranking"), [])
-    assert "dropped 1 of 10" in capsys.readouterr().out and prompts(found) == prompts(sums(9))
-    targets = [make_tokenizer()(text).input_ids + [2] for text in "456"]
-    assert all(problem["targets"] == targets for problem in found)  # the order stays
-
-
-def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(capsys):
-    rows = [dict(ids=[5], targets=[[18]], completions=["x"])]
-    with refused(capsys, "--model", "token"):
-        data.drop_unfit(rows, POLICY, SimpleNamespace(data="x", max_new_tokens=8), "train")
-
-
-# ------------------------------------------------------------------------------ text -> tokens
-
-BARE = TEMPLATE.replace("{{ bos_token }}", "")
+        load(tmp_path / "a.jsonl", "pair", max_new_tokens=1)
 
 
 @pytest.mark.parametrize("tokenizer_writes, template, before", [
@@ -343,30 +278,21 @@ def test_a_tokenizer_that_was_saved_with_truncation_cuts_nothing(tokenizer, tmp_
     tokenizer.backend_tokenizer.enable_truncation(4)
     tokenizer.backend_tokenizer.enable_padding(length=20, pad_id=0, pad_token="<pad>")
     tokenizer.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "tokenizer.json").read_text())["truncation"]["max_length"] == 4
     loaded = transformers.AutoTokenizer.from_pretrained(tmp_path)
     (problem,) = data.encode([dict(prompt="1+2+3+4=", completions=["1+2+3+4"])], loaded)
     assert (len(problem["ids"]), len(problem["targets"][0])) == (8, 8)
 
 
 @pytest.mark.parametrize("content", ["{{ m['content'] }}", "{{ m['content'] | trim }}"])
-@pytest.mark.parametrize("begun", [None, "<think>\n", "Let me see: ", "\n", "7"])
+@pytest.mark.parametrize("begun", ["", "<think>\n", "Let me see: ", "\n", "7"])
 def test_an_answer_that_the_data_has_begun_stays_to_the_letter(tokenizer, content, begun):
-    """Whether the template keeps white space or trims it: what the model sees is the prompt with
-    the assistant's header, and what has been begun."""
+    """The model sees the prompt, the assistant's header, and what has been begun."""
     tokenizer.chat_template = ("{% for m in messages %}[{{ m['role'] }}]" + content + "[end]"
                                "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}")
-    turns = [user("1"), assistant("2"), user("3")]
+    turns = [user("1"), assistant("2"), user("3")] + [assistant(begun)] * bool(begun)
     shown = "[user]1[end][assistant]2[end][user]3[end][assistant]"
-    begins = [assistant(begun)] if begun else []
-    assert data.render(turns + begins, tokenizer, "x") == shown + (begun or "")
+    assert data.render(turns, tokenizer, "x") == shown + begun
     assert data.render("3", tokenizer, "x") == "[user]3[end][assistant]"  # text is the user's
-
-
-def test_a_template_that_refuses_a_prompt_is_one_sentence(tokenizer, capsys):
-    tokenizer.chat_template = "{{ raise_exception('roles must\nalternate') }}"
-    with refused(capsys, "--data x", "chat template", "roles must alternate"):
-        data.render("1", tokenizer, "x")
 
 
 def test_the_problems_of_a_step_are_a_function_of_seed_and_step():

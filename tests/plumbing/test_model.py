@@ -34,57 +34,30 @@ def change(file, **values):
 def edit_weights(edit):
     def with_weights(folder):
         weights = load_file(folder / "model.safetensors")
-        weights = edit(weights) or weights
+        edit(weights)
         save_file(weights, folder / "model.safetensors", metadata=dict(format="pt"))
     return with_weights
-
-
-def fill(key, value):
-    return edit_weights(lambda weights: weights[key][0].fill_(value) is None)
-
-
-def write(file, text):
-    return lambda folder: (folder / file).write_text(text)
 
 
 def config(**values):
     return lambda folder: change(folder / "config.json", **values)
 
 
-def a_shard_short(folder):
-    make_model("llama").save_pretrained(folder, max_shard_size="20KB")
-    (folder / "model.safetensors").unlink()
-    sorted(folder.glob("model-*"))[-1].unlink()
-
-
-def adapter_alone(folder):
-    (folder / "config.json").rename(folder / "adapter_config.json")
-    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
-
-
-LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 268\n"
 HEAD, MLP = "lm_head.weight", "model.layers.0.mlp.up_proj.weight"
 KINDS = {  # name: (what is done to a good folder, words of the sentence)
     "no config": (lambda folder: (folder / "config.json").unlink(), "config"),
-    "torn config": (write("config.json", '{"model_type": "llama", '), "config"),
-    "an unfinished run": (write("config.json", '{"steps": 3, "model": null}'), "model_type"),
+    "an unfinished run": (lambda folder: (folder / "config.json").write_text(
+        '{"steps": 3, "model": null}'), "model_type"),
     "code of its own": (config(model_type="new", auto_map=dict(AutoConfig="a.B")), "custom code"),
-    "gptq": (config(quantization_config=dict(quant_method="gptq", bits=4)), "quantised"),
-    "fp8": (config(quantization_config=dict(quant_method="fp8")), "quantised"),
+    "quantised": (config(quantization_config=dict(quant_method="gptq", bits=4)), "quantised"),
     "no EOS": (lambda folder: change(folder / "tokenizer_config.json", eos_token=None), "EOS"),
     "an EOS that the model lacks": (config(vocab_size=2), "EOS"),
-    "tokenizer of git lfs": (write("tokenizer.json", LFS), ""),
-    "weights of git lfs": (write("model.safetensors", LFS), ""),
     "torn weights": (lambda folder: (folder / "model.safetensors").write_bytes(
         (folder / "model.safetensors").read_bytes()[:1000]), ""),
-    "a shard short": (a_shard_short, "safetensors"),
-    "adapter alone": (adapter_alone, ""),
-    "missing weights": (edit_weights(lambda weights: weights.pop(HEAD) is None), HEAD),
-    "weights of a compiled model": (edit_weights(lambda weights: {
-        f"_orig_mod.{key}": value for key, value in weights.items()}), "missing"),
+    "missing weights": (edit_weights(lambda weights: weights.pop(HEAD)), HEAD),
     "weights of another shape": (config(hidden_size=64), "shape"),
-    "nan": (fill(MLP, torch.nan), "nan"), "inf": (fill(MLP, torch.inf), "infinite"),
-    "-inf in the head": (fill(HEAD, -torch.inf), "infinite"),
+    "nan": (edit_weights(lambda weights: weights[MLP][0].fill_(torch.nan)), "nan"),
+    "-inf": (edit_weights(lambda weights: weights[HEAD][0].fill_(-torch.inf)), "infinite"),
 }
 
 

@@ -56,8 +56,6 @@ def forwards(monkeypatch):
     return seen
 
 
-# ------------------------------------------------------------------ the ways to a log-prob
-
 @pytest.mark.parametrize("name", CONFIGS)
 def test_sampler_shared_pass_and_plain_forward_agree(folders, name):
     """Prompts are ragged, T is 0.7, and generation_config asks for much that is not done."""
@@ -76,6 +74,13 @@ def test_sampler_shared_pass_and_plain_forward_agree(folders, name):
             close(row, same[: len(row)])
 
 
+def check_same_draws(policy, other, tokenizer):
+    plain, ours = (sample(p, tokenizer, PROMPTS, 4, 12, 0.7, seeded()) for p in (policy, other))
+    assert plain.finished.any() and torch.equal(plain.mask, ours.mask)
+    assert torch.equal(plain.completions * plain.mask, ours.completions * ours.mask)
+    close(ours.logprobs, plain.logprobs)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_cache_of_compile_draws_the_same_tokens(name, tokenizer):
     """Its fixed shape and its padding to 64 columns, without the compiler."""
@@ -84,39 +89,18 @@ def test_the_cache_of_compile_draws_the_same_tokens(name, tokenizer):
     fixed = copy.deepcopy(policy)
     fixed.compiled_forward, fixed.fixed_caches = rollout.forward, {}
     for _ in range(2):  # the second time, the memory of the first is written over
-        plain, ours = (sample(p, tokenizer, PROMPTS, 4, 12, 0.7, seeded()) for p in (policy, fixed))
-        assert plain.finished.any() and torch.equal(plain.mask, ours.mask)
-        assert torch.equal(plain.completions * plain.mask, ours.completions * ours.mask)
-        close(ours.logprobs, plain.logprobs)
+        check_same_draws(policy, fixed, tokenizer)
 
 
-@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
-@pytest.mark.skipif(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11),
-                    reason="--compile needs torch 2.11")
+@pytest.mark.skipif(not shutil.which("g++") or torch.__version__ < "2.11",
+                    reason="--compile needs a C++ compiler and torch 2.11")
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_compiled_decoding_draws_the_same_tokens(tokenizer):
     policy = make_model("llama").eval()
     del policy.model.layers[1]  # the compiler takes its time for each
     compiled = copy.deepcopy(policy)
     rollout.compile_decoding(compiled)
-    plain, ours = (sample(p, tokenizer, PROMPTS, 2, 12, 0.7, seeded()) for p in (policy, compiled))
-    assert plain.finished.any() and torch.equal(plain.mask, ours.mask)
-    assert torch.equal(plain.completions * plain.mask, ours.completions * ours.mask)
-    close(ours.logprobs, plain.logprobs)
-
-
-def test_padding_changes_nothing(policy, tokenizer):
-    """A longer prompt beside them pads on the left, a longer completion on the right."""
-    batch = sample(policy, tokenizer, PROMPTS, 4, 10, 1.0, seeded())
-    mask = torch.nn.functional.pad(batch.mask, (0, 5))
-    ids = torch.nn.functional.pad(batch.completions, (0, 5)).where(mask.bool(), 9)
-    wide = Batch([*PROMPTS, PROMPTS[0] * 3], torch.cat([batch.owner, torch.tensor([3])]),
-                 torch.cat([ids, ids[:1]]), torch.cat([mask, torch.ones(1, mask.shape[1])]))
-    with torch.no_grad():
-        narrow = token_logprobs(policy, batch, ALL, 1.0)
-        found = token_logprobs(policy, wide, torch.arange(13), 1.0)[:12]
-    assert (narrow[batch.mask == 0] == 0).all() and (found[mask == 0] == 0).all()
-    close(found[:, : narrow.shape[1]], narrow)
+    check_same_draws(policy, compiled, tokenizer)
 
 
 def test_the_gradients_of_micro_batches_add_up_to_that_of_the_plain_forward(policy, tokenizer):
@@ -138,15 +122,13 @@ def test_gradient_checkpointing_keeps_less_and_changes_nothing(name, tokenizer):
     own = {p.untyped_storage().data_ptr() for p in policy.parameters()}
 
     def gradient_and_bytes():
-        kept = {}
-
-        def pack(tensor):
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(
+                lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
             logprobs = token_logprobs(policy, batch, torch.arange(6), 1.0)
+        sizes = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in kept}
         (logprobs * weights).sum().backward()
-        return gradient(policy), sum(size for key, size in kept.items() if key not in own)
+        return gradient(policy), sum(size for key, size in sizes.items() if key not in own)
 
     expected, before = gradient_and_bytes()
     policy.gradient_checkpointing_enable()
@@ -159,31 +141,24 @@ def test_gradient_checkpointing_keeps_less_and_changes_nothing(name, tokenizer):
 def test_the_gradient_of_a_shared_prompt_is_added_in_a_fixed_order(policy, tokenizer):
     """On a GPU, the backward of plain indexing, x[owner], adds in any order."""
     batch = sample(policy, tokenizer, PROMPTS, 4, 10, 1.0, seeded())
-    graph, names, seen = [token_logprobs(policy, batch, ALL, 1.0).grad_fn], set(), set()
-    while graph:
-        node = graph.pop()
-        if node is not None and node not in seen:
-            seen.add(node), names.add(node.name())
-            graph += [parent for parent, _ in node.next_functions]
+    new = graph = {token_logprobs(policy, batch, ALL, 1.0).grad_fn}
+    while new:
+        new = {parent for node in new for parent, _ in node.next_functions} - graph - {None}
+        graph = graph | new
+    names = {node.name() for node in graph}
     assert "IndexSelectBackward0" in names and "IndexBackward0" not in names
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
 def test_under_bf16_the_ratio_is_noisy_but_centred(name, tokenizer, monkeypatch):
     """What CUDA does, on a CPU: autocast around the passes; weights and log-probs are fp32."""
-    monkeypatch.setattr(rollout, "precision", lambda device, **kwargs: torch.autocast(
-        "cpu", torch.bfloat16))
-    seen, real = set(), rollout.pick
-    monkeypatch.setattr(rollout, "pick", lambda logits, *more: seen.add(logits.dtype) or real(
-        logits, *more))
+    monkeypatch.setattr(rollout, "use_bf16", lambda device: True)
     policy = remove_dropout(make_model(name, scale=0.1))
     batch = sample(policy, tokenizer, PROMPTS, 16, 20, 1.0, seeded())
     logprobs = token_logprobs(policy, batch, torch.arange(48), 1.0)
     ratio = (logprobs - batch.logprobs)[batch.mask.bool()].exp()
-    assert seen == {torch.bfloat16} and logprobs.dtype == batch.logprobs.dtype == torch.float32
-    assert (ratio - 1).abs().mean() < 0.05 and abs(ratio.mean() - 1) < 0.01
-    logprobs.sum().backward()
-    assert {p.grad.dtype for p in policy.parameters() if p.grad is not None} == {torch.float32}
+    assert logprobs.dtype == batch.logprobs.dtype == torch.float32
+    assert 1e-3 < (ratio - 1).abs().mean() < 0.05 and abs(ratio.mean() - 1) < 0.01
 
 
 def test_log_softmax_in_chunks_is_exact_and_keeps_no_copy_of_the_logits():
@@ -199,20 +174,6 @@ def test_log_softmax_in_chunks_is_exact_and_keeps_no_copy_of_the_logits():
     one_hot = torch.nn.functional.one_hot(tokens, 50)
     close(logits.grad.double(), weights[..., None] * (one_hot - exact) / 0.7, 0.01)
     assert found.dtype == torch.float32 and max(kept, default=0) < logits.nbytes
-
-
-# ------------------------------------------------------------------ what is sampled
-
-def test_draw_follows_the_softmax():
-    """Chi-square of 40,000 draws at T = 0.7; tokens of probability 0 are never drawn."""
-    logits = torch.tensor([-torch.inf, 1.0, -torch.inf, 0.0, 2.0, -1.0, -torch.inf])
-    uniform = torch.rand(40_000, dtype=torch.float64, generator=seeded())
-    tokens, logprobs = rollout.draw(logits.expand(40_000, -1), 0.7, uniform)
-    expected = (logits / 0.7).softmax(-1).double()
-    counts, possible = torch.bincount(tokens, minlength=7), expected > 0
-    assert (counts[~possible] == 0).all()
-    assert ((counts / 40_000 - expected)**2 / expected)[possible].sum() * 40_000 < 16.3  # p = 0.001
-    close(logprobs.double(), expected.log()[tokens], 1e-6)
 
 
 def test_draw_at_the_edges():
@@ -246,18 +207,6 @@ def test_completions_follow_the_model(policy, tokenizer):
     assert ((counts / n - two)**2 / two)[likely].sum() * n < k + 4 * (2 * k)**0.5
 
 
-def test_greedy_takes_the_most_likely_token_and_draws_nothing(policy, tokenizer):
-    generator = seeded()
-    batch = sample(policy, tokenizer, PROMPTS, 1, 5, 0, generator)
-    assert torch.equal(generator.get_state(), seeded().get_state())
-    with torch.no_grad():
-        close(batch.logprobs, by_definition(policy, batch, 1.0))
-        for prompt, row, n in zip(PROMPTS, batch.completions.tolist(), batch.mask.sum(1).int()):
-            for t, token in enumerate(row[:n]):
-                logits = policy(torch.tensor([prompt + row[:t]])).logits[0, -1]
-                assert token == logits.argmax().item()
-
-
 def test_a_row_draws_its_own_numbers(policy, tokenizer):
     """Neither the global generators matter, nor whether the rows beside it have ended."""
     batch = sample(policy, tokenizer, PROMPTS, 16, 24, 1.5, seeded())
@@ -279,8 +228,6 @@ def test_the_random_numbers_of_a_step():
     for column in zip(*steps):
         assert len(set(column)) == 60
 
-
-# ------------------------------------------------------------------ where a completion ends
 
 def scripted(script):
     """A policy that writes script[t] at step t after PROMPTS[0], by way of its positions."""
@@ -310,8 +257,6 @@ def test_a_completion_ends_with_any_eos_or_is_cut_off(
     assert rollout.to_texts(tokenizer, batch) == [text] * 2
 
 
-# ------------------------------------------------------------------ how much is forwarded
-
 def test_a_rollout_forwards_each_prompt_once_and_few_ended_rows(policy, tokenizer, forwards):
     batch = sample(policy, tokenizer, PROMPTS, 32, 50, 1.5, seeded())
     first, *steps = forwards
@@ -321,8 +266,6 @@ def test_a_rollout_forwards_each_prompt_once_and_few_ended_rows(policy, tokenize
     assert {step[1:] for step in steps} == {(1, False)}
     needed = int((lengths - 1).sum())  # rows that have not ended, in all steps
     assert needed <= sum(rows for rows, *_ in steps) <= needed / 0.75 < 0.7 * 96 * len(steps)
-    tensors = batch.owner, batch.completions, batch.mask, batch.logprobs, batch.finished
-    assert not any(tensor.is_inference() for tensor in tensors)  # autograd could not keep them
 
 
 def test_a_pass_forwards_each_prompt_once_per_group(policy, forwards):

@@ -19,10 +19,7 @@ from plumbing.evaluation import evaluate
 from plumbing.model import load_policy
 from plumbing.offline import make_batch
 from plumbing.rollout import to_texts
-from plumbing.toy_model import make_model, make_tokenizer
-
-FULL = bool(os.environ.get("FULL"))
-
+from plumbing.toy_model import make_tokenizer
 
 def work(prompt):
     """The lines of work that a toy prompt asks for: 8+9-5= -> 8+9=17, 17-5=12."""
@@ -38,8 +35,6 @@ def home(prompt):
     """The split of a toy prompt."""
     return {0: "test", 1: "validation"}.get(zlib.crc32(prompt.encode()) % 8, "train")
 
-
-# ------------------------------------------------------------------------------------ the problems
 
 @pytest.mark.parametrize("kind", toy.KINDS)
 def test_problems_are_right_and_their_splits_never_overlap(kind):
@@ -61,37 +56,21 @@ def test_problems_are_right_and_their_splits_never_overlap(kind):
         assert len(toy.problems(kind, "test", 700)) < 700
 
 
-def test_data_toy_is_problems_pairs_or_rankings(few_problems):
-    """--data toy, of which a script takes what it learns from."""
-    for wanted, column in ((None, "completion"), ("demonstration", "completion"),
-                           ("pair", "chosen"), ("ranking", "completions")):
-        found = data.read("toy", 8, wanted)
-        assert len(found) == 3 and column in found["train"][0]
-
-
-# ----------------------------------------------------------------------------- pairs and rankings
-
 def grade(prompt, text):
     """1 for a right answer, and up to a half for the lines that are right, each in its place."""
-    lines = work(prompt)
-    result = re.fullmatch("(?:.*=)?([0-9]+)", text)  # what follows the last =
+    lines, result = work(prompt), re.fullmatch("(?:.*=)?([0-9]+)", text)  # what follows the last =
     right = bool(result) and result[1] == str(eval(prompt[:-1]))
-    same = sum(line == step for line, step in zip(lines, text.split(",")))
-    return right + same / len(lines) / 2
+    return right + sum(map(str.__eq__, lines, text.split(","))) / len(lines) / 2
 
 
-@pytest.mark.parametrize("folder", [toy.PAIRS, toy.RANKINGS])
-def test_in_the_files_the_better_comes_first_and_every_prompt_is_in_its_split(folder):
-    wanted = "pair" if folder == toy.PAIRS else "ranking"
-    splits, columns = data.read(str(folder), 8, wanted), dict(completions=None, chosen=None)
-    for split, rows in splits.items():
-        problems = [data.to_problem({**columns, **row}, wanted, split == "train", split)
-                    for row in rows]
-        for problem in problems:
-            prompt, texts = problem["prompt"], problem["completions"]
-            assert re.fullmatch(r"\d([+-]\d){1,4}=", prompt)
-            assert problem["row"]["answer"] == work(prompt)[-1].partition("=")[2]
-            assert home(prompt) == split
+@pytest.mark.parametrize("wanted", ["pair", "ranking"])
+def test_in_the_files_the_better_comes_first_and_every_prompt_is_in_its_split(wanted):
+    for split, rows in data.read("toy", 8, wanted).items():
+        for row in rows:
+            prompt = row["prompt"]
+            assert re.fullmatch(r"\d([+-]\d){1,4}=", prompt) and home(prompt) == split
+            assert row["answer"] == work(prompt)[-1].partition("=")[2]
+            texts = data.to_problem(row, wanted, split == "train", split)["completions"]
             grades = [grade(prompt, text) for text in texts]
             assert grades == sorted(grades, reverse=True) and len(set(texts)) == len(texts)
             if wanted == "pair" and texts:
@@ -101,19 +80,14 @@ def test_in_the_files_the_better_comes_first_and_every_prompt_is_in_its_split(fo
         if split != "train":  # the problems that every script is tested on, some with completions
             assert [row["prompt"] for row in rows] == [
                 row["prompt"] for row in toy.problems("toy", split, 512)]
-            assert 100 < sum(bool(problem["completions"]) for problem in problems) < 512
+            assert 100 < sum(len(row) > 2 for row in rows) < 512
 
 
-# ------------------------------------------------------------------------- tokenizer and models
-
-def test_a_character_is_a_token_and_loading_changes_nothing(tmp_path):
-    tokenizer, text = make_tokenizer(), "0123456789+-=,"
-    tokenizer.save_pretrained(tmp_path)
-    for one in (tokenizer, transformers.AutoTokenizer.from_pretrained(tmp_path),
-                transformers.AutoTokenizer.from_pretrained(toy.POLICY)):
+def test_a_character_is_a_token():
+    text = "0123456789+-=,"
+    for one in (make_tokenizer(), transformers.AutoTokenizer.from_pretrained(toy.POLICY)):
         assert one(text).input_ids == list(range(4, 18)) and one.decode(range(4, 18)) == text
-        assert (one.pad_token_id, one.bos_token_id, one.eos_token_id, one.unk_token_id) == (
-            0, 1, 2, 3)
+        assert (one.pad_token_id, one.bos_token_id, one.eos_token_id) == (0, 1, 2)
 
 
 def test_which_models_are_the_toys(tmp_path, monkeypatch):
@@ -129,18 +103,6 @@ def test_which_models_are_the_toys(tmp_path, monkeypatch):
     assert [toy.is_toy(name) for name in names] == [True] * 5 + [False] * 3
 
 
-def test_the_toys_policy_is_an_ordinary_small_model_folder():
-    policy, wanted = load_policy(None, "cpu")[0], make_model(0)
-    assert sum(parameter.numel() for parameter in policy.parameters()) == 162_496
-    assert {key: value.shape for key, value in policy.state_dict().items()} == {
-        key: value.shape for key, value in wanted.state_dict().items()}
-    for key in ("rope_parameters", "max_position_embeddings", "eos_token_id"):
-        assert getattr(policy.config, key) == getattr(wanted.config, key)
-    assert torch.equal(make_model(0).lm_head.weight, wanted.lm_head.weight)
-    assert not torch.equal(make_model(1).lm_head.weight, wanted.lm_head.weight)
-    assert sum(path.stat().st_size for path in toy.POLICY.iterdir()) < 700_000
-
-
 def check_policy(found):
     """It shows its work half of the time, and is right more often where it is greedy."""
     assert 0.5 < found["sampled"][0] < 0.75 < found["greedy"][0]
@@ -149,25 +111,19 @@ def check_policy(found):
 
 def test_the_toys_policy_is_as_good_as_it_was():
     policy, tokenizer = load_policy(None, "cpu")
+    assert sum(parameter.numel() for parameter in policy.parameters()) == 162_496
     problems = to_problems(toy.problems("toy", "test", 128), tokenizer)
     check_policy(evaluate(policy, tokenizer, problems, sft.Config(**{**sft.TOY, "device": "cpu"})))
 
 
-def test_sft_still_makes_a_policy_that_is_as_good(tmp_path, monkeypatch, request):
-    """With FULL=1 by the whole recipe. Else 60 steps with 300 problems bring the demonstrations
-    from 32 nats to 12."""
+@pytest.mark.skipif("FULL" not in os.environ, reason="two minutes")
+def test_sft_still_makes_a_policy_that_is_as_good(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    settings = {} if FULL else dict(steps=60, eval_prompts=64)
-    if not FULL:
-        request.getfixturevalue("few_problems")
-    sft.train(sft.Config(**{**sft.TOY, "device": "cpu", "out_dir": "run", **settings}))
+    sft.train(sft.Config(**{**sft.TOY, "device": "cpu", "out_dir": "run"}))
     found = json.loads(Path("run/test.json").read_text())
-    assert found["before"]["nats"][0] > 25 and found["after"]["nats"][0] < (2 if FULL else 14)
-    if FULL:
-        check_policy(found["after"])
+    assert found["before"]["nats"][0] > 25 and found["after"]["nats"][0] < 2
+    check_policy(found["after"])
 
-
-# ------------------------------------------------------------------------- process supervision
 
 @pytest.mark.parametrize("text, marks", [
     ("8+9=17,17-5=12", [(6, 1.0), (13, 1.0)]),
@@ -185,7 +141,6 @@ def test_a_step_is_right_if_it_is_the_next_line_of_the_work(text, marks):
     ([*"8+9=16,16-5=11"], True, [0, 9], [6, 14]),
     ([*"12"], True, [9], [2]),                                 # answers directly
     ([], True, [9], [0]),                                      # the EOS at once
-    ([*","], True, [9], [1]),
     ([*"8+9=17,1"], False, [1, 9], [6, 7]),                    # cut short
     (["<bos>", *"8+9=17,12"], True, [0, 9], [7, 10]),
     ([*"8+9=17,", "<unk>", *"12"], True, [1, 9], [6, 10]),
@@ -193,7 +148,7 @@ def test_a_step_is_right_if_it_is_the_next_line_of_the_work(text, marks):
     ([*"8+9=17,17-5=12,12"], True, [1, 0, 9], [6, 14, 17])])   # the result once more: not paid
 def test_rewards_of_the_steps_and_the_tokens_where_they_end(tokenizer, tokens, finished, rewards,
                                                             ends):
-    """Two rows, of which the other is longer, as padding is in most batches."""
+    """Beside a longer row, so that there is padding."""
     ids = [tokenizer.convert_tokens_to_ids(tokens) + [2] * finished, [7] * 20]
     batch = make_batch([[5]], ids, "cpu")
     batch.finished = torch.tensor([finished, False])
