@@ -85,12 +85,12 @@ class Run:
                 path.write_text("".join(rows))
         except Exception as error:  # of json, of zip, of pickle, of other shapes, ...
             fail(f"--resume {folder}: {error!r:.300}; start anew")
+        if self.cfg.steps and self.first > self.cfg.steps:
+            fail(f"--steps {self.cfg.steps}: this run has made {self.first} already; ask for more")
         return folder
 
     def steps(self):
         """Count the steps, from the one after the checkpoint."""
-        if self.first > self.cfg.steps:
-            fail(f"--steps {self.cfg.steps}: this run has made {self.first} already; ask for more")
         with tqdm(total=self.cfg.steps, initial=self.first, dynamic_ncols=True) as self.bar:
             for step in range(self.first, self.cfg.steps):
                 self.sums, self.minibatches, self.begun = Counter(), 0, time.perf_counter()

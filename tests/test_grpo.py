@@ -46,16 +46,12 @@ def test_groups_that_agree_are_exactly_no_signal():
             assert (A == 0).all()
 
 
-def shares(mask, longest):
-    """Of the script, of DAPO, a mean over tokens, and of Dr. GRPO, which divides by a constant."""
-    return dict(grpo=mask / mask.sum(1, keepdim=True) / len(mask), dapo=mask / mask.sum(),
-                dr_grpo=mask / (len(mask) * longest))
-
-
 @pytest.mark.parametrize("x, y", cases("grpo_loss"))
 def test_grpo_loss(x, y):
+    """As a mean over completions of means over tokens; and over tokens, as in DAPO."""
     mask = T(x["mask"])
-    for name, share in shares(mask, x["max_completion_length"]).items():
+    for name, share in (("grpo", mask / mask.sum(1, keepdim=True) / len(mask)),
+                        ("dapo", mask / mask.sum())):
         for A in (T(x["advantages"]), T(x["advantages"])[:, None].expand_as(mask)):
             logprobs = T(x["logprobs"]).requires_grad_()
             losses, is_clipped = grpo.grpo_loss(logprobs, T(x["old_logprobs"]),
@@ -68,44 +64,22 @@ def test_grpo_loss(x, y):
             same(logprobs.grad, y[name]["grad_wrt_logprobs"], mask)
 
 
-def without_std(scores, K):
-    """The advantages of Dr. GRPO."""
-    return (scores.view(-1, K) - scores.view(-1, K).mean(dim=1, keepdim=True)).flatten()
-
-
-@pytest.mark.parametrize("name", ["grpo", "dapo", "dr_grpo"])
-def test_trl(tmp_path, name):
+def test_trl(tmp_path):
     """TRL multiplies k3 by the ratio by default, as DeepSeek-V3.2 does; this is switched off."""
     theirs, gradient, policy, batch, ref_logprobs, scores = trl_step(
-        tmp_path, "GRPO", loss_type=name, use_bias_correction_kl=False,
-        scale_rewards="none" if name == "dr_grpo" else "group")
-    advantages_of = without_std if name == "dr_grpo" else grpo.group_advantages
-    A, mask = advantages_of(scores, TRL["num_generations"]), batch.mask
+        tmp_path, "GRPO", loss_type="grpo", use_bias_correction_kl=False)
+    A, mask = grpo.group_advantages(scores, TRL["num_generations"]), batch.mask
     torch.testing.assert_close(A, theirs["advantages"], rtol=1e-5, atol=1e-5)
     logprobs = token_logprobs(policy, batch, torch.arange(len(A)), TRL["temperature"])
     losses, is_clipped = grpo.grpo_loss(logprobs, batch.logprobs, ref_logprobs, A, 0.2, TRL["beta"])
-    (losses * shares(mask, TRL["max_completion_length"])[name]).sum().backward()
+    (losses * mask / mask.sum(1, keepdim=True)).sum().div(len(A)).backward()
     assert 0 < (is_clipped * mask).sum() < mask.sum()
     same_gradient(policy, gradient)
 
 
-def losses_of(K, advantages_of=without_std, kl_coef=0.0):
-    """The batch is one group."""
-    return lambda logprobs, rows: grpo.grpo_loss(
-        logprobs, w.OLD_LOGPROBS[rows], w.REF_LOGPROBS[rows], advantages_of(w.SCORES[rows], K),
-        0.2, kl_coef)[0]
-
-
-def test_k3_in_the_loss_descends_the_other_kl():
-    """Its expected gradient is that of KL(pi_ref || pi) in each state, states as pi visits them."""
-    with_kl, without = (w.expected_gradient(losses_of(2, kl_coef=x), 2) for x in (1.0, 0.0))
-    theta = w.THETA.clone().requires_grad_()
-    policy, ref = theta.log_softmax(-1), w.REF.log_softmax(-1)
-    visited = T([sum(policy[w.PREFIXES.index(p[:t]), p[t]].item() for t in range(len(p)))
-                 for p in w.PREFIXES]).exp()
-    forward_kl = (visited * (ref.exp() * (ref - policy)).sum(1)).sum()
-    torch.testing.assert_close(with_kl - without, torch.autograd.grad(forward_kl, theta)[0],
-                               rtol=0, atol=1e-10)
+def without_std(scores, K):
+    """The advantages of Dr. GRPO."""
+    return (scores.view(-1, K) - scores.view(-1, K).mean(dim=1, keepdim=True)).flatten()
 
 
 @pytest.mark.parametrize("advantages_of, share_of, cosines", [
@@ -121,7 +95,10 @@ def test_what_grpo_divides_by_is_biased(advantages_of, share_of, cosines):
     counts less. Both are choices and not errors. The last row is GRPO as it is.
     """
     for K, expected in zip((2, 3), cosines):
-        ours = w.expected_gradient(losses_of(K, advantages_of), K, share_of)
+        def losses_of(logprobs, rows):  # the batch is one group
+            return grpo.grpo_loss(logprobs, w.OLD_LOGPROBS[rows], w.REF_LOGPROBS[rows],
+                                  advantages_of(w.SCORES[rows], K), 0.2, 0.0)[0]
+        ours = w.expected_gradient(losses_of, K, share_of)
         assert w.cosine(ours, -w.objective_gradient(0.0)) == pytest.approx(expected, abs=0.001)
 
 

@@ -24,9 +24,14 @@ struct CUDAHooks : at::CUDAHooksInterface {
   bool isBuilt() const { return true; }      // no `override`: torch 2.6 does not ask for these
   bool isAvailable() const { return true; }
   bool hasCUDA() const override { return true; }
+  bool hasPrimaryContext(DeviceIndex) const override { return true; }
   void init() const override {}
+  int getNumGPUs() const override { return 1; }
   DeviceIndex deviceCount() const override { return 1; }
+  DeviceIndex current_device() const override { return 0; }
   DeviceIndex getCurrentDevice() const override { return 0; }
+  DeviceIndex exchangeDevice(DeviceIndex) const override { return 0; }
+  DeviceIndex maybeExchangeDevice(DeviceIndex) const override { return 0; }
 };
 using at::CUDAHooksRegistry, at::RegistererCUDAHooksRegistry;
 C10_REGISTER_CLASS_WITH_PRIORITY(CUDAHooksRegistry, CUDAHooks, c10::REGISTRY_PREFERRED, CUDAHooks)
