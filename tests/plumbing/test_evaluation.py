@@ -1,17 +1,16 @@
 """Looking at a policy: the log of a step, held-out problems, intervals, and the last table."""
-import copy
 import json
 import math
 import random
+import re
 import statistics
 from types import SimpleNamespace
 
 import numpy
 import pytest
 import torch
-from conftest import make_model, save_folder, seeded, to_problems
+from conftest import make_model, seeded, to_problems
 
-import rloo
 from plumbing import evaluation, toy
 from plumbing.model import load_policy
 from plumbing.rewards import last_number
@@ -60,17 +59,14 @@ def test_wilson_is_the_solution_of_its_quadratic():
         a = 1.96**2 / n  # (share - p)^2 = a p (1 - p)
         roots = sorted(numpy.roots([1 + a, -2 * share - a, share**2]).real)
         assert share == ones / n and [low, high] == pytest.approx(roots, abs=1e-7)
-    published = 0.9, 0.596, 0.982
-    assert evaluation.wilson([True] * 9 + [False]) == pytest.approx(published, abs=1e-3)
+    assert evaluation.wilson([1] * 9 + [0]) == pytest.approx((0.9, 0.596, 0.982), abs=1e-3)
 
 
 def test_the_interval_of_a_mean():
     values = [random.Random(i).gauss(3, 2) for i in range(50)]
-    mean, low, high = evaluation.interval(values)
-    margin = 1.96 * statistics.pstdev(values) / math.sqrt(50)
-    assert [mean, low, high] == pytest.approx(
-        [statistics.mean(values), mean - margin, mean + margin])
-    assert evaluation.interval([3.0, 3.0]) == [3, 3, 3] and evaluation.interval([5]) == [5, 5, 5]
+    mean, margin = statistics.mean(values), 1.96 * statistics.pstdev(values) / math.sqrt(50)
+    assert evaluation.interval(values) == pytest.approx([mean, mean - margin, mean + margin])
+    assert evaluation.interval([5]) == [5, 5, 5]
 
 
 @pytest.fixture(scope="module")
@@ -91,9 +87,9 @@ def test_greedy_is_the_most_likely_token_again_and_again(trained):
         while ids[-1] != tokenizer.eos_token_id and len(ids) < len(problem["ids"]) + 24:
             with torch.no_grad():
                 ids.append(policy(torch.tensor([ids])).logits[0, -1].argmax().item())
-        text = tokenizer.decode(ids[len(problem["ids"]) :]).replace(",", "=").split("=")[-1]
-        hits.append(text == problem["row"]["answer"] + tokenizer.eos_token)
         lengths.append(len(ids) - len(problem["ids"]))
+        text = tokenizer.decode(ids[-lengths[-1] :]).replace(",", "=").split("=")[-1]
+        hits.append(text == problem["row"]["answer"] + tokenizer.eos_token)
     assert 0 < sum(hits) < 12
     results = evaluation.evaluate(policy, tokenizer, problems, knobs(), EXACT)
     assert results["greedy"] == evaluation.wilson(hits) and results["n"] == 12
@@ -105,7 +101,7 @@ def test_an_evaluation_always_draws_the_same_at_temperature_1(trained):
     """Whatever was drawn before, the micro-batches, and the temperature of the training."""
     policy, tokenizer, _ = trained
     problems = to_problems(toy.problems("toy", "test", 70), tokenizer)  # sampled in two parts
-    before, seen, found = copy.deepcopy(policy.state_dict()), [], []
+    seen, found = [], []
 
     def watch(prompts, completions, **columns):
         seen.append(list(completions))
@@ -117,71 +113,43 @@ def test_an_evaluation_always_draws_the_same_at_temperature_1(trained):
     texts = seen[0] + seen[1]
     assert found[0]["shows_work"][0] == statistics.mean("=" in text for text in texts)
     assert found[0]["score_sampled"][0] == pytest.approx(statistics.mean(map(len, texts)))
-    assert all(torch.equal(before[key], value) for key, value in policy.state_dict().items())
 
 
 def test_what_is_evaluated_follows_the_data_and_the_rewards(tokenizer):
     """Exact match where all answers are numbers, and the rewards where they say something else."""
     policy, rows = make_model("llama").eval(), toy.problems("toy", "test", 6)
-    problems = to_problems(rows, tokenizer)
-
-    def names(rewards=None, measure=None, problems=problems, policy=policy, **changes):
-        found = evaluation.evaluate(policy, tokenizer, problems, knobs(**changes), rewards, measure)
-        assert found.pop("n") == len(problems)
-        return set(found) - {"length"}
-    long = dict(long=lambda prompts, completions, **columns: list(map(len, completions)))
-    both = {"sampled", "greedy", "shows_work"}
-    assert names(EXACT) == names() == both
-    assert names(long) == names({**EXACT, **long}) == both | {"score_sampled", "score_greedy"}
-    assert names(EXACT, data="rows.jsonl") == {"sampled", "greedy"}
-    blue = to_problems([{**rows[0], "answer": "blue"}, *rows[1:]], tokenizer)
-    assert names(long, problems=blue, data="rows.jsonl") == {"score_sampled", "score_greedy"}
-    assert names(long, problems=to_problems([dict(prompt="1+1=")], tokenizer), data="rows.jsonl"
-                 ) == {"score_sampled", "score_greedy"}
-
+    numbers = to_problems(rows, tokenizer)
+    words = to_problems([{**rows[0], "answer": "blue"}, *rows[1:]], tokenizer)
     demonstrations = to_problems(rows, tokenizer, "demonstration")
     demonstrations[1]["targets"] = []  # a prompt alone, which can only be answered
-    def nats(problems):
+    long = dict(long=lambda completions, **columns: list(map(len, completions)))
+    exact, scores = {"sampled", "greedy", "length"}, {"score_sampled", "score_greedy", "length"}
+
+    def measure(problems):
         assert len(problems) == 5 and all(problem["targets"] for problem in problems)
         return dict(nats=[1, 1, 1])
-    assert names(measure=nats, problems=demonstrations) == both | {"nats"}
+
+    def names(problems, data="own.jsonl", policy=policy, **more):
+        found = evaluation.evaluate(policy, tokenizer, problems, knobs(data=data), **more)
+        assert found.pop("n") == 6
+        return set(found)
+    assert names(numbers) == names(numbers, rewards=EXACT) == exact
+    assert names(numbers, rewards=long) == names(numbers, rewards=EXACT | long) == exact | scores
+    assert names(words, rewards=long) == scores
+    assert names(numbers, "toy", measure=measure) == exact | {"shows_work"}  # prompts alone
+    assert names(demonstrations, measure=measure) == exact | {"nats"}
     scorer = SimpleNamespace(can_generate=lambda: False)  # as reward_model.py trains
-    assert names(measure=nats, problems=demonstrations, policy=scorer) == {"nats"}
-    assert names(measure=nats, problems=problems) == both  # prompts alone, all of them
+    assert names(demonstrations, policy=scorer, measure=measure) == {"nats"}
 
 
-def test_an_evaluation_does_not_change_the_run(tmp_path, monkeypatch, few_problems):
-    """Also if a reward draws from the global generators, as one may that has rubrics."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "draws.py").write_text("""
-import random
-def judge(completions, **columns):
-    return [len(text) + random.random() for text in completions]
-""")
-    runs = []
-    for every in (0, 1):
-        rloo.train(rloo.Config(**{**rloo.TOY, **dict(
-            model=save_folder(tmp_path / "model"), reward="draws.py:judge", steps=3,
-            prompts_per_step=4, minibatch_size=8, max_new_tokens=6, eval_prompts=4,
-            eval_every=every, out_dir=f"run-{every}")}))
-        rows = (tmp_path / f"run-{every}" / "metrics.jsonl").read_text().splitlines()
-        runs.append([{**json.loads(row), "time_step": 0} for row in rows])
-    assert runs[0] == runs[1] and len({row["score"] for row in runs[0]}) == 3
-    rows = list(map(json.loads, open(tmp_path / "run-1" / "validation.jsonl")))
-    assert [row["step"] for row in rows] == [1, 2, 3] and rows[0]["n"] == 4
-
-
-def test_the_report_shows_what_was_measured_and_writes_all_of_it(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 * 10**9)
+def test_the_report_shows_what_was_measured_and_writes_all_of_it(tmp_path, capsys):
     before = dict(n=7, sampled=[0.5, 0.25, 0.75], length=[9.0, 8.0, 10.0])
     after = dict(n=7, sampled=[0.875, 0.75, 1.0], length=[12.0, 11.0, 13.0], other=[1, 1, 1])
     evaluation.report(before, after, tmp_path)
     screen = capsys.readouterr().out
     (line,) = [line for line in screen.splitlines() if line.startswith("exact match, sampled")]
-    assert line.split("sampled")[1].replace("[", "").replace("]", "").replace(",", "").split() == [
-        "0.500", "0.250", "0.750", "0.875", "0.750", "1.000"]
+    assert re.findall(r"\d\.\d+", line) == "0.500 0.250 0.750 0.875 0.750 1.000".split()
     assert "n = 7" in screen and "mean length" in screen and "greedy" not in screen
-    assert str(tmp_path / "model") in screen and "3.00 GB" in screen
-    assert json.loads((tmp_path / "test.json").read_text()) == dict(
-        before=before, after=after, peak_memory=3 * 10**9)
+    assert str(tmp_path / "model") in screen
+    results = json.loads((tmp_path / "test.json").read_text())
+    assert results["before"] == before and results["after"] == after

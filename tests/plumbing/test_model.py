@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import make_model, save_folder, seeded
+from conftest import save_folder, seeded
 from safetensors.torch import load_file, save_file
 from test_rollout import by_definition, close
 

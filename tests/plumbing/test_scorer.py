@@ -16,9 +16,7 @@ from plumbing.scorer import REWARD, all_scores, load_scorer, sequence_scores
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_score_is_that_of_the_last_token(tmp_path, name):
     """As for each row alone, without padding; also where pad is the EOS, and ids equal it inside.
-
-    Prompts of 4 and 1 tokens are padded on the left; one completion is cut off, one is the EOS.
-    """
+    Prompts of 4 and 1 tokens are padded on the left; one completion is cut off, one is the EOS."""
     policy, tokenizer = load_policy(save_folder(tmp_path, name, pad="<eos>"), "cpu")
     scorer = reward_model.make_scorer(policy, tokenizer, name)
     torch.nn.init.normal_(scorer.score.weight, generator=seeded())
@@ -67,18 +65,15 @@ def test_a_run_folder_is_a_reward_that_scores_as_transformers_does(judge, folder
     assert cut.item() == pytest.approx(plain[1], abs=1e-4)  # its own forward, where no id is pad
 
 
-def test_a_text_too_long_for_the_reward_model_is_one_sentence(judge, capsys):
-    learned = load_scorer(judge)
+def test_what_cannot_be_scored_is_one_sentence(judge, folders, tmp_path, capsys):
+    """A text that is too long for the reward model, and a folder that holds none."""
     (row,) = to_problems([dict(prompt="1+2=")])
-    with pytest.raises(SystemExit) as stop:
-        rewards.judge("judge", learned, [row], ["7" * 5000], [True], [[1]])
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and "--reward judge" in error and "--max_new_tokens" in error
-
-
-def test_a_folder_without_a_score_is_one_sentence(folders, tmp_path, capsys):
-    for folder in (folders("llama"), tmp_path):
+    for words, score in (("--max_new_tokens", lambda: rewards.judge(
+            "judge", load_scorer(judge), [row], ["7" * 5000], [True], [[1]])),
+            (folders("llama"), lambda: load_scorer(folders("llama"))),
+            (str(tmp_path), lambda: load_scorer(tmp_path))):
         with pytest.raises(SystemExit) as stop:
-            load_scorer(folder)
+            score()
         error = capsys.readouterr().err
-        assert stop.value.code == 2 and f"--reward {folder}" in error and error.count("\n") == 1
+        assert stop.value.code == 2 and error.count("\n") == 1
+        assert "--reward" in error and words in error

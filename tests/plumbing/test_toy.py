@@ -1,7 +1,4 @@
-"""The toy: its problems, its tokenizer, what is right in an answer; and the files made of it.
-
-FULL=1 python -m pytest tests/plumbing/test_toy.py   trains the toy's policy anew: some two minutes
-"""
+"""The toy: its problems, files and policy. FULL=1 trains the policy anew, for two minutes."""
 import json
 import os
 import re
