@@ -86,7 +86,7 @@ def train(cfg):
         best = best_of_k(scores, cfg.group_size)[groups.amax(1) > groups.amin(1)].cpu()  # rows
 
         # 4. Update, once per mini-batch. All tensors above are fixed; log-probs have a gradient
-        # now. At first each ratio is 1. share (N, C) is the weight of each token in the loss.
+        # now. share (N, C) is the weight of each token in the loss.
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg.steps, cfg.warmup_steps, cfg.lr)
         size = cfg.minibatch_size // cfg.group_size  # of each K rows, only one is left
         for minibatch in mini_batches(len(best), size, group_size=1, epochs=cfg.epochs,

@@ -25,7 +25,7 @@ and then updates b, as --baseline says:
 There is one update per batch, because the loss needs completions of the policy as it is now. After
 the update they are those of an older policy. reinforce_pp.py and ppo.py make several updates and
 correct for that in part, with a ratio for each token. This script makes one, with a larger learning
-rate; the ratio in its log is 1.
+rate.
 
     python reinforce.py                                      the toy, no network: half a minute
     python reinforce.py --model Qwen/Qwen2.5-0.5B-Instruct   a real model, on one CUDA GPU
@@ -118,7 +118,7 @@ def train(cfg):
             baseline, count = running_mean_baseline(baseline or 0, count, scores)
 
         # 4. Update, once per mini-batch. All tensors above are fixed; log-probs have a gradient
-        # now. At first each ratio is 1. share (N, C) is the weight of each token in the loss.
+        # now. share (N, C) is the weight of each token in the loss.
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg.steps, cfg.warmup_steps, cfg.lr)
         for minibatch in mini_batches(len(scores), len(scores), cfg.group_size, 1, generator):
             optimizer.zero_grad()

@@ -100,7 +100,7 @@ def absolute(name):
 def split_rewards(spec):
     """--reward -> its parts, with whole paths. A path may have commas if it is the only part."""
     file, colon, function = spec.strip().rpartition(":")
-    if colon and os.path.exists(absolute(file)):
+    if colon and "," not in function and os.path.exists(absolute(file)):
         return [f"{absolute(file)}:{function}"]
     if "," in spec and not os.path.exists(absolute(spec)):
         return [part for one in spec.split(",") for part in split_rewards(one)]

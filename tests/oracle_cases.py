@@ -3,7 +3,6 @@ import json
 import warnings
 from pathlib import Path
 
-import datasets
 import pytest
 import torch
 from conftest import make_model, make_tokenizer, save_folder, seeded
@@ -41,13 +40,12 @@ def check_padding(every_function):
     """Results with zeros on padding, with garbage, and with three more columns of it are the same.
     every_function(mask, a, b, c) returns a list of results, scalars or (N, C), of three (N, C)."""
     mask, *values = random_batch()
-    wide_mask = torch.nn.functional.pad(mask, (0, 3))
     clean = [torch.where(mask.bool(), x, 0) for x in values]
     for garbage in (1e30, float("inf"), float("nan")):
         dirty = [torch.where(mask.bool(), x, garbage) for x in values]
         wide = [torch.nn.functional.pad(x, (0, 3), value=garbage) for x in dirty]
         for one, two, three in zip(every_function(mask, *clean), every_function(mask, *dirty),
-                                   every_function(wide_mask, *wide)):
+                                   every_function(torch.nn.functional.pad(mask, (0, 3)), *wide)):
             assert torch.equal(one, two)
             if three.dim():
                 assert (three[:, 7:] == 0).all() and (one[mask == 0] == 0).all()
@@ -70,15 +68,14 @@ def same_gradient(model, theirs):
 
 
 def run_script(script, monkeypatch, folder, reward, **flags):
-    """A short run of a script's train(), with this reward and --out_dir -> the log, a list of dicts.
+    """A short run of a script's train() with this reward; its --out_dir is `folder` -> the log.
     Without flags: one step of 8 completions on the toy's model."""
     monkeypatch.setattr(script, "load_rewards", lambda cfg, problems: {"reward": reward})
-    K = flags.get("group_size", script.Config.group_size)
-    base = dict(device="cpu", steps=1, prompts_per_step=8 // K, micro_batch_size=8,
-                max_new_tokens=6, eval_prompts=2, kl_coef=0.0, out_dir=str(folder))
-    fields = script.Config.__dataclass_fields__
-    script.train(script.Config(**{**script.TOY, **flags, **{
-        key: flags.get(key, value) for key, value in base.items() if key in fields}}))
+    prompts = 8 // flags.get("group_size", script.Config.group_size)
+    small = dict(device="cpu", steps=1, prompts_per_step=prompts, micro_batch_size=8,
+                 max_new_tokens=6, eval_prompts=2, out_dir=str(folder),
+                 **dict(kl_coef=0.0) if hasattr(script.Config, "kl_coef") else {})
+    script.train(script.Config(**{**script.TOY, **small, **flags}))
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -92,11 +89,11 @@ def trl_reward(completions, **columns):
 
 def trl_step(folder, name, move=True, **settings):
     """A step of TRL's GRPOTrainer or RLOOTrainer (name: GRPO or RLOO) on completions of ours.
-    The rest of its step is its own: tokenising, padding, log-probs, rewards, advantages, loss.
     move: after sampling, the policy moves a little, so that the ratios are not 1.
     -> what TRL computed, its gradient {name: gradient}; the policy, as moved; our batch, its
     log-probs under the reference, the scores."""
     trl = pytest.importorskip("trl", reason="an oracle for development: requirements-dev.txt")
+    import datasets
     prompts, K, tokenizer = ["8+9-5=", "1+2=", "7-3+4-1="], TRL["num_generations"], make_tokenizer()
     reference = save_folder(folder / "model", scale=0.1)
     policy, ref_model = (make_model("llama", scale=0.1, seed=seed).eval() for seed in (3, 0))
@@ -114,10 +111,9 @@ def trl_step(folder, name, move=True, **settings):
         trainer = getattr(trl, f"{name}Trainer")(
             model=reference, reward_funcs=trl_reward, args=config, processing_class=tokenizer,
             train_dataset=datasets.Dataset.from_list(rows))
-        trainer.model.load_state_dict(policy.state_dict())
+        trainer.model.train().load_state_dict(policy.state_dict())
         trainer._generate_single_turn = lambda *args: \
             (completions, None) if name == "GRPO" else completions
-        trainer.model.train()
         trainer.current_gradient_accumulation_steps = 1
         theirs = trainer._generate_and_score_completions(rows)
         for model in (trainer.model, policy) if move else ():

@@ -47,13 +47,10 @@ def test_plackett_luce_is_the_probability_of_an_order():
     index = torch.tensor(orders)
     p = (-plackett_luce_loss(logps[index], ref_logps[index], 0.1)).exp()
     assert p.sum().item() == pytest.approx(1, abs=1e-12)
-    h = (0.1 * (logps - ref_logps)).tolist()
+    weights = (0.1 * (logps - ref_logps)).exp().tolist()
     for order, one in zip(orders, p.tolist()):
-        rest, product = list(order), 1.0
-        for y in order:
-            product *= math.exp(h[y]) / sum(math.exp(h[z]) for z in rest)
-            rest.remove(y)
-        assert one == pytest.approx(product, rel=1e-9)
+        drawn = [weights[y] / sum(weights[z] for z in order[k:]) for k, y in enumerate(order)]
+        assert one == pytest.approx(math.prod(drawn), rel=1e-9)
     before = sum(one for order, one in zip(orders, p.tolist()) if order.index(2) < order.index(1))
     bradley_terry = dpo_loss(logps[2], logps[1], ref_logps[2], ref_logps[1], 0.1)[0]
     assert before == pytest.approx(math.exp(-bradley_terry.item()), rel=1e-9)

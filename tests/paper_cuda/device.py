@@ -6,10 +6,8 @@ A CUDA device made of paper: for machines without a GPU, to find what would stop
 Tensors say that they are on cuda:0 and compute on the CPU. These things are as on a GPU: an
 operation that mixes devices raises an error, torch.rand refuses a generator of the CPU, autocast
 gives the dtypes that it gives on CUDA, SYNCS counts how often the program waits for the GPU, and
-max_memory_allocated() counts bytes of tensors. These are not: speed, rounding, random numbers that
-are made on the GPU, what a kernel takes for itself, kernels that a GPU lacks.
-
-It needs a C++ compiler and the headers that come with torch, and must be imported before torch.
+max_memory_allocated() counts bytes of tensors. Speed, rounding and what a kernel takes or lacks are
+not. It needs a C++ compiler and torch's headers, and must be imported before torch.
 """
 import ctypes
 import functools
@@ -36,9 +34,8 @@ def load_guard():
 
 guard = load_guard()
 
-import torch  # noqa: E402
-from torch.utils._python_dispatch import (  # noqa: E402
-    TorchDispatchMode, return_and_correct_aliasing)
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 
 # Backward runs in the calling thread. The engine would have a thread for the GPU, if there were one
 # before its first backward; it sometimes ends too late for Python, which is then aborted.
@@ -58,10 +55,6 @@ WAITING = {aten._local_scalar_dense.default: "item", aten.nonzero.default: "nonz
 NUMBERS = {aten._local_scalar_dense.default, aten.equal.default}
 
 
-def count(kind):
-    SYNCS[kind] += 1
-
-
 class Bytes:
     """The memory of one storage, as long as a tensor has it: now and peak are sums over all."""
 
@@ -69,13 +62,13 @@ class Bytes:
     of_storage = weakref.WeakValueDictionary()
 
     def __init__(self, size):
-        Bytes.now += size
-        Bytes.peak = max(Bytes.peak, Bytes.now)
-        weakref.finalize(self, Bytes.free, size).atexit = False
+        Bytes.add(size)
+        weakref.finalize(self, Bytes.add, -size).atexit = False
 
     @staticmethod
-    def free(size):
-        Bytes.now -= size
+    def add(size):
+        Bytes.now += size
+        Bytes.peak = max(Bytes.peak, Bytes.now)
 
     @staticmethod
     def of(tensor):
@@ -112,12 +105,11 @@ class Paper(torch.Tensor):
         return f"Paper({self.elem})"
 
     def tolist(self):
-        count("tolist")
+        SYNCS["tolist"] += 1
         return self.elem.tolist()
 
     def numpy(self, *args, **kwargs):
-        raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to "
-                        "copy it to host memory first.")
+        raise TypeError("can't convert cuda:0 device type tensor to numpy")
 
     def __reduce_ex__(self, protocol):
         return rebuild, (self.elem.detach(), self.requires_grad)
@@ -160,19 +152,19 @@ def compute(func, args, kwargs):
         return x.elem if isinstance(x, Paper) else x
     args_, kwargs_ = each_tensor(unwrap, (args, kwargs))
     papers = [x for x in tensors if isinstance(x, Paper)]
-    check_devices(func, args, tensors, papers)
     device = kwargs.get("device") and torch.device(kwargs["device"])
     here = device.type == "cuda" if device else bool(papers)  # does the result lie on CUDA?
     if device and device.type == "cuda":
         kwargs_["device"] = torch.device("cpu")
+    if papers and func not in ACROSS:
+        check_devices(func, args, tensors)
     if papers and func in WAITING:
-        count(WAITING[func])
+        SYNCS[WAITING[func]] += 1
     if func is aten.copy_.default:
         (args[0].elem if isinstance(args[0], Paper) else args[0]).copy_(args_[1])
         return args[0]
     if func is aten._to_copy.default and here != bool(papers):
-        if args_[0].numel():
-            count("copy to GPU" if here else "copy to CPU")
+        SYNCS["copy to GPU" if here else "copy to CPU"] += args_[0].numel() > 0
         args_ = (args_[0].clone(), *args_[1:])
     out = func(*args_, **kwargs_)
     if not here or func in NUMBERS:
@@ -187,25 +179,19 @@ def aliases(func):
     return any(argument.alias_info for argument in func._schema.arguments)
 
 
-def check_devices(func, args, tensors, papers):
-    if not papers or func in ACROSS:
-        return
+def check_devices(func, args, tensors):
+    """Tensors of both devices raise an error, except numbers on the CPU, and indices there of a
+    tensor on CUDA."""
     indices = []
-    if func in INDEXING:  # a tensor on CUDA takes indices from either device, one on the CPU not
-        if not isinstance(args[0], Paper):
-            raise RuntimeError("indices should be either on cpu or on the same device as the "
-                               "indexed tensor (cpu)")
+    if func in INDEXING and isinstance(args[0], Paper):
         each_tensor(indices.append, args[1])
-        for x in indices:
-            if not isinstance(x, Paper) and x.dim() > 0:
-                count("copy to GPU")
-            if x.dtype == torch.bool and func is aten.index.Tensor:  # how many are True?
-                count("nonzero")
-    known = {id(x) for x in indices}
-    for x in tensors:
-        if not isinstance(x, Paper) and x.dim() > 0 and id(x) not in known:
-            raise RuntimeError("Expected all tensors to be on the same device, but found cuda:0 "
-                               f"and cpu ({func})")
+        SYNCS["copy to GPU"] += sum(not isinstance(x, Paper) and x.dim() > 0 for x in indices)
+        if func is aten.index.Tensor:  # how many are True?
+            SYNCS["nonzero"] += sum(x.dtype == torch.bool for x in indices)
+    known = set(map(id, indices))
+    if any(not isinstance(x, Paper) and x.dim() > 0 and id(x) not in known for x in tensors):
+        raise RuntimeError("Expected all tensors to be on the same device, but found cuda:0 and "
+                           f"cpu ({func})")
 
 
 def checked(make, *args, generator=None, device=None, **kwargs):
@@ -233,10 +219,9 @@ def install():
         attention if isinstance(query, Paper) else sdpa)(query, *args, **kwargs)
     for name in ("rand", "randn", "randint", "randperm"):
         setattr(torch, name, functools.partial(checked, getattr(torch, name)))
-    answers = dict(
-        _lazy_init=None, is_available=True, is_initialized=True, device_count=1, current_device=0,
-        is_bf16_supported=True, manual_seed_all=None, manual_seed=None,
-        is_current_stream_capturing=False)
+    answers = dict(_lazy_init=None, is_available=True, is_initialized=True, device_count=1,
+                   current_device=0, is_bf16_supported=True, is_current_stream_capturing=False,
+                   manual_seed_all=None)
     for name, answer in answers.items():
         setattr(torch.cuda, name, lambda *args, answer=answer, **kwargs: answer)
     torch.cuda.max_memory_allocated = lambda *args: Bytes.peak

@@ -12,12 +12,12 @@ import sys
 from collections import Counter
 
 import pytest
+import test_every_script as every
 import torch
 import transformers
+from conftest import make_model, save_folder, seeded
 
 import ppo
-import test_every_script as every
-from conftest import make_model, save_folder, seeded
 from plumbing import rollout, run
 from plumbing.data import draw_problems
 from plumbing.model import load_policy, plain_logprobs
@@ -41,7 +41,7 @@ def without_bf16(monkeypatch):
 
 # ------------------------------------------------------------------------ every script and variant
 
-WAITS = {  # those of transformers among them
+WAITS = {  # those inside transformers among them
     "reinforce": 93, "reinforce running_mean": 94, "reinforce_pp": 101,
     "reinforce_pp group_baseline": 100, "ppo": 134, "ppo warmup": 134, "trpo": 169, "remax": 151,
     "remax groups": 135, "rloo": 104, "rloo no_kl": 86, "grpo": 98, "grpo no_kl": 84,
@@ -62,7 +62,8 @@ def test_it_trains_in_bf16(folders, props, here, capsys, variant):
     assert f"on cuda:0, computing in {kind}" in capsys.readouterr().out
     assert torch.tensor([list(row.values()) for row in every.lines("metrics")]).isfinite().all()
     found = marks[1] - marks[0]
-    assert not PAPER or found.total() == WAITS[variant], found
+    older = WAITS[variant] + 20 * (variant == "trpo")  # with transformers 5.17
+    assert not PAPER or found.total() in (WAITS[variant], older), found
 
 
 @on_paper
@@ -88,18 +89,14 @@ def test_it_is_the_same_as_on_a_cpu(folders, props, here, plain_descent, variant
 
 def test_a_run_that_was_stopped_goes_on(folders, props, here):
     """With the states of critic and optimizer on the GPU again, whatever the generators hold."""
+    here.setattr(run, "evaluate", lambda *args: dict(n=0))
     flags = dict(every.inputs("ppo", props), device="cuda", model=folders("llama"), steps=3,
                  save_every=1)
-    here.setattr(run, "evaluate", lambda *args: dict(n=0))
     every.run("ppo", **flags, out_dir="whole")
-
-    def interrupt():
-        raise KeyboardInterrupt
-    with here.context() as patch:
-        patch.setattr(ppo, "draw_problems", lambda problems, step, *more: (
-            draw_problems(problems, step, *more) if step < 2 else interrupt()))
-        with pytest.raises(SystemExit):
-            every.run("ppo", **flags)
+    with here.context() as patch, pytest.raises(StopIteration):
+        steps = iter(range(2))
+        patch.setattr(ppo, "draw_problems", lambda *args: [next(steps), draw_problems(*args)][1])
+        every.run("ppo", **flags)
     torch.manual_seed(7)  # of both devices
     every.command("ppo", "--resume", "run")
     for one, two in zip(every.lines("metrics"), every.lines("metrics", "whole"), strict=True):
@@ -166,21 +163,19 @@ def test_compiled_decoding_gives_the_same_tokens(folders, monkeypatch):
     """Of paper nothing can be compiled: what torch.compile is given runs as it is."""
     if PAPER:
         monkeypatch.setattr(torch, "compile", lambda function, **settings: function)
-    (policy, tokenizer), found = load_policy(folders("llama"), "cuda"), []
-    for compiled in (False, True):
-        for bf16 in (True, False):
-            if compiled:
-                rollout.compile_decoding(policy)
-            with monkeypatch.context() as patch:
-                if not bf16:
-                    without_bf16(patch)
-                for _ in range(1 if PAPER else 3):  # the third is the first that repeats a graph
-                    batch = sample(policy, tokenizer, [[5, 6, 7], [8]], 8, 20, 1.0, seeded())
-                again = token_logprobs(policy, batch, torch.arange(16), 1.0)
-            assert (again - batch.logprobs).abs().max() < (0.5 if bf16 else 1e-3)
-        found.append(batch)
-    plain, ours = found
-    assert torch.equal(plain.mask, ours.mask) and plain.mask.sum() > 100
+    for bf16 in (True, False):
+        policy, tokenizer = load_policy(folders("llama"), "cuda")
+        wanted = policy, tokenizer, [[5, 6, 7], [8]], 8, 20, 1.0
+        with monkeypatch.context() as patch:
+            if not bf16:
+                without_bf16(patch)
+            plain = sample(*wanted, seeded())
+            rollout.compile_decoding(policy)
+            for _ in range(1 if PAPER else 3):  # the third is the first that repeats a graph
+                ours = sample(*wanted, seeded())
+            again = token_logprobs(policy, ours, torch.arange(16), 1.0)
+        assert (again - ours.logprobs).abs().max() < (0.5 if bf16 else 1e-3)
+    assert torch.equal(plain.mask, ours.mask) and plain.mask.sum() > 100  # in fp32
     same = (plain.completions == ours.completions)[plain.mask.bool()].float().mean()
     assert same > 0.99  # a tie may turn
 
@@ -203,6 +198,7 @@ def test_sampling_waits_once_for_each_token(folders):
         assert found[i + 1] - found[i] == dict(item=16, nonzero=1)
 
 
+@on_paper
 def test_bytes_of_each_parameter(tmp_path, here, props):
     """What is trained has a weight, a gradient and two moments of AdamW, of 4 bytes each; while its
     gradient is computed, 2 more for the weight in bf16. A reference has a weight."""

@@ -41,7 +41,6 @@ def test_batch_stats_by_a_loop(tokenizer):
         stats = evaluation.batch_stats(torch.tensor(scores), kl, batch, K)
         assert {key: value.item() for key, value in stats.items()} == pytest.approx(
             {**expected, "frac_zero_std": zero}, rel=1e-4, abs=1e-6)
-    assert evaluation.batch_stats(torch.ones(4), kl, batch, 1)["frac_zero_std"] == 1
 
 
 def test_approx_kl_is_in_expectation_the_kl_from_the_policy_that_sampled():
@@ -71,8 +70,7 @@ def test_the_interval_of_a_mean():
 
 @pytest.fixture(scope="module")
 def trained():
-    """The toy's policy and problems of which it answers about half; it is less sure of all tokens,
-    so that greedy and sampled answers differ."""
+    """The toy's policy, less sure of all tokens, so that greedy and sampled answers differ."""
     policy, tokenizer = load_policy(None, "cpu")
     policy.model.norm.weight.data *= 0.3
     return policy, tokenizer, to_problems(toy.problems("toy", "test", 12), tokenizer)
@@ -85,8 +83,7 @@ def test_greedy_is_the_most_likely_token_again_and_again(trained):
     for problem in problems:
         ids = list(problem["ids"])
         while ids[-1] != tokenizer.eos_token_id and len(ids) < len(problem["ids"]) + 24:
-            with torch.no_grad():
-                ids.append(policy(torch.tensor([ids])).logits[0, -1].argmax().item())
+            ids.append(policy(torch.tensor([ids])).logits[0, -1].argmax().item())
         lengths.append(len(ids) - len(problem["ids"]))
         text = tokenizer.decode(ids[-lengths[-1] :]).replace(",", "=").split("=")[-1]
         hits.append(text == problem["row"]["answer"] + tokenizer.eos_token)
@@ -110,9 +107,8 @@ def test_an_evaluation_always_draws_the_same_at_temperature_1(trained):
         torch.rand(3), random.random()
         found.append(evaluation.evaluate(policy, tokenizer, problems, cfg, dict(watch=watch)))
     assert found[0] == found[1] and seen[:4] == seen[4:] and seen[0] != seen[2]
-    texts = seen[0] + seen[1]
-    assert found[0]["shows_work"][0] == statistics.mean("=" in text for text in texts)
-    assert found[0]["score_sampled"][0] == pytest.approx(statistics.mean(map(len, texts)))
+    lengths = [len(text) for text in seen[0] + seen[1]]
+    assert found[0]["score_sampled"][0] == pytest.approx(statistics.mean(lengths))
 
 
 def test_what_is_evaluated_follows_the_data_and_the_rewards(tokenizer):
@@ -149,7 +145,6 @@ def test_the_report_shows_what_was_measured_and_writes_all_of_it(tmp_path, capsy
     screen = capsys.readouterr().out
     (line,) = [line for line in screen.splitlines() if line.startswith("exact match, sampled")]
     assert re.findall(r"\d\.\d+", line) == "0.500 0.250 0.750 0.875 0.750 1.000".split()
-    assert "n = 7" in screen and "mean length" in screen and "greedy" not in screen
-    assert str(tmp_path / "model") in screen
+    assert "n = 7" in screen and "greedy" not in screen and str(tmp_path / "model") in screen
     results = json.loads((tmp_path / "test.json").read_text())
     assert results["before"] == before and results["after"] == after

@@ -5,6 +5,7 @@ import os
 import re
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,8 +16,6 @@ import rloo
 from plumbing import rewards
 from plumbing.rewards import last_number, read_number
 from plumbing.rollout import sample, to_texts
-
-# ------------------------------------------------------------------ the last number
 
 
 def paid(text, answer):
@@ -29,41 +28,30 @@ def paid(text, answer):
     ("1,234", 1234), ("-1,234.50", -1234.5), ("1,234,567.00 dollars", 1234567), ("007", 7),
     ("50%", 50), ("50 %", 50), (r"50\%", 50), ("45\u00b0", 45), ("\uff14\uff12", 42),
     ("24 cm\u00b2", 24), ("9.8 m/s", 9.8), ("42 km.", 42), ("(5)", 5), ("[5]", 5), ('"5"', 5),
-    ("'5'", 5), ("`5`", 5), ("_5_", 5), ("5!", 5), ("5?", 5), ("42...", 42), ("42;", 42),
-    (r"\boxed{42}", 42), (r"$\boxed{-42}$.", -42), (r"\boxed{x = 42}", 42),
-    (r"\boxed{24 \text{ cm}}", 24), (r"\boxed{\$42}", 42), (r"\(42\)", 42),
+    ("`5`", 5), ("_5_", 5), ("5!", 5), ("42...", 42), (r"\boxed{42}", 42), (r"$\boxed{-42}$.", -42),
+    (r"\boxed{x = 42}", 42), (r"\boxed{24 \text{ cm}}", 24), (r"\boxed{\$42}", 42), (r"\(42\)", 42),
     (r"\[ x=42 \]", 42), ("$42$", 42), ("**42**.", 42), ("**42.**", 42), ("**Answer:** 42", 42),
-    ("**Answer: 42**", 42), ("Answer: `42`\n```", 42), ("#### 42", 42),
-    ("####42", 42), ("so 7\n#### -1,200", -1200),
-    ("12 or 3", 3), ("8+9=17,17-5=12,12-8=4", 4),
-    ("9 - 5 = 4", 4), ("2^3 = 8", 8), ("x=5", 5), ("4 =", 4), ("17\n42", 42), ("42, as 7 is", 7),
+    ("**Answer: 42**", 42), ("Answer: `42`\n```", 42), ("#### 42", 42), ("####42", 42),
+    ("so 7\n#### -1,200", -1200), ("12 or 3", 3), ("8+9=17,17-5=12,12-8=4", 4), ("9 - 5 = 4", 4),
+    ("2^3 = 8", 8), ("x=5", 5), ("4 =", 4), ("17\n42", 42), ("42, as 7 is", 7),
     ("<answer> 42 </answer>", 42), ("<answer>42</answer>", 42)])
 def test_a_number_is_read_as_models_write_it(text, number):
     assert paid(text, number) and paid(text, str(number)) and not paid(text, number + 1)
 
 
-NOT_READ = [
-    # separators that are not ours
+@pytest.mark.parametrize("text", [  # separators, ranges, fractions, powers, other work, words
     r"9{,}500", r"9\,500", r"9\ 500", r"9 \, 500", "9 500", "9\u00a0500", "9\u2009500",
     "9\u202f500", "9'500", "9_500", "9.500.000", "0,5", "0,500", "1,23", "1234,567", "12,34,567",
-    "1.2.3",
-    # ranges, dates, times, fractions
-    "3-4", "3\u20134", "3 - 4", "3 -4", "3 \u2013 4", "3 ~4", "2024-01-05", "12:30", "12 : 30",
-    "1/2", "1 / 2", "1/ 2", "2 1/2", "2\u00bd", "2 \u00bd", r"\frac{1}{2}", r"\frac12",
-    r"\frac 1 2", r"\frac{1} {2}", r"\frac{ 1 }{ 2 }", r"2 \frac{1}{2}",
-    # powers, roots, products, signs and other work that is not done
-    "10 - 5", "(10) - 5", "(10) / 5", "10% / 5", "6 km / 5", "10^3", "10**3", "10 ** 3", "10 ^ 3",
-    r"10^{3}", r"10^{ 3 }", "2 * 10^ 3", "10\u00b3", "10\u207b\u00b3", "1.5e3", "2E+8", "1.5 e3",
-    r"5 \times 10^3", r"5 \times 4", r"5\times 4", r"5 \cdot 4", "5 x 4", "5*4", "5 * 4",
-    "5 \u00d7 4", "5 cm \u00d7 4", "7 % 5", "5 \u00b1 1", r"5 \pm 1", r"\sqrt{16}", r"\sqrt 16",
-    r"\sqrt {16}", "\u221a16", "\u221a 16", "5\u03c0", r"5 \pi", r"5\pi", r"- 5", "\u2013 5",
-    "minus 5", "negative 5", "--5",
-    # words
-    "5 million", "5 Million", "5 *million*", "5\u00a0million", "5 hundred", "5k",
-    "5 thousand", "5 dozen", "0x1F", "3rd", "x5", "H2O", "a5b"]
-
-
-@pytest.mark.parametrize("text", NOT_READ)
+    "1.2.3", "3-4", "3\u20134", "3 - 4", "3 -4", "3 \u2013 4", "3 ~4", "2024-01-05", "12:30",
+    "12 : 30", "1/2", "1 / 2", "1/ 2", "2 1/2", "2\u00bd", "2 \u00bd", r"\frac{1}{2}", r"\frac12",
+    r"\frac 1 2", r"\frac{1} {2}", r"\frac{ 1 }{ 2 }", r"2 \frac{1}{2}", "10 - 5", "(10) - 5",
+    "(10) / 5", "10% / 5", "6 km / 5", "10^3", "10**3", "10 ** 3", "10 ^ 3", r"10^{3}", r"10^{ 3 }",
+    "2 * 10^ 3", "10\u00b3", "10\u207b\u00b3", "1.5e3", "2E+8", "1.5 e3", r"5 \times 10^3",
+    r"5 \times 4", r"5\times 4", r"5 \cdot 4", "5 x 4", "5*4", "5 * 4", "5 \u00d7 4",
+    "5 cm \u00d7 4", "7 % 5", "5 \u00b1 1", r"5 \pm 1", r"\sqrt{16}", r"\sqrt 16", r"\sqrt {16}",
+    "\u221a16", "\u221a 16", "5\u03c0", r"5 \pi", r"5\pi", r"- 5", "\u2013 5", "minus 5",
+    "negative 5", "--5", "5 million", "5 Million", "5 *million*", "5\u00a0million", "5 hundred",
+    "5k", "5 thousand", "5 dozen", "0x1F", "3rd", "x5", "H2O", "a5b"])
 def test_or_else_nothing_is_paid_for_any_part_of_it(text):
     parts = {sign * int(part) for part in [*re.findall(r"\d+", text), re.sub(r"\D", "", text)]
              for sign in (1, -1)}
@@ -82,7 +70,7 @@ def test_a_long_text_is_read_in_time_that_grows_with_its_length():
                  "1" + 98 * " ", "\\times ", "minus "):
         for end in ("", "x", "5 million"):
             start = time.process_time()
-            last_number(completions=[(word * 20000)[:20000] + end], answer=["1"], finished=[True])
+            paid((word * 20000)[:20000] + end, "1")
             assert time.process_time() - start < 1, word + end
 
 
@@ -100,50 +88,40 @@ def test_answers_as_columns_have_them(answer, right, wrong):
     "blue", None, "12 apples", "1,23", math.nan, math.inf, "nan", True, "1/2", "1e3", "#### so"])
 def test_last_number_wants_numbers_for_answers(answer, capsys):
     rows = [dict(prompt="1+2=", answer=3), dict(prompt="2+2=", answer="4")]
-    load("last_number", rows)
-    assert read_number(answer) is None and not paid("3", answer)
+    assert load("last_number", rows) and read_number(answer) is None and not paid("3", answer)
     error = refused("last_number", capsys, rows + [dict(prompt="3", answer=answer)])
     assert "1 of 3 answers" in error and repr(str(answer)) in error
 
 
-# ------------------------------------------------------------------ one's own
-
 GOOD = """
-import numpy, torch
-from helper_of_rewards import weight
+import multiprocessing, numpy
+from the_neighbour import weight
 
 def short(completions, prompts, **columns):  # TRL calls by keyword, so any order is common
-    return [-weight * len(text) for text in completions]
+    return (-weight * len(text) for text in completions)
 
 def numbers(completions, level, **columns):
     return numpy.float32(level)
 
-def tensor(completions, **columns):
-    return torch.ones(len(completions))
+def size(text):
+    return weight**2 * len(text)
 
-class Length:
-    def __call__(self, completions, **columns):
-        return (len(text) for text in completions)
-
-length = Length()
+def pooled(completions, **columns):
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.map(size, completions)
 """
 BAD = """
 import math, sys
 few = lambda **columns: [1.0]
 nothing = lambda **columns: None
 nan = lambda **columns: [0.0, math.nan]
-inf = lambda **columns: [math.inf, 0.0]
-words = lambda **columns: ["good", "bad"]
 none = lambda **columns: [1.0, None]
-pairs = lambda **columns: [[1.0, 2.0], [1.0, 2.0]]
-one = lambda **columns: 1.0
 huge = lambda **columns: [10**400, 1]
 asks = lambda completions, solution, **columns: [1.0, 1.0]
 raises = lambda completions, **columns: [{}["a"] for text in completions]
 lazy = lambda completions, **columns: ({}["a"] for text in completions)
 leaves = lambda **columns: sys.exit()
 seven = 7
-
 async def later(**columns):
     return [1.0, 1.0]
 """
@@ -181,22 +159,22 @@ def a_batch(tokenizer, k=1):
 
 
 def test_rewards_are_added_and_the_mean_of_each_is_logged(tmp_path, tokenizer):
-    (tmp_path / "mine.py").write_text(GOOD)
-    (tmp_path / "helper_of_rewards.py").write_text("weight = 2")  # beside it, as imports go
-    several = load("last_number,mine.py:short, mine.py:numbers,mine.py:tensor,mine.py:length")
-    assert list(several) == ["last_number", "short", "numbers", "tensor", "length"]
+    """A reward's file may import its neighbours, and hand its functions to other processes."""
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "my own.py").write_text(GOOD)
+    (tmp_path / "there" / "the_neighbour.py").write_text("weight = 2")
+    file = "there/my own.py"
+    several = load(f"last_number,{file}:short, {file}:numbers,{file}:pooled")
     batch = a_batch(tokenizer, 3)
     texts, scores, means = rewards.score(several, to_problems(ROWS), batch, tokenizer)
     right = [float(paid(text, "34"[i // 3])) * batch.finished[i].item()
              for i, text in enumerate(texts)]
-    short, level = [-2 * len(text) for text in texts], [4] * 3 + [5] * 3
+    sizes, level = list(map(len, texts)), [4] * 3 + [5] * 3
     assert texts == to_texts(tokenizer, batch) and scores.dtype == torch.float32
-    assert scores.tolist() == [a + b + c + 1 - b / 2 for a, b, c in zip(right, short, level)]
+    assert scores.tolist() == [a + b + 2 * c for a, b, c in zip(right, level, sizes)]
     assert {key: value.item() for key, value in means.items()} == pytest.approx(dict(
-        reward_last_number=sum(right) / 6, reward_short=sum(short) / 6, reward_numbers=4.5,
-        reward_tensor=1, reward_length=-sum(short) / 12))
-    one = {"short": several["short"]}
-    assert rewards.score(one, to_problems(ROWS), batch, tokenizer)[2] == {}
+        reward_last_number=sum(right) / 6, reward_short=-sum(sizes) / 3, reward_numbers=4.5,
+        reward_pooled=sum(sizes) / 1.5))
 
 
 def test_rewards_are_added_in_float64(tokenizer):
@@ -208,11 +186,10 @@ def test_rewards_are_added_in_float64(tokenizer):
 
 
 @pytest.mark.parametrize("name, words", [
-    ("few", "[1.0] for 2 completions"), ("nothing", "None"), ("nan", "nan"), ("inf", "inf"),
-    ("words", "good"), ("none", "None"), ("pairs", "2.0"), ("one", "1.0"), ("huge", "huge"),
-    ("asks", "solution' by keyword prompts, completions, answer"), ("seven", "int"),
-    ("raises", "KeyError('a') line 13 bad.py"), ("lazy", "lazy"), ("leaves", "leaves"),
-    ("eight", "eight"), ("later", "coroutine")])
+    ("few", "[1.0] for 2 completions"), ("nothing", "None"), ("nan", "nan"), ("none", "None"),
+    ("huge", "huge"), ("seven", "int"), ("lazy", "lazy"),
+    ("asks", "solution' by keyword prompts, completions, answer"), ("leaves", "leaves"),
+    ("raises", "KeyError('a') line 9 bad.py"), ("eight", "eight"), ("later", "coroutine")])
 @pytest.mark.filterwarnings("ignore:coroutine")
 def test_a_reward_that_cannot_be_used_is_refused_before_the_run(name, words, tmp_path, capsys):
     (tmp_path / "bad.py").write_text(BAD)
@@ -222,19 +199,16 @@ def test_a_reward_that_cannot_be_used_is_refused_before_the_run(name, words, tmp
 
 
 @pytest.mark.parametrize("spec, word", [
-    ("torn.py:f", "SyntaxError"), ("lost.py:f", "no_such_module"), ("exits.py:f", "SystemExit"),
-    ("gone.py:f", "choose"), ("notes.txt:f", "notes"), ("json.py:f", "rename"),
-    ("common.py:f", "rename"), ("fine.py:f,other/fine.py:g", "rename"), ("fine.py:", "fine.py"),
-    ("other", "choose"), ("exact_match", "choose"), ("last_number,last_number", "two"),
-    ("fine.py:f,last_number,fine.py:f", "two"), (",", "choose")])
+    ("torn.py:f", "SyntaxError"), ("gone.py:f", "choose"),
+    ("notes.txt:f", "notes"), ("json.py:f", "rename"), ("common.py:f", "rename"),
+    ("fine.py:f,other/fine.py:g", "rename"), ("fine.py:", "fine.py"), ("other", "choose"),
+    ("exact_match", "choose"), ("last_number,last_number", "two"), (",", "choose")])
 def test_what_is_no_reward_is_refused(spec, word, tmp_path, capsys):
     (tmp_path / "other").mkdir()
     f = "def f(completions, **columns): return [0] * len(completions)\ng = f\n"
     for name in ("fine.py", "other/fine.py", "json.py", "common.py", "notes.txt"):
         (tmp_path / name).write_text(f)
-    for name, text in dict(torn="x = 1\ndef f(:\n", lost="import no_such_module",
-                           exits="raise SystemExit").items():
-        (tmp_path / f"{name}.py").write_text(text)
+    (tmp_path / "torn.py").write_text("x = 1\ndef f(:\n")
     assert word in refused(spec, capsys)
 
 
@@ -259,12 +233,9 @@ def test_a_file_is_read_anew_each_time(tmp_path, monkeypatch):
         assert load("edited.py:f")["f"](completions=["a"]) == [float(value)]
 
 
-# ------------------------------------------------------------------ what it is given, and may do
-
 def test_what_a_reward_is_given(tokenizer):
     """All columns of the data, None where a row lacks one; nothing of ours is displaced."""
-    names = ("completions", "prompts", "finished", "completion_ids", "ids", "targets", "row",
-             "name", "reward", "problems", "texts", "self", "two words")
+    names = "completions prompts finished completion_ids ids targets row name reward self".split()
     problems = to_problems([ROWS[0], dict(prompt="?", **dict.fromkeys(names, 7))])
     batch, seen = a_batch(tokenizer, 2), {}
     batch.finished = torch.tensor([True, False, False, True])
@@ -282,27 +253,21 @@ def test_what_a_reward_is_given(tokenizer):
 
 def test_each_completion_has_copies_of_its_own(tokenizer):
     """A reward that extends the chat it is given: as often as it is asked, it sees two turns."""
-    def turns(prompts, completions, tags, finished, completion_ids, **columns):
-        for chat, text, tag in zip(prompts, completions, tags):
-            chat.append(text), tag.append(text)
-        scores = [len(chat) + len(tag) + len(ids) for chat, tag, ids
-                  in zip(prompts, tags, completion_ids)]
-        completions.clear(), finished.clear(), completion_ids[0].clear()
-        return scores
+    def turns(prompts, completion_ids, **columns):
+        for chat, ids in zip(prompts, completion_ids):
+            chat.append("turn"), ids.append(1)
+        return [len(chat) + len(ids) for chat, ids in zip(prompts, completion_ids)]
 
-    chat = [dict(role="user", content="1")]
-    problems = to_problems([dict(prompt=chat, tags=[])] * 2)
+    problems = to_problems([dict(prompt=[dict(role="user", content="1")])] * 2)
     batch = a_batch(tokenizer, 3)
-    expected = (3 + batch.mask.sum(1)).tolist()
     for _ in range(2):
         scores = rewards.score(dict(a=turns, b=turns), problems, batch, tokenizer)[1]
-        assert scores.tolist() == [2 * score for score in expected]
-    assert len(chat) == 1 and problems[0]["row"]["tags"] == []
+        assert scores.tolist() == (2 * (3 + batch.mask.sum(1))).tolist()
+    assert len(problems[0]["prompt"]) == 1
 
 
 HOSTILE = """
 import os, random
-from pathlib import Path
 import numpy, torch
 torch.set_grad_enabled(False)  # as scripts for inference have it at their top
 
@@ -310,48 +275,26 @@ def judge(prompts, completions, kind, **columns):
     if kind[0] == "hostile":
         random.seed(0), numpy.random.seed(0), torch.manual_seed(0)
         torch.set_grad_enabled(True)
-        os.chdir(Path(__file__).with_name("elsewhere"))
+        os.chdir("/")
         prompts.clear(), columns["completion_ids"].clear()
     return [sum(map(ord, text)) % 97 / 96 for text in completions]
 """
 
 
 def test_a_reward_may_do_as_it_likes_and_the_run_is_the_same(tmp_path):
-    """It reseeds the generators, sets the gradient mode, changes folder, and spoils its lists."""
+    """It reseeds the generators, sets the gradient mode, changes folder, and spoils its lists. One
+    run is evaluated after each step, which changes nothing either."""
     def run(kind):
         rows = [dict(prompt=f"{i}+{j}=", kind=kind) for i in range(4) for j in range(4)]
         os.chdir(tmp_path)
-        cfg = rloo.Config(**{**rloo.TOY, **dict(
+        rloo.train(rloo.Config(**{**rloo.TOY, **dict(
             model=model, data=write_jsonl("rows.jsonl", rows), reward="hostile.py:judge", steps=3,
-            prompts_per_step=4, minibatch_size=8, max_new_tokens=6, eval_prompts=2, out_dir=kind)})
-        rloo.train(cfg)
-        weights = torch.load(tmp_path / kind / "checkpoint.pt", weights_only=True)["policy"]
-        return (tmp_path / kind / "samples.jsonl").read_text().replace(kind, ""), weights
+            prompts_per_step=4, minibatch_size=8, max_new_tokens=6, eval_prompts=2, out_dir=kind,
+            eval_every=int(kind == "hostile"))}))
+        weights = torch.load(f"{kind}/checkpoint.pt", weights_only=True)["policy"]
+        return Path(f"{kind}/samples.jsonl").read_text().replace(kind, ""), weights
     (tmp_path / "hostile.py").write_text(HOSTILE)
-    (tmp_path / "elsewhere").mkdir()
     model = save_folder(tmp_path / "model", "llama")
     (texts, weights), (others, same) = run("hostile"), run("gentle")
     assert texts == others and texts.count("\n") >= 4
     assert all(torch.equal(weights[key], same[key]) for key in weights)
-
-
-POOL = """
-import multiprocessing
-from the_neighbour import zero
-
-def judge(text):
-    return len(text) + zero
-
-def own(completions, **columns):
-    with multiprocessing.get_context(columns["how"]).Pool(1) as pool:
-        return pool.map(judge, completions)
-"""
-
-
-@pytest.mark.parametrize("how", ["fork", "spawn"])
-def test_a_reward_hands_its_functions_to_a_pool(how, tmp_path):
-    (tmp_path / "there").mkdir()
-    (tmp_path / "there" / "my pools.py").write_text(POOL)
-    (tmp_path / "there" / "the_neighbour.py").write_text("zero = 0")
-    own = rewards.load_function(tmp_path / "there" / "my pools.py", "own")
-    assert own(completions=["a", "bb"], how=how) == [1, 2]

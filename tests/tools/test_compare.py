@@ -13,17 +13,18 @@ import rloo
 from tools import compare
 
 
-def finish(folder):
-    """What a run leaves behind. Seed 1, at the end of the folder's name, is the fastest."""
-    offline, seed = folder.name[:3] in ("dpo", "orp"), int(folder.name[-1])
-    config = {} if offline else dict(prompts_per_step=64, group_size=4)
-    config.update({} if offline or folder.name[:5] in ("raft-", "prime") else dict(kl_coef=0.01))
+def leave(folder):
+    """What a run leaves behind in its folder, NAME-seedN; seed 1 is the fastest."""
+    config = dict(prompts_per_step=64, group_size=4, kl_coef=0.01)
+    if folder.name[:3] in ("dpo", "orp"):
+        config = {}
+    if folder.name[:4] in ("raft", "prim"):
+        del config["kl_coef"]
+    row = dict(time_step=3 + int(folder.name[-1]), **dict(kl=0.5) if config else {})
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "test.json").write_text(json.dumps(dict(
-        before=dict(sampled=[0.6, 0.5, 0.7]),
-        after=dict(greedy=[0.98, 0, 1], length=[19.5, 0, 0]))))
-    row = dict(time_step=3 + seed, **{} if offline else dict(kl=0.5))
+        before=dict(sampled=[0.6, 0, 1]), after=dict(greedy=[0.98, 0, 1], length=[19.5, 0, 0]))))
     (folder / "metrics.jsonl").write_text(6 * (json.dumps(row) + "\n"))
 
 
@@ -35,7 +36,7 @@ def compared(tmp_path, monkeypatch, capsys):
 
     def train(command, **settings):
         commands.append(list(map(str, command[1:])))
-        finish(Path(commands[-1][-1]))
+        leave(Path(commands[-1][-1]))
         return SimpleNamespace(returncode=0)
 
     def draw(script, folder):  # of 8 draws, four are right, plus the seed's
@@ -86,20 +87,12 @@ def test_half_a_comparison_goes_on_where_it_was_stopped(compared):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--kl-coef=0.1"], ["--kl-coef=0.1", "prime.py"]), (["--what", "1"], ["--what"]),
-    (["--scripts", "trpo", "--lr", "1e-4"], ["--lr", "trpo.py"])])
+    ("--kl-coef=0.1", "--kl-coef=0.1: prime.py"), ("--what 1", "--what: "),
+    ("--scripts trpo --lr 1e-4", "--lr: trpo.py")])
 def test_a_flag_that_a_script_lacks_is_said_at_once(compared, capsys, flags, words):
     with pytest.raises(SystemExit) as stop:
-        compared(*flags)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and all(word in error for word in words) and not compared.commands
-
-
-def test_a_run_that_fails_is_said(compared, monkeypatch):
-    monkeypatch.setattr(compare.subprocess, "run", lambda *a, **k: SimpleNamespace(
-        returncode=2, stderr="error: no such thing"))
-    with pytest.raises(SystemExit, match="rloo.py failed: error: no such thing"):
-        compared("--scripts", "rloo")
+        compared(*flags.split())
+    assert stop.value.code == 2 and words in capsys.readouterr().err and not compared.commands
 
 
 def test_the_model_of_the_run_answers_every_problem(tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from conftest import ROOT, seeded
+from conftest import ROOT
 
 from tools import gradients
 
@@ -89,11 +89,3 @@ def test_random_batches_agree_with_all_batches():
         world, 4, 2, [gradients.grpo], count)[:, 0], exact) for count in (None, 4000))
     assert ((drawn[1] > 1e-4) & (drawn[1] < 0.03)).all()
     assert ((drawn[0] - truth[0]).abs() < 5 * drawn[1]).all()
-
-
-def test_the_standard_error_is_that_of_a_mean():
-    """The length of a gradient in one dimension is a mean, whose standard error is known."""
-    parts = torch.rand(20, dtype=torch.float64, generator=seeded()) / 20 + 1
-    (cosine, length), errors = gradients.compare(parts[:, None], torch.ones(1).double())
-    assert cosine == 1 and length.item() == pytest.approx(parts.sum().item())
-    assert errors[1].item() == pytest.approx((20 * parts).std().item() / 20**0.5)

@@ -1,5 +1,4 @@
-"""tools/make_pairs.py: pairs and rankings of a policy's own answers, which the scripts can read."""
-import json
+"""tools/make_pairs.py: pairs and rankings of a policy's own answers."""
 import sys
 from pathlib import Path
 
@@ -41,12 +40,11 @@ def test_the_toys_data_are_made_again(tmp_path, monkeypatch, few_problems, wante
     cfg = dpo.Config(**{**dpo.TOY, "data": str(tmp_path / "made"), "eval_prompts": 40})
     problems = load_problems(cfg, policy, tokenizer, wanted)
     assert [len(part) for part in problems] == list(map(len, rows))
-    assert {len(problem["completions"]) for problem in problems.train} == {2 if not flags else 4}
+    assert {len(problem["completions"]) for problem in problems.train} == {4 if flags else 2}
     judge = make_pairs.shown_work if flags else last_number
     for problem in problems.train:
-        scores = judge(
-            prompts=[problem["prompt"]] * 4, completions=problem["completions"],
-            answer=[problem["row"]["answer"]] * 4, finished=[True] * 4)
+        scores = judge(prompts=[problem["prompt"]] * 4, completions=problem["completions"],
+                       answer=[problem["row"]["answer"]] * 4, finished=[True] * 4)
         assert scores == sorted(scores, reverse=True) and scores[0] > scores[-1]
 
 
@@ -72,7 +70,7 @@ def test_shown_work_is_worth_up_to_a_half():
         1.5, 1.0, 1.0, 0.25, 0.0]
 
 
-def test_another_reward_and_data(tmp_path, monkeypatch, capsys):
+def test_another_reward_and_data(tmp_path, monkeypatch):
     """Columns are kept, but completions that the data had; the longer answer is the better one."""
     (tmp_path / "long_answers.py").write_text(
         "def long(completions, **columns):\n    return [len(text) for text in completions]\n")
@@ -83,6 +81,3 @@ def test_another_reward_and_data(tmp_path, monkeypatch, capsys):
     assert all(row["note"] == int(row["prompt"][0]) and "completion" not in row for row in rows)
     pairs = [row for row in rows if len(row) == 4]
     assert len(pairs) > 9 and all(len(row["chosen"]) > len(row["rejected"]) for row in pairs)
-    with pytest.raises(SystemExit):
-        make(monkeypatch, tmp_path / "made", *flags)
-    assert "made" in capsys.readouterr().err

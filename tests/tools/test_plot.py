@@ -1,5 +1,6 @@
 """tools/plot.py: the curves of runs, told apart by their folders."""
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -8,33 +9,34 @@ from tools import plot
 matplotlib = pytest.importorskip("matplotlib", reason="requirements-dev.txt")
 
 
-@pytest.fixture
-def runs(tmp_path, monkeypatch):
-    """Two run folders with the same last name, of which one is still being written."""
+RUNS = "one/_run", "two/_run"
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    """Two run folders with the same last name, which are still being written."""
     monkeypatch.chdir(tmp_path)
-    for folder in ("one/_run", "two/_run"):
-        (tmp_path / folder).mkdir(parents=True)
-        (tmp_path / folder / "metrics.jsonl").write_text(
+    for folder in map(Path, RUNS):
+        folder.mkdir(parents=True)
+        (folder / "metrics.jsonl").write_text(
             '{"step": 1, "score": 0.5}\n{"step": 2, "score": 0.75}\n{"step": 3, "sco')
-    return ["one/_run", "two/_run"]
 
 
-def test_a_line_that_is_half_written_is_left_out(runs):
-    assert plot.read(runs[0]) == [dict(step=1, score=0.5), dict(step=2, score=0.75)]
+def test_a_line_that_is_half_written_is_left_out():
+    assert plot.read(RUNS[0]) == [dict(step=1, score=0.5), dict(step=2, score=0.75)]
 
 
-def test_runs_of_the_same_last_name_are_told_apart(runs, monkeypatch, capsys):
+def test_runs_of_the_same_last_name_are_told_apart(monkeypatch):
     monkeypatch.setitem(matplotlib.rcParams, "svg.fonttype", "none")  # text as text
-    monkeypatch.setattr(sys, "argv", ["plot.py", *runs, "--keys", "score", "--out", "out.svg"])
+    monkeypatch.setattr(sys, "argv", ["plot.py", *RUNS, "--keys", "score", "--out", "out.svg"])
     plot.main()
-    assert capsys.readouterr().out == "wrote out.svg\n"
-    picture = open("out.svg").read()
-    assert all(f"{run}</text>" in picture for run in runs) and ">score</text>" in picture
+    picture = Path("out.svg").read_text()
+    assert all(f"{run}</text>" in picture for run in RUNS) and ">score</text>" in picture
 
 
 @pytest.mark.parametrize("words, word", [(["nowhere"], "nowhere"),
                                          (["one/_run", "--keys", "kl"], "step, score")])
-def test_what_is_not_there_is_said(runs, monkeypatch, capsys, words, word):
+def test_what_is_not_there_is_said(monkeypatch, capsys, words, word):
     monkeypatch.setattr(sys, "argv", ["plot.py", *words])
     with pytest.raises(SystemExit) as stop:
         plot.main()
