@@ -214,6 +214,7 @@ def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False,
 
 def install():
     """From here on there is one GPU, which has bf16."""
+    torch.set_num_threads(1)  # of the CPU; its tensors are small
     sdpa = torch.nn.functional.scaled_dot_product_attention
     torch.nn.functional.scaled_dot_product_attention = lambda query, *args, **kwargs: (
         attention if isinstance(query, Paper) else sdpa)(query, *args, **kwargs)

@@ -118,12 +118,10 @@ def test_a_gpu_refuses_tensors_that_lie_elsewhere():
 
 
 def test_autocast_gives_the_dtypes_of_a_gpu():
-    """A sum is one of those that a CPU leaves in bf16."""
-    x = torch.ones(4, 4, device="cuda")
+    """A CPU would leave the sum in bf16."""
     with torch.autocast("cuda", torch.bfloat16):
-        product = x @ x
-        assert [y.dtype for y in (product, product + product, product.sum(), product.softmax(0))
-                ] == [torch.bfloat16, torch.bfloat16, torch.float32, torch.float32]
+        product = torch.ones(4, 4, device="cuda") @ torch.ones(4, 4, device="cuda")
+        assert product.dtype == torch.bfloat16 and product.sum().dtype == torch.float32
 
 
 @pytest.mark.parametrize("bf16", [False, True])

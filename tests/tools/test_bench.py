@@ -60,13 +60,6 @@ def test_every_row_of_ours_and_one_of_each_other(run, monkeypatch):
     assert re.search(r"PPO takes \d+\.\d\d \(\d+\.\d\d-\d+\.\d\d\) times as long", text)
 
 
-def test_unequal_work_is_not_compared(run, monkeypatch):
-    real = bench.rollout.sample
-    monkeypatch.setattr(bench.rollout, "sample", lambda *args: real(*args[:4], 5, *args[5:]))
-    with pytest.raises(AssertionError, match="rollout"):
-        run("--rows", "rollout")
-
-
 @pytest.mark.parametrize("flags", ["--rounds 0", "--size 7B", "--what", "--micro_batch_size 3"])
 def test_wrong_input_is_one_sentence(run, capsys, flags):
     with pytest.raises(SystemExit) as stop:

@@ -119,9 +119,6 @@ def test_the_bootstrap_draws_seeds_and_problems_for_all_scripts_alike(monkeypatc
     assert found.shape == (20_000, 2)
     torch.testing.assert_close(found.mean(0), exact.mean(0), rtol=0, atol=0.005)
     torch.testing.assert_close(found.T.cov(), exact.T.cov(correction=0), rtol=0.05, atol=2e-4)
-    low, high = compare.interval(found[:, 0] - found[:, 1], 0.8)
-    apart = (exact[:, 0] - exact[:, 1]).sort().values
-    assert apart[7] < low < apart[15] and apart[-16] < high < apart[-8]
 
 
 def test_the_stars_of_a_difference(capsys):

@@ -63,13 +63,6 @@ def test_a_ranking_has_four_different_answers_best_first():
     assert make_pairs.to_rankings([(text, 1.0) for text in "abcd"], 0) == []
 
 
-def test_shown_work_is_worth_up_to_a_half():
-    texts = ["8+9=17,17-5=12", "8+9=16,16-5=12", "12", "8+9=17,17-5=13", "7"]
-    n = len(texts)
-    assert make_pairs.shown_work(["8+9-5="] * n, texts, ["12"] * n, [True] * n) == [
-        1.5, 1.0, 1.0, 0.25, 0.0]
-
-
 def test_another_reward_and_data(tmp_path, monkeypatch):
     """Columns are kept, but completions that the data had; the longer answer is the better one."""
     (tmp_path / "long_answers.py").write_text(
