@@ -14,9 +14,7 @@ before the training; the KL keeps the policy near it.
 Because of the std, a prompt whose K scores nearly agree counts about as much as any other. Because
 of mean_t, a token of a long completion counts less than one of a short completion: it is pushed up
 less if A > 0, and down less if A < 0. docs/gradients.md measures how far these two divisions turn
-the gradient.
-k3 estimates KL(pi || pi_ref), but its expected gradient is that of KL(pi_ref || pi): see
-kl_estimate() in common.py.
+the gradient. The expected gradient of k3 is that of KL(pi_ref || pi): see kl_estimate().
 
 --process, process supervision: each reasoning step of a completion has a reward, 0 or 1. These are
 normalised over all reasoning steps of the prompt's K completions, and A_t is the sum of the

@@ -28,8 +28,7 @@ def load(auto_class, flag, name, **options):
         config = AutoConfig.from_pretrained(where, trust_remote_code=False)
         if getattr(config, "quantization_config", None):
             raise ValueError("its weights are quantised; choose the model that it was made from")
-        rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
-        if rope.get("rope_type") == "longrope":
+        if "longrope" in str(getattr(config.get_text_config(), "rope_parameters", None)):
             raise ValueError("its positions change with the length of a text (LongRoPE)")
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
         eos = tokenizer.eos_token_id

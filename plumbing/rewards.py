@@ -85,10 +85,7 @@ def load_rewards(cfg, problems):
 
 
 def load_function(path, name):
-    """The function `name` of a Python file, read anew, as a module by its own name.
-
-    So it can import its neighbours, and hand its functions to a pool of processes.
-    """
+    """The function `name` of a Python file, read anew, as a module that a pool can import."""
     sys.path.append(str(path.parent))
     try:
         known = importlib.util.find_spec(path.stem)

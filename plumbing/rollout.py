@@ -21,6 +21,7 @@ import torch.nn.functional as F
 import transformers
 from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache, DynamicCache, StaticLayer
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 
 @dataclass
@@ -43,6 +44,15 @@ def use_bf16(device):
 def precision(device, keep_casts=True):
     return torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(device),
                           cache_enabled=keep_casts)
+
+
+def padding_sees_all(*args, **kwargs):
+    """transformers' mask, but padding sees everything: of nothing, a softmax may be nan."""
+    mask = sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})  # else a GPU would wait
+    return mask | ~mask.any(-1, keepdim=True)
+
+
+AttentionMaskInterface.register("sdpa", padding_sees_all)
 
 
 def forward(policy, ids, valid, cache=None, keep=0, at=None):
@@ -96,9 +106,8 @@ def recomputes(policy):
 def per_token(model, batch, rows, read, fp32=False):
     """read(outputs, tokens) for the tokens of completions `rows` -> (n, C, ...), 0 on padding.
 
-    The outputs of a column are about the token after it: the only shift by one in this suite. The
-    last token is not forwarded. A prompt that several rows share is forwarded once, and its keys
-    and values are copied, by index_select, whose backward adds in a fixed order.
+    The outputs of a column are about the token after it: the only shift by one in this suite. A
+    prompt that rows share is forwarded once, and its keys and values are copied to them.
     """
     model.train(recomputes(model))  # transformers recomputes in train mode only; no dropout here
     width = int(batch.mask[rows].sum(1).max())
@@ -142,8 +151,7 @@ def all_logprobs(policy, batch, micro_batch_size, temperature):
 def draw(logits, temperature, uniform):
     """One token per row of (n, V) from softmax(logits / temperature) -> tokens (n,), logprobs (n,).
 
-    Inverts the cumulative distribution at the numbers `uniform` (n,) from [0, 1). In float64, or
-    the sum would lose the tail of a large vocabulary.
+    Inverts the cumulative distribution at `uniform` (n,); in float64, or its tail would be lost.
     """
     logits = logits.float() / temperature
     logits = logits - logits.amax(-1, keepdim=True)
@@ -192,8 +200,8 @@ def compile_decoding(policy):
 def step_generator(seed, step):
     """For the random numbers of a step, a function of seed and step alone -> torch.Generator.
 
-    On the CPU, so that a GPU uses the same numbers. Its seed is a hash, because with a sum, seed 2
-    would repeat seed 1, one step earlier. The global generators are seeded, for rewards that draw.
+    On the CPU, so that a GPU uses the same numbers. The seed is a hash: with a sum, seed 2 would
+    repeat seed 1. The global generators are seeded too, for rewards that draw from them.
     """
     number = random.Random(f"{seed} {step}").getrandbits(32)
     transformers.set_seed(number)
@@ -289,5 +297,4 @@ def micro_batches(batch, rows, size, advantages=None):
         forwarded[0] = True  # for AdamW: a gradient of 0 moves a parameter, none at all does not
         order = order[forwarded[order]]
     for part in order.split(size):
-        # One copy to the device here, instead of one for each tensor that is indexed with the rows.
-        yield rows[part].to(batch.mask.device)
+        yield rows[part].to(batch.mask.device)  # once, and not for each tensor that they index

@@ -18,9 +18,6 @@ from plumbing.evaluation import batch_stats, evaluate, report
 from plumbing.flags import fail
 from plumbing.rollout import compile_decoding, use_bf16
 
-QUIET = "score_std", "approx_kl", "frac_zero_std", "lr", "time_step"  # logged, not shown
-
-
 class Run:
     unfinished = None  # the folder of a run that has begun and not ended, for main()
 
@@ -124,7 +121,8 @@ class Run:
                 fail(f"step {done}: {key} is {value}; take a smaller --lr or --max_grad_norm", 1)
         metrics["time_step"] = time.perf_counter() - self.begun
         self.write("metrics.jsonl", done, **metrics)
-        short = {key: f"{value:.3g}" for key, value in metrics.items() if key not in QUIET}
+        quiet = "score_std", "approx_kl", "frac_zero_std", "lr", "time_step"  # not on screen
+        short = {key: f"{value:.3g}" for key, value in metrics.items() if key not in quiet}
         self.bar.set_postfix({k: short[k] for k in ("score", "kl", "length", "loss") if k in short})
         if done % cfg.log_every == 0 or done == cfg.steps:
             self.bar.write(f"step {done}: " + ", ".join(f"{k} {v}" for k, v in short.items()))

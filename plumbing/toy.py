@@ -5,8 +5,7 @@ The embedded world: chain arithmetic, and a language model small enough to learn
     completion   8+9=17,17-5=12,12-8=4,4-2=2<eos>     shows its work
              or  2<eos>                               answers directly
 
-The answer is the last number. toy_policy/ shows its work half of the time, as SFT's demonstrations
-do, and is right far more often when it does. `words` asks a pretrained model the same in English.
+The answer is the last number. `words` asks a pretrained model the same in English.
 """
 import json
 import os

@@ -42,11 +42,11 @@ def without_bf16(monkeypatch):
 # ------------------------------------------------------------------------ every script and variant
 
 WAITS = {  # those inside transformers among them
-    "reinforce": 93, "reinforce running_mean": 94, "reinforce_pp": 101,
-    "reinforce_pp group_baseline": 100, "ppo": 134, "ppo warmup": 134, "trpo": 169, "remax": 151,
-    "remax groups": 135, "rloo": 104, "rloo no_kl": 86, "grpo": 98, "grpo no_kl": 84,
-    "grpo process": 149, "prime": 137, "raft": 82, "sft": 15, "reward_model": 19, "dpo": 20,
-    "dpo plackett_luce": 20, "orpo": 19}
+    "reinforce": 83, "reinforce running_mean": 84, "reinforce_pp": 91,
+    "reinforce_pp group_baseline": 90, "ppo": 120, "ppo warmup": 120, "trpo": 169, "remax": 135,
+    "remax groups": 119, "rloo": 94, "rloo no_kl": 78, "grpo": 88, "grpo no_kl": 76,
+    "grpo process": 136, "prime": 123, "raft": 74, "sft": 14, "reward_model": 17, "dpo": 19,
+    "dpo plackett_luce": 19, "orpo": 18}
 
 
 @pytest.mark.parametrize("variant", every.VARIANTS)
@@ -181,9 +181,8 @@ def test_compiled_decoding_gives_the_same_tokens(folders, monkeypatch):
 # ------------------------------------------------------------------------------- waits and memory
 
 @on_paper
-def test_sampling_waits_once_for_each_token(folders):
-    """transformers asks whether the mask has padding. We ask every 16th token which rows have
-    ended. Else a wait is at the beginning or at the end."""
+def test_sampling_waits_once_in_16_tokens(folders):
+    """Every 16th token, to ask which rows have ended; else at the beginning or at the end."""
     policy, tokenizer = load_policy(folders("llama"), "cuda")
     policy.generation_config.eos_token_id = tokenizer.eos_token_id = None  # so that no row ends
     found = []
@@ -191,9 +190,9 @@ def test_sampling_waits_once_for_each_token(folders):
         before = waited()
         sample(policy, tokenizer, [[5, 6, 7], [5]], 2, n, 1.0, seeded())
         found.append(waited() - before)
-    assert found[1] - found[0] == dict(item=6) and found[0].total() < 9 + 6
+    assert not found[1] - found[0] and found[0].total() < 9
     for i in (1, 2):
-        assert found[i + 1] - found[i] == dict(item=16, nonzero=1)
+        assert found[i + 1] - found[i] == dict(nonzero=1)
 
 
 @on_paper
