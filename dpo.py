@@ -74,7 +74,7 @@ class Config(RunConfig):  # more flags, such as --data and --seed, are in plumbi
 
 
 # The defaults above are for a real model on a GPU, these for the toy's model.
-TOY = dict(data="toy", lr=4e-4, micro_batch_size=64, max_new_tokens=32, eval_prompts=512, beta=0.5)
+TOY = dict(lr=4e-4, micro_batch_size=64, max_new_tokens=32, eval_prompts=512, beta=0.5)
 
 
 def dpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps,

@@ -60,7 +60,7 @@ class Config(RunConfig):  # more flags, such as --data and --seed, are in plumbi
 
 
 # The defaults above are for a real model on a GPU, these for the toy's model.
-TOY = dict(data="toy", lr=3e-4, micro_batch_size=64, max_new_tokens=32, eval_prompts=512)
+TOY = dict(lr=3e-4, micro_batch_size=64, max_new_tokens=32, eval_prompts=512)
 
 
 def odds_ratio_loss(chosen_mean_logps, rejected_mean_logps):

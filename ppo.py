@@ -70,12 +70,12 @@ class Config(OnlineConfig):  # more flags, such as --data and --lr, are in plumb
     lam: float = HfArg(default=0.95, help="lambda of GAE: 1 relies on rewards, 0 on the critic")
     value_clip: float = HfArg(default=0.2, help="the critic may move a value by this (unit: score)")
     critic_lr: float = HfArg(default=1e-5, help="AdamW learning rate of the critic at its peak")
-    critic_warmup: int = HfArg(default=0, help="number of steps at first with the critic alone")
+    critic_warmup: int = HfArg(default=0, help="first steps, of the critic alone; --lr still falls")
 
 
 # The defaults above are for a real model on a GPU, these for the toy's model.
-TOY = dict(data="toy", steps=60, lr=2e-4, minibatch_size=64, micro_batch_size=64,
-           max_new_tokens=32, kl_coef=0.01, eval_prompts=512, critic_lr=2e-3)
+TOY = dict(steps=60, lr=2e-4, minibatch_size=64, micro_batch_size=64, max_new_tokens=32,
+           kl_coef=0.01, eval_prompts=512, critic_lr=2e-3)
 
 
 def make_critic(policy):

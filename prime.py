@@ -28,10 +28,9 @@ because, after any beginning, the mean of prm / pi_ref of the remaining tokens i
 The right side is a soft mean: it lies between the mean and the largest of the final sums. So q_t is
 the change that token t made in this soft mean.
 
-A_t is eq. 5 of the paper. The authors' code has (q_u - mean of all K means) * K / (K - 1) in place
-of q_u - mean of the others' Q_j. Theirs is larger by (q_u - Q_i) / (K - 1), where i is the
-completion itself. For the scores the two formulas are the same. Their code also discounts the
-score, if gamma < 1, and normalises A_t; the paper and this script do neither.
+A_t is eq. 5 of the paper, except that Q_j is a mean: eq. 5 subtracts the sum of the q of another
+completion, while the paper's text and the authors' code take the mean. docs/sources.md lists what
+else their code does in another way.
 
 Compared with rloo.py:
   - every token has a reward of its own, from prm, in addition to the score;
@@ -76,8 +75,8 @@ class Config(OnlineConfig):  # more flags, such as --data and --seed, are in plu
 
 
 # The defaults above are for a real model on a GPU, these for the toy's model.
-TOY = dict(data="toy", steps=60, lr=2e-4, minibatch_size=64, micro_batch_size=64,
-           max_new_tokens=32, eval_prompts=512, prm_lr=1e-3)
+TOY = dict(steps=60, lr=2e-4, minibatch_size=64, micro_batch_size=64, max_new_tokens=32,
+           eval_prompts=512, prm_lr=1e-3)
 
 
 def implicit_rewards(prm_logprobs, ref_logprobs, beta):
@@ -86,7 +85,7 @@ def implicit_rewards(prm_logprobs, ref_logprobs, beta):
 
 
 def implicit_reward_loss(prm_logprobs, ref_logprobs, labels, beta):
-    """Cross-entropy of sigmoid(sum_t q_t) and labels (N,) from 0 to 1 -> (N,). PRIME, Algorithm 1.
+    """Cross-entropy of sigmoid(sum_t q_t) and labels (N,) from 0 to 1 -> (N,). Algorithm 1, line 8.
 
     It is computed from the sums, because the sigmoid of a large sum is rounded to 0 or 1.
     """
@@ -95,7 +94,7 @@ def implicit_reward_loss(prm_logprobs, ref_logprobs, labels, beta):
 
 
 def prime_advantages(process_rewards, scores, mask, group_size, gamma=1.0):
-    """A_t, of q (N, C), scores (N,), mask (N, C) -> (N, C). PRIME, eq. 5."""
+    """A_t, of q (N, C), scores (N,), mask (N, C) -> (N, C). Eq. 5, with means."""
     q = torch.where(mask.bool(), process_rewards, 0)
     means = q.sum(dim=1) / mask.sum(dim=1).clamp(min=1)                           # (N,), Q
     # leave_one_out_advantages(x) is x - the mean of the others' x.

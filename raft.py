@@ -45,8 +45,8 @@ class Config(OnlineConfig):  # more flags, such as --data and --lr, are in plumb
 
 
 # The defaults above are for a real model on a GPU, these for the toy's model.
-TOY = dict(data="toy", steps=60, lr=2e-4, minibatch_size=64, micro_batch_size=64,
-           max_new_tokens=32, eval_prompts=512)
+TOY = dict(steps=60, lr=2e-4, minibatch_size=64, micro_batch_size=64, max_new_tokens=32,
+           eval_prompts=512)
 
 
 def best_of_k(scores, group_size):

@@ -14,9 +14,9 @@ the training; the KL keeps the policy near it.
     loss = -mean_t min(ratio_t A_t, clip(ratio_t, 1 - eps, 1 + eps) A_t)     over the mini-batch
 
 The scores are normalised so that their size, compared with the KL, does not depend on the reward.
-The returns are normalised to subtract the baseline, which is their mean, and to fix the size of the
-advantages. With gamma = 1 each G_t contains s once, so the mean subtracted in s only matters to the
-clip. The mean is subtracted from G_t and not from r_t: a constant subtracted from each r_t would
+The paper's first version does this; later ones take raw scores, here --reward_clip 0. The returns
+are normalised to subtract the baseline, which is their mean, and to fix the size of the advantages.
+The mean is subtracted from G_t and not from r_t: a constant subtracted from each r_t would
 enter G_t many times for an early token and only a few times for a late one. A completion of 30
 tokens counts ten times as much as one of 3 in this mean, in this std and in the loss.
 
@@ -24,10 +24,10 @@ The scores are divided by their std, the KL is not. If 95 % of 0/1 scores are 1,
 and kl_coef weighs 4.6 times less than with raw scores. If all scores are equal, s is 0. Then A_t is
 made of the KL from t on alone, and its differences, even small ones, get a std of 1: that step
 pulls towards pi_ref at full strength. If pi still equals pi_ref, the computed KL is only rounding
-errors, and AdamW can take a full step on them. docs/gradients.md shows this in a picture.
+errors, and AdamW can take a full step on them. docs/gradients.md has an example.
 
 The paper has a second variant, REINFORCE++ with baseline, here --group_baseline. It needs K > 1
-completions of each prompt; with this flag the default is 4. --reward_clip and --gamma are not used.
+completions of each prompt, such as --group_size 4. --reward_clip and --gamma are not used.
 
     d_i  = score_i - mean score of the K completions of the prompt
     A_i  = (d_i - mean) / std                                 over all the batch's tokens
@@ -79,8 +79,8 @@ class Config(OnlineConfig):  # more flags, such as --data and --lr, are in plumb
 
 
 # The defaults above are for a real model on a GPU, these for the toy's model.
-TOY = dict(data="toy", steps=60, lr=2e-4, minibatch_size=64, micro_batch_size=64,
-           max_new_tokens=32, kl_coef=0.01, eval_prompts=512)
+TOY = dict(steps=60, lr=2e-4, minibatch_size=64, micro_batch_size=64, max_new_tokens=32,
+           kl_coef=0.01, eval_prompts=512)
 
 
 def reinforce_pp_advantages(scores, kl, mask, kl_coef, gamma=1.0):

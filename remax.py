@@ -25,9 +25,9 @@ The greedy completion is the baseline and nothing else: it has no KL and no loss
 generated completions are greedy ones, so the defaults have half as many samples as rloo.py. With
 --group_size K > 1, the K samples of a prompt share one greedy completion.
 
-The advantages are those of the library verl. The authors' code differs: A_t has only the KL of
-token t, the score is discounted by 0.95 per token, score - greedy score is clipped to +-5, and
-there is one update per batch, without a ratio.
+The advantages are those of the library verl. In the authors' code, A_t has only the KL of token t,
+the score is discounted, by 0.95 per token unless one says otherwise, and there is one update per
+batch, without a ratio. docs/sources.md lists all differences.
 
 Compared with rloo.py:
   - the baseline is the score of the greedy completion, not the mean reward of other samples;
@@ -69,8 +69,8 @@ class Config(OnlineConfig):  # more flags, such as --data and --lr, are in plumb
 
 
 # The defaults above are for a real model on a GPU, these for the toy's model.
-TOY = dict(data="toy", steps=60, lr=2e-4, minibatch_size=32, micro_batch_size=64,
-           max_new_tokens=32, kl_coef=0.01, eval_prompts=512)
+TOY = dict(steps=60, lr=2e-4, minibatch_size=32, micro_batch_size=64, max_new_tokens=32,
+           kl_coef=0.01, eval_prompts=512)
 
 
 def remax_advantages(scores, greedy_scores, kl, mask, kl_coef):

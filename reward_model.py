@@ -57,7 +57,7 @@ class Config(RunConfig):  # more flags, such as --data and --seed, are in plumbi
 
 
 # The defaults above are for a real model on a GPU, these for the toy's model.
-TOY = dict(data="toy", lr=1e-3, micro_batch_size=64, max_new_tokens=32, eval_prompts=512)
+TOY = dict(lr=1e-3, micro_batch_size=64, max_new_tokens=32, eval_prompts=512)
 
 
 def bradley_terry_loss(chosen_scores, rejected_scores):
@@ -76,8 +76,8 @@ def make_scorer(policy, tokenizer, name):
     except (ValueError, AttributeError, RuntimeError):  # no such class, head, or backbone
         fail(f"--model {name}: transformers has no sequence classifier for {config.model_type} "
              "with a head called score; choose another model")
-    if scorer.config.pad_token_id is None:  # for those who load the saved model in transformers
-        scorer.config.pad_token_id = tokenizer.pad_token_id or tokenizer.eos_token_id
+    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
+    scorer.config.pad_token_id = None if pad == eos else pad  # transformers reads the last non-pad
     return remove_dropout(scorer).to(policy.device)
 
 

@@ -42,8 +42,8 @@ class Config(RunConfig):  # more flags, such as --data and --seed, are in plumbi
 
 
 # The defaults above are for a real model on a GPU, these for the toy's model.
-TOY = dict(data="toy", steps=1200, lr=4e-3, warmup_steps=20, micro_batch_size=32,
-           max_new_tokens=32, eval_prompts=512)
+TOY = dict(steps=1200, lr=4e-3, warmup_steps=20, micro_batch_size=32, max_new_tokens=32,
+           eval_prompts=512)
 
 
 def train(cfg):

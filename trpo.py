@@ -78,7 +78,7 @@ class Config(OnlineConfig):  # more flags, such as --data and --seed, are in plu
 
 
 # The defaults above are for a real model on a GPU, these for the toy's model.
-TOY = dict(data="toy", steps=30, prompts_per_step=512, micro_batch_size=64, max_new_tokens=32,
+TOY = dict(steps=30, prompts_per_step=512, micro_batch_size=64, max_new_tokens=32,
            kl_coef=0.01, eval_prompts=512, delta=0.005, damping=1.0, fisher_fraction=0.0625)
 
 

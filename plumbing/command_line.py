@@ -33,10 +33,6 @@ def main(config_class, toy_defaults, train):
     elif is_toy(typed.model):
         parser.set_defaults(**toy_defaults)
     cfg = config_class(**vars(parser.parse_args()))
-    if not is_toy(cfg.model) and (cfg.device == "cpu" or not torch.cuda.is_available()):
-        small = dict(lr=1e-5, max_new_tokens=48, minibatch_size=16, prompts_per_step=16)
-        print("on a CPU, try --steps 20 --eval_prompts 64",
-              *(f"--{key} {small[key]}" for key in small if getattr(cfg, key, None) is not None))
     try:
         train(cfg)
     except KeyboardInterrupt:

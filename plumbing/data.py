@@ -37,7 +37,7 @@ def load_problems(cfg, policy, tokenizer, wanted=None):
                     for number, row in enumerate(rows, 1)]
         encode(problems, tokenizer, cfg.data)
         used = {token for row in problems for ids in (row["ids"], *row["targets"]) for token in ids}
-        if split == "train" and toy.is_toy(cfg.model) and tokenizer.unk_token_id in used:
+        if needs and toy.is_toy(cfg.model) and tokenizer.unk_token_id in used:
             fail(f"--data {cfg.data}: the toy's model reads digits, + - = and comma; name --model")
         splits[split] = drop_unfit(problems, policy, cfg, split)
     splits = hold_out(splits, cfg.data)
@@ -58,13 +58,14 @@ def read(data, held_out, wanted=None):
         sizes = dict(train=16384, validation=held_out, test=held_out)
         return {split: toy.problems(data, split, n) for split, n in sizes.items()}
     path, splits = Path(data), {}
-    if path.suffix in (".jsonl", ".json") and not path.is_dir():
-        return dict(train=read_jsonl(path))
-    for file in sorted(path.glob("*.jsonl")) if path.is_dir() else []:
-        split = re.match("train|validation|test|", file.stem)[0] or "train"
-        splits[split] = splits.get(split, []) + read_jsonl(file)
+    for file in sorted(path.glob("*.jsonl")) if path.is_dir() else [path]:
+        if file.suffix in (".jsonl", ".json"):
+            split = re.match("train|validation|test|", file.stem)[0] or "train"
+            splits[split] = splits.get(split, []) + read_jsonl(file)
     if splits:
         return splits
+    if any(path.rglob("*.csv")):
+        fail(f"--data {data}: csv has no types; docs/data_and_rewards.md makes .jsonl of it")
     import datasets  # here, because it takes a second
     name, _, configuration = (data, "", "") if path.is_dir() else data.partition(":")
     try:

@@ -9,13 +9,16 @@ import torch
 from tqdm import tqdm
 from transformers.hf_argparser import HfArg
 
+from plumbing.toy import KINDS, is_toy
+
 
 @dataclass
 class RunConfig:
     """The flags of every script. The defaults are for a real model on a GPU."""
 
     model: Optional[str] = HfArg(default=None, help="folder, run or hub name; None: the toy")
-    data: str = HfArg(default="words", help="toy, words, .jsonl file, folder, or hub name[:config]")
+    data: Optional[str] = HfArg(default=None, help="toy, words, file, folder or hub name[:config]; "
+                                "None: toy for the toy's model, else words")
     steps: int = HfArg(default=200, help="training steps")
     lr: float = HfArg(default=1e-6, help="AdamW learning rate at its peak")
     warmup_steps: int = HfArg(default=0, help="steps in which the learning rate rises to its peak")
@@ -75,13 +78,16 @@ def check(cfg, min_group=1):
             fail(f"--{key} {value}: it must be at most {AT_MOST[key]}")
     if getattr(cfg, "group_size", min_group) < min_group:
         fail(f"--group_size {cfg.group_size}: it must be at least {min_group}, to compare answers")
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        fail("torchrun: these scripts run in one process, on one GPU; start them with python")
     cfg.device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.empty(1, device=cfg.device)
-    except (RuntimeError, AssertionError) as error:  # no such device; torch without CUDA
+        torch.empty(1, dtype=torch.float64, device=cfg.device)  # the sampler needs fp64: no mps
+    except (RuntimeError, AssertionError, TypeError) as error:  # no such device; no CUDA; mps
         fail(f"--device {cfg.device}: {str(error).splitlines()[0]}; choose cpu or cuda")
     cfg.model = cfg.model and absolute(cfg.model)
-    cfg.data = cfg.data if cfg.data in ("toy", "words") else absolute(cfg.data)
+    cfg.data = cfg.data or ("toy" if is_toy(cfg.model) else "words")
+    cfg.data = cfg.data if cfg.data in KINDS else absolute(cfg.data)
     if hasattr(cfg, "reward"):
         cfg.reward = ",".join(split_rewards(cfg.reward))
     cfg.out_dir, cfg.resume = (name and os.path.abspath(os.path.expanduser(name))

@@ -7,8 +7,8 @@ checkpoint's own code: trust_remote_code stays off.
 from pathlib import Path
 
 import torch
-import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from plumbing import toy
 from plumbing.flags import fail
@@ -22,9 +22,9 @@ def load(auto_class, flag, name, **options):
     neighbouring bf16 numbers, and would be rounded away.
     """
     where = str(next((path for path in (Path(name, "model"), Path(name)) if path.is_dir()), name))
-    transformers.utils.logging.set_verbosity_error()  # what matters of its reports is said here
-    transformers.utils.logging.disable_progress_bar()
     try:
+        if find_adapter_config_file(where):
+            raise ValueError("it has an adapter; save the model that peft's merge_and_unload() gives")
         config = AutoConfig.from_pretrained(where, trust_remote_code=False)
         if getattr(config, "quantization_config", None):
             raise ValueError("its weights are quantised; choose the model that it was made from")
@@ -43,9 +43,8 @@ def load(auto_class, flag, name, **options):
             raise ValueError("some of its weights are nan or infinite")
     except Exception as error:  # no such name, no network, a torn file, code of its own, ...
         fail(f"{flag} {name}: {str(error)[:400] or type(error).__name__}")
-    if info["unexpected_keys"]:
-        print(f"warning: {flag} {name}: weights without a place in the model are not used: "
-              f"{', '.join(sorted(info['unexpected_keys']))[:300]}")
+    if model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation("padded_sdpa")  # rollout.py's, for this model alone
     return remove_dropout(model), tokenizer
 
 

@@ -22,11 +22,13 @@ def preference_stats(rewards, n):
     """For the log: rewards (B, K) of K completions, the best one first -> dict of scalars.
 
     The best is compared with each of the others: accuracy is how often its reward is higher; a tie
-    is half. These are means over n prompts, of which the B are a part.
+    is half. Differences below 1e-5 are rounding errors of equal rewards, such as those of DPO
+    before the training. These are means over n prompts, of which the B are a part.
     """
     best, others = rewards[:, :1].detach(), rewards[:, 1:].detach()
-    right = (best > others).float() + 0.5 * (best == others)
-    parts = dict(chosen=best, rejected=others, margin=best - others, accuracy=right)
+    margin = best - others
+    right = (margin > 1e-5).float() + 0.5 * (margin.abs() <= 1e-5)
+    parts = dict(chosen=best, rejected=others, margin=margin, accuracy=right)
     return {name: part.mean(dim=1).sum() / n for name, part in parts.items()}
 
 

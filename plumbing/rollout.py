@@ -12,7 +12,6 @@ import contextlib
 import functools
 import inspect
 import random
-import warnings
 from dataclasses import dataclass
 from typing import Optional
 
@@ -20,8 +19,9 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, DynamicCache, StaticLayer
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.masking_utils import sdpa_mask
 
 
 @dataclass
@@ -52,7 +52,8 @@ def padding_sees_all(*args, **kwargs):
     return mask | ~mask.any(-1, keepdim=True)
 
 
-AttentionMaskInterface.register("sdpa", padding_sees_all)
+AttentionInterface.register("padded_sdpa", AttentionInterface()["sdpa"])
+AttentionMaskInterface.register("padded_sdpa", padding_sees_all)
 
 
 def forward(policy, ids, valid, cache=None, keep=0, at=None):
@@ -190,11 +191,10 @@ def compile_decoding(policy):
     It compiles once for each shape, so prompts are padded to multiples of 64 columns. On a GPU, it
     records a CUDA graph, which wants its memory at the same place each time.
     """
-    warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")
-    torch._dynamo.config.recompile_limit = 64
     mode = "reduce-overhead" if policy.device.type == "cuda" else None
     policy.fixed_caches = {}
-    policy.compiled_forward = torch.compile(forward, mode=mode, dynamic=False)
+    compiled = torch.compile(forward, mode=mode, dynamic=False)
+    policy.compiled_forward = torch._dynamo.config.patch(recompile_limit=64)(compiled)
 
 
 def step_generator(seed, step):

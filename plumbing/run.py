@@ -18,6 +18,7 @@ from plumbing.evaluation import batch_stats, evaluate, report
 from plumbing.flags import fail
 from plumbing.rollout import compile_decoding, use_bf16
 
+
 class Run:
     unfinished = None  # the folder of a run that has begun and not ended, for main()
 
@@ -77,7 +78,8 @@ class Run:
                     thing.load_state_dict(state[key])
                 self.first, self.before, self.kept = (state[k] for k in ("step", "before", "kept"))
             for path in folder.glob("*.jsonl"):  # what was logged after it will be logged again
-                rows = [row for row in path.read_text().splitlines(True) if row[-1] == "\n"]
+                rows = path.read_text(errors="replace").splitlines(keepends=True)
+                rows = [row for row in rows if row.startswith("{") and row.endswith("}\n")]
                 rows = [row for row in rows if json.loads(row)["step"] <= self.first]
                 path.write_text("".join(rows))
         except Exception as error:  # of json, of zip, of pickle, of other shapes, ...
@@ -140,9 +142,8 @@ class Run:
         if cfg.eval_every and done % cfg.eval_every == 0:
             results = self.evaluate(self.validation)
             self.write("validation.jsonl", done, **results)
-            n, *means = [f"{key} {value[0]:.3f}" if isinstance(value, list) else f"n = {value}"
-                         for key, value in results.items()]
-            self.bar.write(f"step {done}: validation, {n}: {', '.join(means)}")
+            means = [f"{key} {value[0]:.3f}" for key, value in results.items() if key != "n"]
+            self.bar.write(f"step {done}: validation, n = {results['n']}: {', '.join(means)}")
         if done % cfg.save_every == 0 or done == cfg.steps:
             if not all(weights.isfinite().all() for weights in self.policy.parameters()):
                 fail(f"step {done} made weights nan or infinite; take a smaller --lr", code=1)

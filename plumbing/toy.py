@@ -22,15 +22,14 @@ RANKINGS = Path(__file__).with_name("toy_rankings")
 
 def is_toy(name):
     """Whether --model is the toy's: no name, or a folder whose tokenizer has the same tokens."""
-    def tokens(folder):
-        file = json.loads((folder / "tokenizer.json").read_text())
-        return file["model"]["vocab"], [token["content"] for token in file["added_tokens"]]
-
     folder = Path(os.path.expanduser(name or POLICY))
+    folder = folder / "model" if (folder / "model").is_dir() else folder
     try:
-        return tokens(folder / "model" if (folder / "model").is_dir() else folder) == tokens(POLICY)
+        files = [json.loads((place / "tokenizer.json").read_bytes()) for place in (folder, POLICY)]
+        theirs, ours = ((file["model"]["vocab"], len(file["added_tokens"])) for file in files)
     except (OSError, ValueError, KeyError, TypeError):  # no such file, or another kind of tokenizer
         return False
+    return theirs == ours
 
 
 def problems(kind, split, n):

@@ -12,8 +12,8 @@ from plumbing.offline import make_batch
 def short_run(script, folder, model, wanted, **flags):
     """One large step -> what is logged of it, test problems with completions, their numbers."""
     cfg = script.Config(**{**script.TOY, **dict(
-        model=model, device="cpu", steps=1, warmup_steps=0, minibatch_size=4, eval_prompts=8,
-        lr=1e-2, out_dir=str(folder / "run")), **flags})
+        model=model, data="toy", device="cpu", steps=1, warmup_steps=0, minibatch_size=4,
+        eval_prompts=8, lr=1e-2, out_dir=str(folder / "run")), **flags})
     script.train(cfg)
     test = load_problems(cfg, *load_policy(model, "cpu"), wanted)[2]
     log, results = ((folder / "run" / name).read_text() for name in ("metrics.jsonl", "test.json"))

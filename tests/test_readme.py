@@ -154,6 +154,27 @@ def test_the_snippet_on_the_start_says_when_its_answers_are_right(tmp_path):
     assert 0.95 < found["shows its work"] < 0.99 and 0.22 < found["names the result"] < 0.30
 
 
+def test_a_table_becomes_lines_in_which_all_values_are_text(tmp_path):
+    (tmp_path / "times.csv").write_text('prompt,answer,code\n"2,5 times 2?",5,007\nNone,NA,\n')
+    warm.call("-c", block("# from_csv.py"), cwd=tmp_path)
+    assert [json.loads(line) for line in open(tmp_path / "times.jsonl")] == [
+        dict(prompt="2,5 times 2?", answer="5", code="007"), dict(prompt="None", answer="NA", code="")]
+
+
+def test_the_cells_of_a_notebook_run_in_their_order(tmp_path):
+    """With fewer and smaller steps."""
+    small = '"steps": 2, "prompts_per_step": 4, "eval_prompts": 8'
+    train = block("# two_runs.py").replace('"steps": 20', small)
+    assert small in train
+    warm.call("-c", train, cwd=tmp_path)
+    lines = warm.call("-c", block("# table.py"), cwd=tmp_path).splitlines()
+    logs = [[json.loads(line) for line in open(tmp_path / f"runs/seed{seed}/metrics.jsonl")]
+            for seed in (1, 2)]
+    last = [round(log[1][key], 2) for key in ("score", "length") for log in logs]
+    assert [float(word) for word in lines[-1].split()] == [2, *last]
+    assert float(warm.call("-c", block("# own_loss.py"), cwd=tmp_path).split()[-1]) > 0.01
+
+
 def test_the_snippet_on_token_rewards_takes_means_over_answers(tmp_path):
     (tmp_path / "runs" / "prime").mkdir(parents=True)
     rows = [dict(step_found=1.0, step_chance=0.5, wrong_answers=3), dict(score=1),

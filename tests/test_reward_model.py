@@ -10,7 +10,8 @@ from oracle_cases import T, cases, same, same_gradient
 from transformers import AutoModelForSequenceClassification, BertConfig, BertLMHeadModel
 
 import reward_model
-from plumbing.scorer import sequence_scores
+from plumbing.offline import make_batch
+from plumbing.scorer import all_scores, sequence_scores
 from reward_model import bradley_terry_loss, make_scorer
 
 
@@ -52,6 +53,19 @@ def test_a_network_without_such_a_head_is_refused(tokenizer, capsys):
         make_scorer(policy, tokenizer, "bert")
     error = capsys.readouterr().err
     assert "--model bert" in error and "head" in error
+
+
+@pytest.mark.parametrize("pad, known", [("<eos>", None), ("<pad>", 0)])
+def test_transformers_reads_the_score_where_we_do(tokenizer, pad, known):
+    """Also where the pad token is the EOS, or has the id 0: at the EOS, and not before it."""
+    tokenizer.pad_token = pad
+    scorer = make_scorer(make_model("llama"), tokenizer, "policy").eval()
+    torch.nn.init.normal_(scorer.score.weight, generator=seeded())
+    batch = make_batch([[5, 6, 7], [8]], [[9, 10, 2], [11, 2]], "cpu")
+    assert scorer.config.pad_token_id == known
+    for i, ids in enumerate(([5, 6, 7, 9, 10, 2], [8, 11, 2])):
+        alone = scorer(input_ids=torch.tensor([ids])).logits.item()
+        assert all_scores(scorer, batch, 2)[i].item() == pytest.approx(alone, abs=1e-5)
 
 
 def test_trl_has_the_same_loss_and_gradient(tokenizer, tmp_path):

@@ -11,13 +11,14 @@ sampling. ReMax spends half of its completions on greedy decoding. DPO and ORPO 
 they learn: their completions are those that their data was made of.
 
 The trained model of each run then answers each test problem DRAWS times. Two scripts are compared
-by how often their models were right, on the same problems and the same seeds: a paired bootstrap.
+by the share of right answers, seed by seed: a paired t interval over the seeds.
 """
 import argparse
 import contextlib
 import importlib
 import itertools
 import json
+import math
 import subprocess
 import sys
 import zlib
@@ -27,18 +28,17 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from plumbing.data import load_problems
+from plumbing.data import load_problems, read
 from plumbing.evaluation import look
 from plumbing.flags import fail
 from plumbing.model import load_policy
-from plumbing.rewards import last_number
+from plumbing.rewards import last_number, read_number
 from plumbing.rollout import step_generator
 
 SCRIPTS = ("reinforce", "reinforce_pp", "trpo", "ppo", "remax", "rloo", "grpo", "prime", "raft",
            "dpo", "orpo")
 PAIRS_OF = 1920 * 8  # completions that plumbing/toy_pairs/ is made of
 DRAWS = 8           # answers to each test problem
-RESAMPLES = 20_000  # of the bootstrap
 
 
 def run(script, seed, flags):
@@ -85,59 +85,58 @@ def draw(script, folder):
     return torch.tensor(found["exact"]).view(-1, DRAWS).int().tolist()
 
 
-def bootstrap(solved):
-    """(A scripts, S seeds, n problems), the share of right answers -> (RESAMPLES, A), mean shares.
+def t_quantile(level, degrees):
+    """The t within which Student's distribution of so many degrees of freedom lies with P = level.
 
-    In each resample, S seeds and n problems are drawn with replacement, the same ones for all
-    scripts: so the difference of two columns is that of paired runs.
+    With t = sqrt(degrees) * tan(angle), its density is proportional to cos(angle)^(degrees - 1).
     """
-    _, S, n = solved.shape
-    generator = torch.Generator().manual_seed(0)
-    means = []
-    for _ in range(RESAMPLES):
-        seeds = torch.randint(S, (S,), generator=generator)
-        problems = torch.randint(n, (n,), generator=generator).bincount(minlength=n)
-        means.append((solved[:, seeds].mean(1) * problems).sum(1) / n)
-    return torch.stack(means)
+    angles = torch.linspace(0, math.pi / 2, 1_000_001, dtype=torch.float64)
+    mass = torch.cumulative_trapezoid(angles.cos() ** (degrees - 1), angles)
+    return degrees**0.5 * angles[1 + torch.searchsorted(mass / mass[-1], level)].tan().item()
 
 
-def interval(values, level):
-    """The middle `level` of numbers (RESAMPLES,) -> (low, high)."""
-    tail = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=values.dtype)
-    return values.quantile(tail).tolist()
+def interval(values, level=0.95):
+    """One number for each of S seeds -> the t interval of their mean, (low, high).
+
+    The seed is the unit: problems and draws are not counted, because those of one run are not
+    independent. So it says how much other seeds would differ on the same problems.
+    """
+    mean, error = values.mean().item(), values.std().item() / len(values) ** 0.5
+    margin = t_quantile(level, len(values) - 1) * error
+    return mean - margin, mean + margin
 
 
-def line(script, runs, low, high):
+def line(script, runs, shares):
     """One row: means over the seeds, what each seed gave, and the seconds of the fastest run."""
     def mean(key):
         return sum(r[key] for r in runs) / len(runs)
-    after = [torch.tensor(r["solved"]).double().mean().item() for r in runs]
-    each = ", ".join(f"{share:.3f}" for share in after)
+    low, high = interval(shares)
+    each = ", ".join(f"{share:.3f}" for share in shares)
     kl = "" if runs[0]["kl"] is None else f"{mean('kl'):.2f}"
     return (f"| {script}.py | {mean('completions'):,.0f} | {mean('before'):.3f} "
-            f"| **{sum(after) / len(after):.3f}** ({each}) | {low:.3f}-{high:.3f} "
+            f"| **{shares.mean():.3f}** ({each}) | {low:.3f}-{high:.3f} "
             f"| {mean('greedy'):.3f} | {kl} | {mean('length'):.1f} "
             f"| {min(r['seconds'] for r in runs):.0f} |")
 
 
-def pairs(scripts, means, resampled):
-    """A table of the differences, best script first; means (A,), resampled (RESAMPLES, A)."""
-    order = means.argsort(descending=True).tolist()
+def pairs(scripts, shares):
+    """A table of the paired differences, best script first; shares (A scripts, S seeds)."""
+    order = shares.mean(1).argsort(descending=True).tolist()
     count = len(scripts) * (len(scripts) - 1) // 2
     print(f"\nShare of right answers, row minus column, in thousandths: {count} comparisons.\n"
-          "*: the 95 % interval of the difference excludes 0. **: so does the interval at "
-          f"100 - 5 / {count} %,\nwhich allows for the number of comparisons. The fewer seeds, the "
-          "more are both intervals too narrow.\n")
+          "*: the 95 % t interval of the difference, paired by seed, excludes 0. **: so does the\n"
+          f"interval at 100 - 5 / {count} %, which allows for the number of comparisons. Both are\n"
+          "about other seeds on the same problems.\n")
     print("| | " + " | ".join(scripts[j] for j in order[1:]) + " |\n" + "|---" * len(order) + "|")
     for i, better in enumerate(order[:-1]):
         cells = [""] * i
         for worse in order[i + 1 :]:
-            apart = resampled[:, better] - resampled[:, worse]
+            apart = shares[better] - shares[worse]  # (S,)
             stars = ""
             for level in (0.95, 1 - 0.05 / count):
                 low, high = interval(apart, level)
                 stars += "*" * (low > 0 or high < 0)
-            cells.append(f"{1000 * (means[better] - means[worse]):+.0f}{stars}")
+            cells.append(f"{1000 * apart.mean():+.0f}{stars}")
         print(f"| {scripts[better]} | " + " | ".join(cells) + " |")
 
 
@@ -147,13 +146,23 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5],
                         help="one run of each script for each")
     parser.add_argument("--scripts", nargs="+", choices=SCRIPTS, default=SCRIPTS, metavar="NAME")
+    parser.add_argument("--data", default="toy", help="as in the scripts; answers are numbers")
     args, flags = parser.parse_known_args()
     args.seeds, args.scripts = (list(dict.fromkeys(given)) for given in (args.seeds, args.scripts))
+    if len(args.seeds) < 2:
+        fail("--seeds: name two or more, because the intervals come from how much they differ")
+    rows = sum(read(args.data, 8).values(), [])
+    if any(read_number(row.get("answer")) is None for row in rows):
+        fail(f"--data {args.data}: not all rows have an answer that is a number, to compare by")
+    flags = [*flags, "--data", args.data] if args.data != "toy" else flags
     for script in args.scripts:  # not after twenty minutes
         config = importlib.import_module(script).Config
         known = {field.name for field in fields(config) if field.init}  # trpo.py: no --lr
         for flag in (flag for flag in flags if flag.startswith("--")):
-            if flag[2:].partition("=")[0].replace("-", "_") not in known:
+            name = flag[2:].partition("=")[0].replace("-", "_")
+            if name in ("seed", "out_dir", "resume"):
+                fail(f"{flag}: tools.compare chooses it for each run; --seeds names the seeds")
+            if name not in known:
                 fail(f"{flag}: {script}.py has no such flag; name --scripts that have it")
     found = {script: [] for script in args.scripts}
     bar = tqdm(itertools.product(args.seeds, args.scripts), dynamic_ncols=True,
@@ -161,14 +170,14 @@ def main():
     for seed, script in bar:  # the scripts take turns: a busy hour of the machine hits all of them
         bar.set_description(f"{script}, seed {seed}")
         found[script].append(run(script, seed, flags))
-    solved = torch.tensor([[r["solved"] for r in runs] for runs in found.values()]).double().mean(3)
-    resampled = bootstrap(solved)
+    solved = torch.tensor([[r["solved"] for r in runs] for runs in found.values()]).double()
+    shares = solved.mean((2, 3))  # (A scripts, S seeds)
     print("| script | completions | before | after: mean (each seed) | its 95 % interval | greedy "
           "| KL | length | seconds |\n" + "|---" * 9 + "|")
     for i, (script, runs) in enumerate(found.items()):
-        print(line(script, runs, *interval(resampled[:, i], 0.95)))
+        print(line(script, runs, shares[i]))
     if len(found) > 1:
-        pairs(list(found), solved.mean((1, 2)), resampled)
+        pairs(list(found), shares)
 
 
 if __name__ == "__main__":

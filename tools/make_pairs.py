@@ -38,7 +38,7 @@ class Config(OnlineConfig):
     rankings: bool = HfArg(default=False, help="rankings of four instead of pairs")
 
 
-TOY = dict(data="toy", prompts=1920, max_new_tokens=32, eval_prompts=512)
+TOY = dict(prompts=1920, max_new_tokens=32, eval_prompts=512)
 
 
 def shown_work(prompts, completions, answer, finished, **columns):

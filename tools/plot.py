@@ -13,11 +13,12 @@ from plumbing.flags import fail
 
 
 def read(folder):
-    """The rows of a run's log; a last line that is half written is left out."""
+    """The rows of a run's log, without lines that a crash has torn."""
     path = Path(folder, "metrics.jsonl")
     if not path.exists():
         fail(f"{path}: there is no such file; name folders of runs")
-    return [json.loads(line) for line in path.read_text().splitlines(True) if line[-1] == "\n"]
+    return [json.loads(line) for line in path.read_text(errors="replace").splitlines(True)
+            if line.startswith("{") and line.endswith("}\n")]
 
 
 def main():
@@ -37,9 +38,10 @@ def main():
     _, axes = pyplot.subplots(1, len(args.keys), figsize=(3.6 * len(args.keys), 2.8), squeeze=False)
     for run in args.runs:
         rows = read(run)
+        known = ", ".join(rows[0]) if rows else "nothing yet"
         for key, axis in zip(args.keys, axes[0]):
-            if key not in rows[0]:
-                fail(f"--keys {key}: {run} logs {', '.join(rows[0])}")
+            if not rows or key not in rows[0]:
+                fail(f"--keys {key}: {run} logs {known}")
             label = f"\u200b{run}"  # matplotlib hides labels that begin with _
             axis.plot([row["step"] for row in rows], [row[key] for row in rows], label=label)
             axis.set(title=key, xlabel="step")

@@ -93,24 +93,6 @@ def test_defaults_are_the_toys_where_the_model_is_the_toys(script, tmp_path, fol
         assert enter(script, *flags) == script.Config(**{**defaults, **typed}), flags
 
 
-@each_script
-def test_a_real_model_on_a_cpu_is_told_flags_that_this_script_has(script, folders, monkeypatch,
-                                                                   capsys):
-    real = ["--model", folders("llama", text=True)]
-    for cuda, flags, told in ((True, real, False), (False, [], False), (False, real, True),
-                              (True, [*real, "--device", "cpu"], True)):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-        capsys.readouterr()
-        enter(script, *flags)
-        said = capsys.readouterr().out
-        assert ("on a CPU" in said) == told
-        if told:
-            assert ("--prompts_per_step" in said) == ("reward" in vars(script.Config()))
-            hint = re.findall(r"(--\w+) ([\d.]+(?:e-\d+)?)", said)
-            cfg = enter(script, *real, *sum(hint, ()))
-            assert cfg.steps == 20 and cfg.max_new_tokens == 48
-
-
 # --------------------------------------------------------------------------- the flags of --resume
 
 def test_resume_has_the_flags_of_the_run_and_what_is_typed_wins(tmp_path, monkeypatch):

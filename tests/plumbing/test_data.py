@@ -158,6 +158,13 @@ def test_what_is_not_there_is_one_sentence(tmp_path, capsys, name):
         data.read(name.format(tmp_path), 8)
 
 
+def test_a_table_without_types_is_refused(tmp_path, capsys):
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "train.csv").write_text("prompt,answer\n1+1=,002\n")
+    with refused(capsys, f"--data {tmp_path}", "csv", ".jsonl"):
+        data.read(str(tmp_path), 8)
+
+
 @pytest.mark.parametrize("name", ["json", "set.jsonl"])
 def test_a_folder_gives_the_same_values_as_its_files(tmp_path, monkeypatch, name):
     """Dates stay text; a folder may be called as a format of the library is."""
@@ -172,9 +179,10 @@ def test_a_folder_gives_the_same_values_as_its_files(tmp_path, monkeypatch, name
 
 def test_a_folder_is_read_anew_although_its_time_is_the_same(tmp_path):
     for answer in (5, 7):
-        (tmp_path / "train.csv").write_text(f"prompt,answer\n1+1=,{answer}\n")
-        os.utime(tmp_path / "train.csv", (10**9, 10**9))
-        assert data.read(str(tmp_path), 8) == dict(train=[dict(prompt="1+1=", answer=answer)])
+        rows = [dict(prompt="1+1=", answer=answer)]
+        datasets.Dataset.from_list(rows).to_parquet(tmp_path / "train.parquet")
+        os.utime(tmp_path / "train.parquet", (10**9, 10**9))
+        assert data.read(str(tmp_path), 8) == dict(train=rows)
 
 
 def test_messages_in_parquet_are_what_was_written(tmp_path):

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from test_command_line import each_script, grpo
 
+from plumbing import toy
 from plumbing.flags import absolute, check, split_rewards
 
 ABOVE_0 = set(  # all other numbers may be 0
@@ -81,7 +82,15 @@ def test_check_gives_a_copy_with_a_device_and_whole_paths(tmp_path, monkeypatch)
     assert checked.reward == f"last_number,{tmp_path}/mine.py:f"
     hub = check(config(grpo, model="someone/m", data="someone/set:main"))
     assert (hub.model, hub.data) == ("someone/m", "someone/set:main")
-    assert check(config(grpo)).data == "toy"
+    Path("m/tokenizer.json").write_text((toy.POLICY / "tokenizer.json").read_text())
+    data = [check(config(grpo, model=name)).data for name in (None, "m", "someone/m")]
+    assert data == ["toy", "toy", "words"]  # whatever folders there are
+    assert check(config(grpo, data="words")).data == "words"
+
+
+def test_torchrun_is_refused_as_long_as_two_processes_would_make_two_runs(monkeypatch, capsys):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    assert "torchrun" in refusal(capsys, config(grpo))
 
 
 def test_rewards_are_split_at_commas_that_are_not_in_a_path(tmp_path, monkeypatch):

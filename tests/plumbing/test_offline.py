@@ -38,6 +38,8 @@ def test_preferences_are_means_over_prompts_and_those_of_micro_batches_add_up(K)
     wanted = {name: pytest.approx(sum(row[name] for row in rows) / 9) for name in rows[0]}
     assert {name: sum(part[name].item() for part in parts) for name in wanted} == wanted
     assert not any(value.requires_grad for value in parts[0].values())
+    equal = torch.full((9, K), 0.3) + 1e-7 * rewards.detach()  # up to rounding
+    assert preference_stats(equal, 9)["accuracy"] == 0.5
     held_out = {name: value for name, (value, low, high) in held_out_stats(rewards).items()}
     assert held_out == {name: wanted[name] for name in ("accuracy", "margin")}
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 import warm
 from conftest import ROOT, save_folder, write_jsonl
 from test_command_line import as_in_a_new_process, enter, refused  # noqa: F401
@@ -167,7 +168,10 @@ def settings():
     return (torch.are_deterministic_algorithms_enabled(), torch.is_grad_enabled(),
             torch.is_deterministic_algorithms_warn_only_enabled(), torch.get_default_dtype(),
             torch.utils.deterministic.fill_uninitialized_memory, torch.backends.cudnn.benchmark,
-            torch.get_float32_matmul_precision(), *map(signal.getsignal, (2, 15)))
+            torch.get_float32_matmul_precision(), *map(signal.getsignal, (2, 15)),
+            torch._dynamo.config.recompile_limit, torch.get_num_threads(),
+            transformers.utils.logging.get_verbosity(),
+            transformers.utils.logging.is_progress_bar_enabled())
 
 
 BEFORE = settings()  # when no run has been made in this process

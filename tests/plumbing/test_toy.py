@@ -103,7 +103,7 @@ def test_the_toys_policy_is_as_good_as_it_was():
     policy, tokenizer = load_policy(None, "cpu")
     assert sum(parameter.numel() for parameter in policy.parameters()) == 162_496
     problems = to_problems(toy.problems("toy", "test", 128), tokenizer)
-    check_policy(evaluate(policy, tokenizer, problems, sft.Config(**{**sft.TOY, "device": "cpu"})))
+    check_policy(evaluate(policy, tokenizer, problems, sft.Config(**{**sft.TOY, "data": "toy"})))
 
 
 def test_sft_still_makes_a_policy_that_is_as_good(tmp_path, monkeypatch, request):

@@ -1,5 +1,4 @@
 """tools/compare.py: what it runs, what it does not repeat, and the tables that it makes of it."""
-import itertools
 import json
 import shutil
 import sys
@@ -50,7 +49,6 @@ def compared(tmp_path, monkeypatch, capsys):
         return capsys.readouterr().out.splitlines()
     monkeypatch.setattr(compare.subprocess, "run", train)
     monkeypatch.setattr(compare, "draw", draw)
-    monkeypatch.setattr(compare, "RESAMPLES", 500)
     main.commands, main.drawn = commands, drawn
     return main
 
@@ -61,7 +59,7 @@ def test_every_script_on_every_seed_from_one_start(compared):
     assert [Path(words[0]).stem for words in compared.commands] == 2 * list(compare.SCRIPTS)
     assert all(words[1:5:2] == ["--steps", "--seed"] for words in compared.commands)
     table = {line.split()[1]: line for line in printed[2 : 2 + n]}
-    assert ("| ppo.py | 1,536 | 0.600 | **0.688** (0.625, 0.750) | 0.625-0.750 | 0.980 | 0.50 "
+    assert ("| ppo.py | 1,536 | 0.600 | **0.688** (0.625, 0.750) | -0.107-1.482 | 0.980 | 0.50 "
             "| 19.5 | 24 |") == table["ppo.py"]
     assert "| 1,920 |" in table["remax.py"]  # and the greedy ones
     assert "| 0.980 | 0.50 |" in table["prime.py"]  # it has a reference, for another purpose
@@ -88,8 +86,11 @@ def test_half_a_comparison_goes_on_where_it_was_stopped(compared):
 
 @pytest.mark.parametrize("flags, words", [
     ("--kl-coef=0.1", "--kl-coef=0.1: prime.py"), ("--what 1", "--what: "),
+    ("--seed 2", "--seeds"), ("--out_dir x", "--out_dir"), ("--seeds 1", "--seeds"),
+    ("--data rows.jsonl", "number"),
     ("--scripts trpo --lr 1e-4", "--lr: trpo.py")])
-def test_a_flag_that_a_script_lacks_is_said_at_once(compared, capsys, flags, words):
+def test_what_cannot_be_compared_is_said_at_once(compared, capsys, flags, words):
+    Path("rows.jsonl").write_text('{"prompt": "1+1=", "answer": "two"}')
     with pytest.raises(SystemExit) as stop:
         compared(*flags.split())
     assert stop.value.code == 2 and words in capsys.readouterr().err and not compared.commands
@@ -107,27 +108,38 @@ def test_the_model_of_the_run_answers_every_problem(tmp_path, monkeypatch):
     assert ((easy == 0) | (easy == 1)).any() and ((easy > 0) & (easy < 1)).any()
 
 
-def test_the_bootstrap_draws_seeds_and_problems_for_all_scripts_alike(monkeypatch):
-    """Against a loop over all resamples of 2 seeds and 3 problems, which are equally likely."""
-    monkeypatch.setattr(compare, "RESAMPLES", 20_000)
-    solved = torch.rand(2, 2, 3, generator=torch.Generator().manual_seed(0)).double()
-    exact = torch.stack([
-        torch.stack([sum(script[s, p] for s in seeds for p in problems) / 6 for script in solved])
-        for seeds in itertools.product(range(2), repeat=2)
-        for problems in itertools.product(range(3), repeat=3)])
-    found = compare.bootstrap(solved)
-    assert found.shape == (20_000, 2)
-    torch.testing.assert_close(found.mean(0), exact.mean(0), rtol=0, atol=0.005)
-    torch.testing.assert_close(found.T.cov(), exact.T.cov(correction=0), rtol=0.05, atol=2e-4)
+def test_quantiles_of_students_distribution_are_those_of_its_tables():
+    for degrees, level, t in ((1, 0.95, 12.7062), (2, 0.95, 4.3027), (4, 0.95, 2.7764),
+                              (4, 0.99, 4.6041), (9, 0.999, 4.7809), (100, 0.95, 1.9840)):
+        assert compare.t_quantile(level, degrees) == pytest.approx(t, abs=2e-4)
+
+
+@pytest.mark.parametrize("seeds", [3, 5])
+@pytest.mark.parametrize("between, within", [(0.0, 0.0), (0.0, 1.0), (0.2, 0.5), (0.6, 0.5)])
+def test_of_equal_scripts_one_comparison_in_twenty_has_a_star(seeds, between, within):
+    """Whether the runs of a script agree (between = 0) or spread: simulated runs of two scripts
+    that are equal by construction. Standard errors are at most 0.006."""
+    generator, n = torch.Generator().manual_seed(0), 1500
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator)
+    logits = 3.5 + 2 * normal(n, 1, 1, 100) + between * normal(n, 2, seeds, 1)
+    probabilities = (logits + within * normal(n, 2, seeds, 100)).sigmoid().expand(8, -1, -1, -1, -1)
+    shares = torch.bernoulli(probabilities, generator=generator).double().mean((0, -1))
+    apart = shares[:, 0] - shares[:, 1]  # (n, seeds)
+    t = compare.t_quantile(0.95, seeds - 1)
+    stars = (apart.mean(1).abs() > t * apart.std(1) / seeds**0.5).double().mean()
+    assert 0.033 < stars < 0.067
+    low, high = compare.interval(apart[0])  # what is simulated is this interval
+    mean, margin = apart[0].mean().item(), t * apart[0].std().item() / seeds**0.5
+    assert (low, high) == pytest.approx((mean - margin, mean + margin))
 
 
 def test_the_stars_of_a_difference(capsys):
     """Nothing, 95 % alone, and also with the number of comparisons: 3, so 98.3 %."""
-    normal = torch.distributions.Normal(0.0, 1.0)
-    noise = normal.icdf((torch.arange(10_000) + 0.5) / 10_000).double()
-    means = torch.tensor([0.30, 0.52, 0.10], dtype=torch.float64)
-    resampled = means + 0.1 * noise[:, None] * torch.tensor([0.0, 1.0, 0.0])
-    compare.pairs(["b", "a", "c"], means, resampled)
+    noise = torch.tensor([-1, -0.5, 0.0, 0.5, 1], dtype=torch.float64) * 0.01  # of the mean: .0035
+    shares = torch.tensor([[0.5], [0.512], [0.45]]).double() + noise * torch.tensor([[0], [1], [0]])
+    compare.pairs(["b", "a", "c"], shares)
     rows = capsys.readouterr().out.splitlines()[-4:]
-    # a - b is 0.22 with a standard error of 0.1: 2.2 errors, above 1.96 and below 2.39
-    assert rows[0] == "| | b | c |" and rows[2:] == ["| a | +220* | +420** |", "| b |  | +200** |"]
+    # 12 thousandths are 3.4 standard errors: above 2.78 and below 3.97, Student's for 4
+    assert rows[0] == "| | b | c |" and rows[2:] == ["| a | +12* | +62** |", "| b |  | +50** |"]

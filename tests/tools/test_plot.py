@@ -19,10 +19,10 @@ def here(tmp_path, monkeypatch):
     for folder in map(Path, RUNS):
         folder.mkdir(parents=True)
         (folder / "metrics.jsonl").write_text(
-            '{"step": 1, "score": 0.5}\n{"step": 2, "score": 0.75}\n{"step": 3, "sco')
+            '{"step": 1, "score": 0.5}\n\0\0\0\n{"step": 2, "score": 0.75}\n{"step": 3, "sco')
 
 
-def test_a_line_that_is_half_written_is_left_out():
+def test_lines_that_a_crash_has_torn_are_left_out():
     assert plot.read(RUNS[0]) == [dict(step=1, score=0.5), dict(step=2, score=0.75)]
 
 
@@ -35,8 +35,11 @@ def test_runs_of_the_same_last_name_are_told_apart(monkeypatch):
 
 
 @pytest.mark.parametrize("words, word", [(["nowhere"], "nowhere"),
-                                         (["one/_run", "--keys", "kl"], "step, score")])
+                                         (["one/_run", "--keys", "kl"], "step, score"),
+                                         (["new"], "nothing yet")])
 def test_what_is_not_there_is_said(monkeypatch, capsys, words, word):
+    Path("new").mkdir()
+    Path("new/metrics.jsonl").write_text('{"step": 1')
     monkeypatch.setattr(sys, "argv", ["plot.py", *words])
     with pytest.raises(SystemExit) as stop:
         plot.main()
