@@ -24,7 +24,7 @@ def load(auto_class, flag, name, **options):
     where = str(next((path for path in (Path(name, "model"), Path(name)) if path.is_dir()), name))
     try:
         if find_adapter_config_file(where):
-            raise ValueError("it has an adapter; save the model that peft's merge_and_unload() gives")
+            raise ValueError("it has an adapter; save what peft's merge_and_unload() gives")
         config = AutoConfig.from_pretrained(where, trust_remote_code=False)
         if getattr(config, "quantization_config", None):
             raise ValueError("its weights are quantised; choose the model that it was made from")

@@ -157,8 +157,9 @@ def test_the_snippet_on_the_start_says_when_its_answers_are_right(tmp_path):
 def test_a_table_becomes_lines_in_which_all_values_are_text(tmp_path):
     (tmp_path / "times.csv").write_text('prompt,answer,code\n"2,5 times 2?",5,007\nNone,NA,\n')
     warm.call("-c", block("# from_csv.py"), cwd=tmp_path)
-    assert [json.loads(line) for line in open(tmp_path / "times.jsonl")] == [
-        dict(prompt="2,5 times 2?", answer="5", code="007"), dict(prompt="None", answer="NA", code="")]
+    first, second = map(json.loads, open(tmp_path / "times.jsonl"))
+    assert first == dict(prompt="2,5 times 2?", answer="5", code="007")
+    assert second == dict(prompt="None", answer="NA", code="")
 
 
 def test_the_cells_of_a_notebook_run_in_their_order(tmp_path):
