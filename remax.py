@@ -104,11 +104,11 @@ def train(cfg):
         # 2. Score the completions, and measure how far each token is from the reference policy.
         # score() returns texts, scores (N,) and, if there are several rewards, their means.
         texts, scores, reward_means = score(rewards, step_problems, batch, tokenizer)
-        _, per_prompt, _ = score(rewards, step_problems, greedy, tokenizer)  # (B,)
-        greedy_scores = per_prompt.repeat_interleave(cfg.group_size)             # (N,)
         ref_logprobs = old_logprobs if ref_model is None else all_logprobs(
             ref_model, batch, cfg.micro_batch_size, cfg.temperature)  # without a reference, kl is 0
         kl = kl_estimate(old_logprobs, ref_logprobs, "k1")  # (N, C); 0 on padding
+        _, per_prompt, _ = score(rewards, step_problems, greedy, tokenizer)  # (B,)
+        greedy_scores = per_prompt.repeat_interleave(cfg.group_size)             # (N,)
 
         # 3. Advantages: how much better than the baseline? No gradient flows through them.
         advantages = remax_advantages(scores, greedy_scores, kl, mask, cfg.kl_coef)  # (N, C)

@@ -31,7 +31,7 @@ def target_logprobs(policy, problems):
 PAIRS = [("8+9-5=", "8+9=17,17-5=12", "13"), ("1+2=", "3", "1+2=4"), ("7-3+4=", "8", "7-3=4,8")]
 
 
-def trl_step(name, network, tokenizer, folder, **more):
+def trl_step(name, network, tokenizer, folder, settings=(), **more):
     """A step of TRL's DPOTrainer or RewardTrainer on PAIRS -> our batch, TRL's loss and gradient.
 
     TRL tokenises the texts itself, and its ids must be those of our batch.
@@ -45,7 +45,7 @@ def trl_step(name, network, tokenizer, folder, **more):
         config = getattr(trl, f"{name}Config")(
             output_dir=str(folder / "trl"), report_to="none", use_cpu=True, bf16=False,
             per_device_train_batch_size=len(PAIRS), gradient_checkpointing=False,
-            disable_dropout=True)
+            disable_dropout=True, **dict(settings))
         rows = [dict(zip(("prompt", "chosen", "rejected"), row)) for row in PAIRS]
         trainer = getattr(trl, f"{name}Trainer")(
             model=network, args=config, processing_class=tokenizer,

@@ -105,9 +105,9 @@ def trl_step(folder, name, move=True, **settings):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # TRL calls the cache by its old name
         config = getattr(trl, f"{name}Config")(
-            output_dir=str(folder / "trl"), per_device_train_batch_size=len(rows), epsilon=0.2,
+            output_dir=str(folder / "trl"), per_device_train_batch_size=len(rows),
             num_iterations=2, disable_dropout=True, use_cpu=True, bf16=False, report_to="none",
-            gradient_checkpointing=False, **TRL, **settings)
+            gradient_checkpointing=False, **{**TRL, "epsilon": 0.2, **settings})
         trainer = getattr(trl, f"{name}Trainer")(
             model=reference, reward_funcs=trl_reward, args=config, processing_class=tokenizer,
             train_dataset=datasets.Dataset.from_list(rows))

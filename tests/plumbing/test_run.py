@@ -113,6 +113,8 @@ def test_a_run_goes_on_from_any_folder_and_through_links(here, props):
         shutil.move(f"run/{name}", f"disk/{name}")
         Path("run", name).symlink_to(f"../../disk/{name}")
     shutil.move("run", "disk/run"), Path("run").symlink_to("disk/run")
+    with open("run/metrics.jsonl", "a") as log:
+        log.write("\0\0\n" + '{"step": 3, "sco')  # torn by a crash
     old, before = json.loads(Path("run/config.json").read_text()), files("disk/model")
     Path("empty").mkdir(), here.chdir("empty")
     enter(grpo, "--resume", "../run", "--steps", 3, "--lr", 1e-2, train=grpo.train)
