@@ -47,7 +47,8 @@ def test_a_recipe_is_fresh_and_small_and_says_what_it_is(name):
                                              for source in (old, new)), autojunk=False)
     assert 0 < sum(max(b - a, d - c) for kind, a, b, c, d in blocks.get_opcodes()
                    if kind != "equal") <= 20
-    assert f'Run(cfg, "{name}"' in new
+    run = f"{script}_{name}" if name in LOGGERS | {"lora"} else name  # wandb.py would hide wandb
+    assert f'Run(cfg, "{run}"' in new and f"python {run}.py" in new
     assert all(len(line) <= 100 for line in (text + new).splitlines())
     assert ("arXiv" in text or "note on DPO" in text or "entropy" in text.lower()
             or name in LOGGERS | {"sequence_ratio", "truncated_is"})
@@ -61,7 +62,8 @@ def test_the_copy_is_written_beside_the_scripts_and_shown(tmp_path, monkeypatch,
         (tmp_path / path.name).write_text(path.read_text())
     monkeypatch.setattr(recipe, "ROOT", tmp_path)
     for words, file, name in ((["gspo"], "gspo.py", "gspo"),
-                              (["lora", "rloo.py"], "rloo_lora.py", "rloo_lora")):
+                              (["lora", "rloo.py"], "rloo_lora.py", "rloo_lora"),
+                              (["wandb"], "grpo_wandb.py", "grpo_wandb")):
         monkeypatch.setattr(sys, "argv", ["recipe.py", *words])
         recipe.main()
         assert f'Run(cfg, "{name}"' in (tmp_path / file).read_text()

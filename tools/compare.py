@@ -145,7 +145,8 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5],
                         help="one run of each script for each")
-    parser.add_argument("--scripts", nargs="+", choices=SCRIPTS, default=SCRIPTS, metavar="NAME")
+    parser.add_argument("--scripts", nargs="+", default=SCRIPTS, metavar="NAME",
+                        help="of scripts, or of copies by tools.recipe; without .py")
     parser.add_argument("--data", default="toy", help="as in the scripts; answers are numbers")
     args, flags = parser.parse_known_args()
     args.seeds, args.scripts = (list(dict.fromkeys(given)) for given in (args.seeds, args.scripts))
@@ -156,6 +157,8 @@ def main():
         fail(f"--data {args.data}: not all rows have an answer that is a number, to compare by")
     flags = [*flags, "--data", args.data] if args.data != "toy" else flags
     for script in args.scripts:  # not after twenty minutes
+        if not (Path(__file__).parents[1] / f"{script}.py").exists():
+            fail(f"--scripts {script}: there is no {script}.py; python -m tools.recipe may make it")
         config = importlib.import_module(script).Config
         known = {field.name for field in fields(config) if field.init}  # trpo.py: no --lr
         for flag in (flag for flag in flags if flag.startswith("--")):

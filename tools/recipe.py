@@ -2,6 +2,7 @@
 Newer algorithms as differences: recipes/NAME.diff changes one script. docs/recipes.md lists them.
 
     python -m tools.recipe gspo         writes gspo.py, a patched copy of grpo.py; shows the difference
+    python -m tools.recipe lora         writes grpo_lora.py
     python -m tools.recipe lora rloo    merges the same change into another script: rloo_lora.py
     python -m tools.recipe --refresh    after a script has changed, makes all differences anew
 
@@ -19,6 +20,7 @@ from pathlib import Path
 from plumbing.flags import fail
 
 ROOT = Path(__file__).resolve().parents[1]
+NAME = re.compile(r'(Run\(cfg, ")(\w+)"')  # of the run, and so of the copy
 RECIPES = {path.stem: path for path in sorted((ROOT / "recipes").glob("*.diff"))}
 
 
@@ -48,13 +50,11 @@ def merge(name, other):
         paths = [Path(folder, kind) for kind in ("ours", "base", "theirs")]
         for path, source in zip(paths, (code, (ROOT / f"{script}.py").read_text(), changed or "")):
             source = split(source)[1] if path.name != "ours" else source
-            for known in (script, name):  # the run has another name in each script
-                source = source.replace(f'Run(cfg, "{known}"', f'Run(cfg, "{other}"')
-            path.write_text(source)
+            path.write_text(NAME.sub(rf'\1{other}_{name}"', source))  # the only line that all change
         done = subprocess.run(["git", "merge-file", "-p", *paths], capture_output=True, text=True)
     if done.returncode or changed is None:
         return None
-    return docstring + done.stdout.replace(f'Run(cfg, "{other}"', f'Run(cfg, "{other}_{name}"')
+    return docstring + done.stdout
 
 
 def split(source):
@@ -101,7 +101,7 @@ def main():
     changed = apply(args.name) if other == script else merge(args.name, other)
     if changed is None:
         fail(f"recipes/{args.name}.diff does not fit {other}.py; change it by hand")
-    path = ROOT / (f"{args.name}.py" if other == script else f"{other}_{args.name}.py")
+    path = ROOT / f"{NAME.search(changed)[2]}.py"
     path.write_text(changed)
     print(text + (shown if other == script else difference(
         (ROOT / f"{other}.py").read_text(), changed, other)))
