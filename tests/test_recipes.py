@@ -182,9 +182,10 @@ def test_lora_trains_small_matrices_and_saves_an_ordinary_model(script, tmp_path
     """The reference is the policy without them: of the first step, the KL is 0."""
     space = types.ModuleType("peft")
     exec(PEFT, space.__dict__)
-    monkeypatch.setitem(sys.modules, "peft", space)
     folder = save_folder(tmp_path / "model")
-    module = patched("lora", script)
+    with monkeypatch.context() as for_the_import:  # transformers would ask for its version
+        for_the_import.setitem(sys.modules, "peft", space)
+        module = patched("lora", script)
     group = dict(reinforce=dict(minibatch_size=None)).get(script, {})
     fields = {field.name for field in dataclasses.fields(module.Config) if field.init}
     monkeypatch.setattr(module, "load_rewards", lambda cfg, problems: {"reward": by_text})
