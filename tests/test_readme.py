@@ -25,11 +25,11 @@ def block(start):
 
 
 def test_readme_is_read_in_five_minutes_and_leads_to_every_page():
-    assert len(TEXT["README"].splitlines()) <= 165 and len(TEXT["README"].split()) <= 2650
+    assert len(TEXT["README"].splitlines()) <= 168 and len(TEXT["README"].split()) <= 2650
     assert "](CONTRIBUTING.md)" in TEXT["README"]
     for name in set(PAGES) - {"README", "CONTRIBUTING"}:
         assert f"](docs/{name}.md" in TEXT["README"], name
-        assert len(TEXT[name].splitlines()) < 200, name
+        assert len(TEXT[name].splitlines()) < 230, name
 
 
 @each_page
@@ -156,10 +156,30 @@ def test_the_snippet_on_the_start_says_when_its_answers_are_right(tmp_path):
 
 def test_a_table_becomes_lines_in_which_all_values_are_text(tmp_path):
     (tmp_path / "times.csv").write_text('prompt,answer,code\n"2,5 times 2?",5,007\nNone,NA,\n')
-    warm.call("-c", block("# from_csv.py"), cwd=tmp_path)
+    warm.call("-c", block("import pandas\npandas.read_csv"), cwd=tmp_path)
     first, second = map(json.loads, open(tmp_path / "times.jsonl"))
     assert first == dict(prompt="2,5 times 2?", answer="5", code="007")
     assert second == dict(prompt="None", answer="NA", code="")
+
+
+def test_puzzles_are_written_and_judged_by_their_library(tmp_path, monkeypatch):
+    """With a stand-in of the same shape for reasoning-gym, which a user installs."""
+    (tmp_path / "reasoning_gym.py").write_text(
+        "def create_dataset(name, size, seed, **settings):\n"
+        "    return [dict(question=f'{i} + 1 =', answer=str(i + 1), metadata=dict(\n"
+        "        source_dataset=name, terms=[i, 1])) for i in range(5)]\n"
+        "def get_score_answer_fn(name):\n"
+        "    return lambda answer, entry: float(answer == entry['answer'] and name == 'chain_sum')\n")
+    warm.call("-c", block("# puzzles.py"), cwd=tmp_path)
+    rows = [json.loads(line) for line in open(tmp_path / "puzzles.jsonl")]
+    assert [row["prompt"] for row in rows] == [f"{i} + 1 =" for i in range(5)]
+    monkeypatch.syspath_prepend(tmp_path)
+    space = {}
+    exec(block("# puzzle_reward.py"), space)
+    texts = ["It is 0 + 1 = 1.", "1", "3 or -3", "no", "4 + 1 = 5"]
+    columns = dict(puzzle=[row["puzzle"] for row in rows], prompts=texts)
+    assert space["solved"](completions=texts, finished=[True] * 4 + [False], **columns) == [
+        1, 0, 0, 0, 0]
 
 
 def test_the_cells_of_a_notebook_run_in_their_order(tmp_path):
