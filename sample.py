@@ -19,8 +19,8 @@ from plumbing.rollout import sample, to_texts
 
 def answer(policy, tokenizer, prompts, args):
     """-> for each prompt, a list of its n answers; with --reward, each with its score."""
-    problems = encode([dict(row={}, prompt=prompt, completions=[]) for prompt in prompts], tokenizer)
-    ids = [problem["ids"] for problem in problems]
+    problems = [dict(row={}, prompt=prompt, completions=[]) for prompt in prompts]
+    ids = [problem["ids"] for problem in encode(problems, tokenizer)]
     context = getattr(policy.config.get_text_config(), "max_position_embeddings", 2**31)
     if max(map(len, ids)) + args.max_new_tokens > context:
         fail(f"--max_new_tokens: with the longest prompt, they are more than {context} tokens")

@@ -73,7 +73,7 @@ def test_functions_have_the_arguments_that_the_page_gives():
         assert list(signature.parameters) == arguments.split(", "), name
 
 
-@pytest.mark.parametrize("name", sorted(set(PAGES) - {"trl_openrlhf_verl", "recipes"}))  # others' flags
+@pytest.mark.parametrize("name", sorted(set(PAGES) - {"trl_openrlhf_verl", "recipes"}))  # others'
 def test_flags_exist(name):
     known = {"help", "prompts", "prompt_tokens", "new_tokens", "rounds"}  # the last four: bench.py
     for script in [*SCRIPTS, "tools.make_pairs"]:
@@ -169,7 +169,8 @@ def test_puzzles_are_written_and_judged_by_their_library(tmp_path, monkeypatch):
         "    return [dict(question=f'{i} + 1 =', answer=str(i + 1), metadata=dict(\n"
         "        source_dataset=name, terms=[i, 1])) for i in range(5)]\n"
         "def get_score_answer_fn(name):\n"
-        "    return lambda answer, entry: float(answer == entry['answer'] and name == 'chain_sum')\n")
+        "    assert name == 'chain_sum'\n"
+        "    return lambda answer, entry: float(answer == entry['answer'])\n")
     subprocess.run([sys.executable, "-c", block("# puzzles.py")], check=True, cwd=tmp_path)
     rows = [json.loads(line) for line in open(tmp_path / "puzzles.jsonl")]
     assert [row["prompt"] for row in rows] == [f"{i} + 1 =" for i in range(5)]

@@ -41,7 +41,7 @@ def test_answers_are_those_of_the_training(ask, tmp_path, template):
     for n, temperature, seed in ((2, 0.7, 3), (1, 0.0, 1)):
         texts = expected(folder, prompts, n, temperature, seed)
         wanted = [line for i, prompt in enumerate(prompts)
-                  for line in [prompt, *(f"  {text}".rstrip() for text in texts[n * i : n * i + n])]]
+                  for line in [prompt, *(f"  {text}".rstrip() for text in texts[n * i :][:n])]]
         more = ["--n", n, "--temperature", temperature, "--seed", seed]
         assert ask(*prompts, *flags, *more) == wanted
         assert ask(*flags, *more, given="\n".join(prompts) + "\n") == wanted

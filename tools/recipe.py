@@ -1,7 +1,7 @@
 """
 Newer algorithms as differences: recipes/NAME.diff changes one script. docs/recipes.md lists them.
 
-    python -m tools.recipe gspo         writes gspo.py, a patched copy of grpo.py; shows the difference
+    python -m tools.recipe gspo         writes gspo.py, a patched copy of grpo.py, and shows it
     python -m tools.recipe lora         writes grpo_lora.py
     python -m tools.recipe lora rloo    merges the same change into another script: rloo_lora.py
     python -m tools.recipe --refresh    after a script has changed, makes all differences anew
@@ -27,14 +27,19 @@ RECIPES = {path.stem: path for path in sorted((ROOT / "recipes").glob("*.diff"))
 def parts(name):
     """-> the text on top, the name of the script that is changed, the difference."""
     text, mark, difference = RECIPES[name].read_text().partition("--- a/")
-    script = difference.partition(".py\n")[0]
-    return text.partition("diff --git")[0], script, mark + difference
+    return text.partition("diff --git")[0], difference.partition(".py\n")[0], mark + difference
+
+
+def split(source):
+    """-> a script's docstring, and its code."""
+    docstring, mark, code = source[3:].partition('"""')
+    return source[:3] + docstring + mark, code
 
 
 def apply(name):
     """-> the script with the recipe's changes; None if they do not fit."""
     _, script, difference = parts(name)
-    with tempfile.TemporaryDirectory() as folder:  # in no repository, or git would look from its top
+    with tempfile.TemporaryDirectory() as folder:  # in a repository, git would look from its top
         path = Path(folder, f"{script}.py")
         path.write_text((ROOT / path.name).read_text())
         done = subprocess.run(["git", "apply"], cwd=folder, input=difference, text=True,
@@ -43,24 +48,18 @@ def apply(name):
 
 
 def merge(name, other):
-    """-> another script with the recipe's changes, as git merges them; None if they do not fit."""
-    script, changed = parts(name)[1], apply(name)
-    docstring, code = split((ROOT / f"{other}.py").read_text())
+    """-> another script with the recipe's changes of code, as git merges; None if they conflict."""
+    changed = apply(name)
+    if changed is None:
+        return None
+    sources = [(ROOT / f"{script}.py").read_text() for script in (other, parts(name)[1])]
+    sources.append(changed)
     with tempfile.TemporaryDirectory() as folder:
         paths = [Path(folder, kind) for kind in ("ours", "base", "theirs")]
-        for path, source in zip(paths, (code, (ROOT / f"{script}.py").read_text(), changed or "")):
-            source = split(source)[1] if path.name != "ours" else source
-            path.write_text(NAME.sub(rf'\1{other}_{name}"', source))  # the only line that all change
+        for path, source in zip(paths, sources):  # the line that all three have in another way:
+            path.write_text(NAME.sub(rf'\1{other}_{name}"', split(source)[1]))
         done = subprocess.run(["git", "merge-file", "-p", *paths], capture_output=True, text=True)
-    if done.returncode or changed is None:
-        return None
-    return docstring + done.stdout
-
-
-def split(source):
-    """-> a script's docstring, and its code. The docstrings differ, so only the code is merged."""
-    docstring, mark, code = source[3:].partition('"""')
-    return source[:3] + docstring + mark, code
+    return None if done.returncode else split(sources[0])[0] + done.stdout
 
 
 def difference(old, new, script):
@@ -90,7 +89,7 @@ def main():
     if args.refresh:
         found = {name: refresh(name) for name in RECIPES}
         for name, done in found.items():
-            print(f"recipes/{name}.diff: {done or f'needs a hand: {parts(name)[1]}.py has changed'}")
+            print(f"recipes/{name}.diff: {done or 'needs a hand: its script has changed'}")
         raise SystemExit(None in found.values())
     if args.name not in RECIPES:
         fail(f"{args.name}: choose one of {', '.join(RECIPES)}, or --refresh")

@@ -86,8 +86,8 @@ def test_half_a_comparison_goes_on_where_it_was_stopped(compared):
 
 @pytest.mark.parametrize("flags, words", [
     ("--kl-coef=0.1", "--kl-coef=0.1: prime.py"), ("--what 1", "--what: "),
-    ("--seed 2", "--seeds"), ("--scripts gspo", "tools.recipe"), ("--out_dir x", "--out_dir"), ("--seeds 1", "--seeds"),
-    ("--data rows.jsonl", "number"),
+    ("--seed 2", "--seeds"), ("--out_dir x", "--out_dir"), ("--seeds 1", "--seeds"),
+    ("--scripts gspo", "tools.recipe"), ("--data rows.jsonl", "number"),
     ("--scripts trpo --lr 1e-4", "--lr: trpo.py")])
 def test_what_cannot_be_compared_is_said_at_once(compared, capsys, flags, words):
     Path("rows.jsonl").write_text('{"prompt": "1+1=", "answer": "two"}')
