@@ -56,6 +56,7 @@ from plumbing.data import draw_problems, load_problems
 from plumbing.flags import HfArg, RunConfig, check, fail
 from plumbing.model import load_policy
 from plumbing.offline import for_all_completions, held_out_stats, make_batch, preference_stats
+from plumbing.parallel import sum_gradients
 from plumbing.rollout import all_logprobs, micro_batches, token_logprobs
 from plumbing.run import Run
 
@@ -145,6 +146,7 @@ def train(cfg):
             loss = losses.sum() / len(step_problems)  # a mean over the pairs of the step
             loss.backward()
             run.count(loss=loss, **preference_stats(rewards, len(step_problems)))
+        sum_gradients(policy)  # over the processes of torchrun
         grad_norm = clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
         optimizer.step()
         run.end_minibatch(grad_norm=grad_norm)

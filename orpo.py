@@ -44,6 +44,7 @@ from plumbing.data import draw_problems, load_problems
 from plumbing.flags import HfArg, RunConfig, check
 from plumbing.model import load_policy
 from plumbing.offline import for_all_completions, held_out_stats, make_batch, preference_stats
+from plumbing.parallel import sum_gradients
 from plumbing.rollout import all_logprobs, micro_batches, token_logprobs
 from plumbing.run import Run
 
@@ -110,6 +111,7 @@ def train(cfg):
             loss = nll + cfg.beta * odds_ratio
             loss.backward()
             run.count(loss=loss, **preference_stats(mean_logps, len(step_problems)))
+        sum_gradients(policy)  # over the processes of torchrun
         grad_norm = clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
         optimizer.step()
         run.end_minibatch(grad_norm=grad_norm)

@@ -53,6 +53,7 @@ from plumbing.data import draw_problems, load_problems
 from plumbing.evaluation import approx_kl
 from plumbing.flags import HfArg, OnlineConfig, check, fail
 from plumbing.model import load_policy
+from plumbing.parallel import add_up, sum_gradients
 from plumbing.rewards import load_rewards, score
 from plumbing.rollout import (all_logprobs, micro_batches, per_token, sample, step_generator,
                               token_logprobs)
@@ -99,6 +100,7 @@ def all_values(critic, batch, micro_batch_size):
     result = torch.zeros_like(batch.mask)
     for rows in micro_batches(batch, torch.arange(len(result)), micro_batch_size):
         result[rows] = token_values(critic, batch, rows)
+    add_up(result)  # each process has some of the rows
     return result
 
 
@@ -201,6 +203,7 @@ def train(cfg):
                 error = (errors * share[rows]).sum()
                 error.backward()  # the policy's backward has freed its activations
                 run.count(value_loss=error, value_clip_frac=(is_stuck * share[rows]).sum())
+            sum_gradients(policy, critic)  # over the processes of torchrun
             grad_norm = clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
             critic_grad_norm = clip_grad_norm_(critic.parameters(), cfg.max_grad_norm)
             optimizer.step()

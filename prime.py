@@ -56,6 +56,7 @@ from plumbing.data import draw_problems, load_problems
 from plumbing.evaluation import approx_kl
 from plumbing.flags import HfArg, OnlineConfig, check, fail
 from plumbing.model import load_policy
+from plumbing.parallel import sum_gradients
 from plumbing.rewards import load_rewards, score
 from plumbing.rollout import all_logprobs, micro_batches, sample, step_generator, token_logprobs
 from plumbing.run import Run
@@ -190,6 +191,7 @@ def train(cfg):
                 error = errors.sum() / len(minibatch)  # a mean over completions
                 error.backward()
                 run.count(prm_loss=error)
+            sum_gradients(policy, prm)  # over the processes of torchrun
             grad_norm = clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
             prm_grad_norm = clip_grad_norm_(prm.parameters(), cfg.max_grad_norm)
             optimizer.step()

@@ -41,6 +41,7 @@ from plumbing.data import draw_problems, load_problems
 from plumbing.flags import HfArg, RunConfig, check, fail
 from plumbing.model import load_policy, remove_dropout
 from plumbing.offline import for_all_completions, held_out_stats, make_batch, preference_stats
+from plumbing.parallel import sum_gradients
 from plumbing.rollout import micro_batches
 from plumbing.run import Run
 from plumbing.scorer import REWARD, all_scores, sequence_scores
@@ -115,6 +116,7 @@ def train(cfg):
             loss = losses.sum() / len(step_problems)  # a mean over the pairs of the step
             loss.backward()
             run.count(loss=loss, **preference_stats(scores, len(step_problems)))
+        sum_gradients(scorer)  # over the processes of torchrun
         grad_norm = clip_grad_norm_(scorer.parameters(), cfg.max_grad_norm)
         optimizer.step()
         run.end_minibatch(grad_norm=grad_norm)

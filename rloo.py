@@ -46,6 +46,7 @@ from plumbing.data import draw_problems, load_problems
 from plumbing.evaluation import approx_kl
 from plumbing.flags import HfArg, OnlineConfig, check
 from plumbing.model import load_policy
+from plumbing.parallel import sum_gradients
 from plumbing.rewards import load_rewards, score
 from plumbing.rollout import all_logprobs, micro_batches, sample, step_generator, token_logprobs
 from plumbing.run import Run
@@ -117,6 +118,7 @@ def train(cfg):
                 loss.backward()
                 run.count(loss=loss, clip_frac=(is_clipped * share[rows]).sum(),
                           approx_kl=approx_kl(logprobs, old_logprobs[rows], share[rows]))
+            sum_gradients(policy)  # over the processes of torchrun
             grad_norm = clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
             optimizer.step()
             run.end_minibatch(grad_norm=grad_norm)

@@ -30,6 +30,7 @@ from plumbing.evaluation import interval
 from plumbing.flags import HfArg, RunConfig, check
 from plumbing.model import load_policy
 from plumbing.offline import make_batch
+from plumbing.parallel import sum_gradients
 from plumbing.rollout import all_logprobs, micro_batches, token_logprobs
 from plumbing.run import Run
 from plumbing.toy_model import make_model, make_tokenizer
@@ -79,6 +80,7 @@ def train(cfg):
             loss = (losses * share[rows]).sum()
             loss.backward()
             run.count(loss=loss)
+        sum_gradients(policy)  # over the processes of torchrun
         grad_norm = clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
         optimizer.step()
         run.end_minibatch(grad_norm=grad_norm)

@@ -51,6 +51,7 @@ from plumbing.command_line import main
 from plumbing.data import draw_problems, load_problems
 from plumbing.flags import HfArg, OnlineConfig, check, fail
 from plumbing.model import load_policy
+from plumbing.parallel import add_up, world
 from plumbing.rewards import load_rewards, score
 from plumbing.rollout import all_logprobs, micro_batches, per_token, pick, sample, step_generator
 from plumbing.run import Run
@@ -133,16 +134,18 @@ def conjugate_gradient(matvec, b, iterations=10, tolerance=1e-10):
 @torch.no_grad()
 def measure_step(policy, old_policy, batch, advantages, share, cfg):
     """For the line search and the log, on the whole batch: the KL of a step, and the gain in L."""
-    everything, kl_step, real_gain = torch.arange(len(advantages)), 0, 0
+    everything, sums = torch.arange(len(advantages)), torch.zeros(2).to(share)
     for rows in micro_batches(batch, everything, cfg.micro_batch_size):
         old_logits, logits = (token_logits(model, batch, rows, cfg.temperature)
                               for model in (old_policy, policy))
         old_logprobs, logprobs = (pick(x, batch.completions[rows], 1.0)  # 1.0: already divided
                                   for x in (old_logits, logits))
-        kl_step += mean_kl(old_logits, logits, share[rows])
+        kl_step = mean_kl(old_logits, logits, share[rows])
         L = surrogate(logprobs, old_logprobs, advantages[rows])                  # (n, C)
-        real_gain += ((L - advantages[rows]) * share[rows]).sum()  # L before the step is A
-    return dict(kl_step=kl_step, real_gain=real_gain)
+        real_gain = ((L - advantages[rows]) * share[rows]).sum()  # L before the step is A
+        sums += torch.stack([kl_step, real_gain])
+    add_up(sums)
+    return dict(kl_step=sums[0], real_gain=sums[1])
 
 
 def train(cfg):
@@ -153,6 +156,7 @@ def train(cfg):
     policy.set_attn_implementation("eager")  # fused attention cannot be differentiated twice
     ref_model = copy.deepcopy(policy).requires_grad_(False) if cfg.kl_coef else None
     old_policy, parameters = copy.deepcopy(policy), list(policy.parameters())
+    sizes = [p.numel() for p in parameters]
     run = Run(cfg, "trpo", policy, tokenizer, problems, rewards)
 
     for step in run.steps():
@@ -176,7 +180,7 @@ def train(cfg):
         advantages = reinforce_pp_advantages(normalized, kl, mask, cfg.kl_coef)
 
         # 4. Update, once for the whole batch. share (N, C) is the weight of each token.
-        everything, gradient = torch.arange(len(scores)), 0
+        everything, gradient = torch.arange(len(scores)), torch.zeros(sum(sizes)).to(mask)
         share = mask / mask.sum()
         for rows in micro_batches(batch, everything, cfg.micro_batch_size):
             logits = token_logits(policy, batch, rows, cfg.temperature)  # divided by temperature
@@ -185,14 +189,16 @@ def train(cfg):
             L = surrogate(logprobs, logprobs.detach(), advantages[rows])         # (n, C)
             parts = torch.autograd.grad((L * share[rows]).sum(), parameters, materialize_grads=True)
             gradient += torch.cat([part.flatten() for part in parts])            # (D,), uphill
+        add_up(gradient)  # over the processes of torchrun
 
         def matvec(vector):  # (F + damping) v, from the first completions
             part = everything[: max(1, int(cfg.fisher_fraction * len(scores)))]
-            share, product = mask / mask[part].sum(), cfg.damping * vector
+            share, product = mask / mask[part].sum(), cfg.damping * vector / world()
             for rows in micro_batches(batch, part, cfg.micro_batch_size):
                 logits = token_logits(policy, batch, rows, cfg.temperature)
                 kl_0 = mean_kl(logits.detach(), logits, share[rows])  # it is 0; its Hessian is not
                 product = product + fisher_vector_product(kl_0, parameters, vector)
+            add_up(product)
             return product
 
         x = conjugate_gradient(matvec, gradient, cfg.cg_iterations)
@@ -200,7 +206,7 @@ def train(cfg):
         if not full.isfinite().all():
             fail(f"in step {step + 1}, the step is not finite; take a larger --damping", code=1)
         old_policy.load_state_dict(policy.state_dict())
-        tries, sizes = [], [p.numel() for p in parameters]
+        tries = []
         for scale in [cfg.backtrack**i for i in range(cfg.max_tries)] + [0]:  # 0: back to pi_old
             for p, old, part in zip(parameters, old_policy.parameters(), full.split(sizes)):
                 p.data.copy_(old + scale * part.view_as(p))

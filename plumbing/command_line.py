@@ -10,6 +10,7 @@ import torch
 from transformers.hf_argparser import HfArgumentParser
 
 from plumbing.flags import fail
+from plumbing.parallel import rank
 from plumbing.run import Run
 from plumbing.toy import is_toy
 
@@ -40,12 +41,14 @@ def main(config_class, toy_defaults, train):
     except OSError as error:  # a full disk, a screen that was closed
         fail(error, code=1)
     except RuntimeError as error:
+        if "closed by peer" in str(error) or "remote process exited" in str(error):
+            fail("another process has ended", code=1)  # it says why
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
         fail(f"out of memory: halve --micro_batch_size {cfg.micro_batch_size}, which changes no "
              "result, then the prompts of a step", code=1)
     finally:
-        if Run.unfinished:
+        if Run.unfinished and rank() == 0:
             print(f"to go on from the last checkpoint: python {shlex.quote(sys.argv[0])} --resume "
                   f"{shlex.quote(Run.unfinished)}", file=sys.stderr)
 

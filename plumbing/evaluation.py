@@ -8,6 +8,7 @@ import torch
 
 from common import kl_estimate, masked_mean
 from plumbing import toy
+from plumbing.parallel import rank
 from plumbing.rewards import last_number, read_number, score
 from plumbing.rollout import sample, step_generator, to_texts
 
@@ -102,6 +103,7 @@ def report(before, after, folder):
             print(f"{name:24s}" + "     ".join(cells))
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0  # of tensors
     results = dict(before=before, after=after, peak_memory=peak)
-    Path(folder, "test.json").write_text(json.dumps(results, indent=1))
+    if rank() == 0:
+        Path(folder, "test.json").write_text(json.dumps(results, indent=1))
     print(f"\nPeak GPU memory: {peak / 1e9:.2f} GB." if peak else "")
     print(f"The trained model is in {folder / 'model'}, the log in {folder / 'metrics.jsonl'}.")

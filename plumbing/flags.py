@@ -2,6 +2,7 @@
 import copy
 import os
 import sys
+import time
 from dataclasses import dataclass
 from typing import Optional
 
@@ -9,6 +10,7 @@ import torch
 from tqdm import tqdm
 from transformers.hf_argparser import HfArg
 
+from plumbing.parallel import begin, rank
 from plumbing.toy import KINDS, is_toy
 
 
@@ -52,6 +54,9 @@ class OnlineConfig(RunConfig):
 
 def fail(message, code=2):
     """Stop with one sentence, no traceback. Code 2: wrong input; 1: it happened on the way."""
+    if rank():  # mostly process 0 fails too, says so, and torchrun ends this one while it waits
+        time.sleep(5)
+        message = f"process {rank()}: {message}"
     tqdm.write(f"error: {' '.join(str(message).split())}", file=sys.stderr)  # not into a bar
     sys.exit(code)
 
@@ -78,9 +83,7 @@ def check(cfg, min_group=1):
             fail(f"--{key} {value}: it must be at most {AT_MOST[key]}")
     if getattr(cfg, "group_size", min_group) < min_group:
         fail(f"--group_size {cfg.group_size}: it must be at least {min_group}, to compare answers")
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        fail("torchrun: these scripts run in one process, on one GPU; start them with python")
-    cfg.device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    cfg.device = begin(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     try:
         torch.empty(1, dtype=torch.float64, device=cfg.device)  # the sampler needs fp64: no mps
     except (RuntimeError, AssertionError, TypeError) as error:  # no such device; no CUDA; mps

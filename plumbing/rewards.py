@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from plumbing.flags import fail, split_rewards
+from plumbing.parallel import from_first, rank
 from plumbing.rollout import to_texts
 
 NUMBER = re.compile(r"(?:\\boxed{|[\\$€£*_`'\"([{,~≈])*"  # marks, the number, marks
@@ -70,6 +71,8 @@ def load_rewards(cfg, problems):
                 fail(f"--reward last_number: {len(wrong)} of {len(problems)} answers are no number "
                      f"({wrong[0]!r}); mend the column answer, or write a reward of your own")
             function = last_number
+        elif rank():  # process 0 alone has what it asks
+            name, function = part, None
         elif Path(part, "reward.py").is_file():  # reward_model.py has written it
             name, function = Path(part).name, runpy.run_path(f"{part}/reward.py").get("score")
         elif Path(file).is_file():
@@ -80,7 +83,7 @@ def load_rewards(cfg, problems):
         if name in rewards:
             fail(f"--reward {cfg.reward}: two are called {name}; rename one")
         rewards[name] = function
-        judge(name, function, problems[:2], ["1", ""], [True, False], [[1], [1]])
+        from_first(judge, name, function, problems[:2], ["1", ""], [True, False], [[1], [1]])
     return rewards
 
 
@@ -143,7 +146,8 @@ def score(rewards, problems, batch, tokenizer):
     """
     texts, owners = to_texts(tokenizer, batch), [problems[i] for i in batch.owner.tolist()]
     ids = [row[mask.bool()].tolist() for row, mask in zip(batch.completions, batch.mask)]
-    each = {name: torch.tensor(judge(name, reward, owners, texts, batch.finished.tolist(), ids),
+    each = {name: torch.tensor(from_first(judge, name, reward, owners, texts,
+                                          batch.finished.tolist(), ids),
                                dtype=torch.float64)  # or .1 + .6 + .1 + .2 would be above 1
             for name, reward in rewards.items()}
     means = {f"reward_{name}": scores.mean() for name, scores in each.items() if len(each) > 1}

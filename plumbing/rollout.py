@@ -23,6 +23,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, DynamicCache, StaticLayer
 from transformers.masking_utils import sdpa_mask
 
+from plumbing.parallel import add_up, rank, world
+
 
 @dataclass
 class Batch:
@@ -146,6 +148,7 @@ def all_logprobs(policy, batch, micro_batch_size, temperature):
     result = torch.zeros_like(batch.mask)
     for rows in micro_batches(batch, torch.arange(len(result)), micro_batch_size):
         result[rows] = token_logprobs(policy, batch, rows, temperature)
+    add_up(result)
     return result
 
 
@@ -226,24 +229,25 @@ def sample(policy, tokenizer, prompts, group_size, max_new_tokens, temperature, 
     ids = torch.zeros(len(owner), max_new_tokens, dtype=torch.long, device=device)
     mask, logprobs = torch.zeros(ids.shape, device=device), torch.zeros(ids.shape, device=device)
     finished = torch.zeros(len(owner), dtype=torch.bool, device=device)
-    rows = torch.arange(len(owner), device=device)  # the completions that are still forwarded
+    ours = prompts[rank() :: world()]  # the prompts that this process answers
+    rows = (owner % world() == rank()).nonzero().flatten()  # that are still forwarded
     if temperature > 0:
         uniform = torch.rand(ids.shape, dtype=torch.float64, generator=generator).to(device)
     compiled = getattr(policy, "compiled_forward", None)
     # Inference mode saves a tenth on a CPU. On a GPU, autocast would cast all weights every time.
     no_grad = torch.inference_mode() if device.type == "cpu" else torch.no_grad()
     with no_grad, precision(device, keep_casts=not compiled):
-        prompt_ids, valid = pad_left(prompts, device, 64 if compiled else 1)
-        cache = DynamicCache()
-        logits = forward(policy, prompt_ids, valid, cache, keep=1)[owner, -1]
+        prompt_ids, valid = pad_left(ours or prompts[:1], device, 64 if compiled else 1)
+        cache, copies = DynamicCache(), owner[rows] // world()  # of the prompts in `ours`
+        logits = forward(policy, prompt_ids, valid, cache, keep=1)[copies, -1]
         # All completion columns count as real: those after a row's EOS are never read.
-        P, valid = valid.shape[1], F.pad(valid[owner], (0, max_new_tokens), value=True)
+        P, valid = valid.shape[1], F.pad(valid[copies], (0, max_new_tokens), value=True)
         if compiled:
-            cache = fixed_cache(policy, cache, owner, valid.shape[1])
+            cache = fixed_cache(policy, cache, copies, valid.shape[1])
             columns = torch.arange(valid.shape[1], device=device)
         else:
-            cache.reorder_cache(owner)  # a copy of its prompt's keys and values for each completion
-        for t in range(max_new_tokens):
+            cache.reorder_cache(copies)  # a copy of its prompt's keys and values for each row
+        for t in range(max_new_tokens if ours else 0):
             # The mask is what the sampler knows. It can't be read off the ids: pad may equal EOS.
             mask[rows, t] = (~finished[rows]).float()
             if temperature > 0:
@@ -259,16 +263,17 @@ def sample(policy, tokenizer, prompts, group_size, max_new_tokens, temperature, 
                     break
                 if len(alive) <= 0.75 * len(rows) and not compiled:  # copying the cache must pay
                     cache.reorder_cache(alive)
-                    rows = rows[alive]
+                    rows, valid = rows[alive], valid[alive]
             if t + 1 == max_new_tokens:
                 break
             if compiled:
                 at = columns[P + t, None]
-                logits = compiled(policy, ids[:, t, None], valid, cache, at=at)[:, -1]
+                logits = compiled(policy, ids[rows, t, None], valid, cache, at=at)[:, -1]
             else:
-                logits = forward(policy, ids[rows, t, None], valid[rows, : P + t + 1], cache)[:, -1]
+                logits = forward(policy, ids[rows, t, None], valid[:, : P + t + 1], cache)[:, -1]
+    add_up(ids, mask, logprobs, ended := finished.int())
     logprobs, C = torch.where(mask.bool(), logprobs, 0), int(mask.sum(1).max())
-    return Batch(prompts, owner, ids[:, :C], mask[:, :C], logprobs[:, :C], finished)
+    return Batch(prompts, owner, ids[:, :C], mask[:, :C], logprobs[:, :C], ended.bool())
 
 
 def to_texts(tokenizer, batch):
@@ -283,7 +288,7 @@ def to_texts(tokenizer, batch):
 
 
 def micro_batches(batch, rows, size, advantages=None):
-    """Split the rows of a mini-batch into parts of `size`, each to be forwarded at once.
+    """Split this process's rows of a mini-batch into parts of `size`, each forwarded at once.
 
     The completions of a prompt stay together, and prompts with short ones come first. Rows where
     `advantages`, (N,) or (N, C), are 0 are left out: for losses that are a product with them.
@@ -296,5 +301,7 @@ def micro_batches(batch, rows, size, advantages=None):
         forwarded = advantages[rows].reshape(len(rows), -1).ne(0).any(1).cpu()
         forwarded[0] = True  # for AdamW: a gradient of 0 moves a parameter, none at all does not
         order = order[forwarded[order]]
-    for part in order.split(size):
+    places = owner[order].unique_consecutive(return_inverse=True)[1]  # prompts take turns
+    order = order[places % world() == rank()]
+    for part in order.split(size) if len(order) else ():
         yield rows[part].to(batch.mask.device)  # once, and not for each tensor that they index

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from plumbing.evaluation import batch_stats, evaluate, report
 from plumbing.flags import fail
+from plumbing.parallel import from_first, gather, rank, same_everywhere, world
 from plumbing.rollout import compile_decoding, use_bf16
 
 
@@ -33,7 +34,8 @@ class Run:
         self.trained, self.first = dict(policy=policy, **trained), 0
         self.before, self.kept = None, {}
         checksum = checksum_of(policy, problems)
-        self.folder = self.find(cfg.resume, checksum) if cfg.resume else self.make(cfg.out_dir)
+        self.folder = self.find(cfg.resume, checksum) if cfg.resume else from_first(
+            self.make, cfg.out_dir)
         flags = {field.name: getattr(cfg, field.name) for field in fields(cfg) if field.init}
         config = dict(flags, script=name, out_dir=None, resume=None, checksum=checksum)
         self.replace("config.json", lambda path: path.write_text(json.dumps(config, indent=1)))
@@ -77,7 +79,7 @@ class Run:
                 for key, thing in self.trained.items():
                     thing.load_state_dict(state[key])
                 self.first, self.before, self.kept = (state[k] for k in ("step", "before", "kept"))
-            for path in folder.glob("*.jsonl"):  # what was logged after it will be logged again
+            for path in folder.glob("*.jsonl") if rank() == 0 else ():  # what is made again goes
                 rows = path.read_text(errors="replace").splitlines(keepends=True)
                 rows = [row for row in rows if row.startswith("{") and row.endswith("}\n")]
                 rows = [row for row in rows if json.loads(row)["step"] <= self.first]
@@ -90,7 +92,8 @@ class Run:
 
     def steps(self):
         """Count the steps, from the one after the checkpoint."""
-        with tqdm(total=self.cfg.steps, initial=self.first, dynamic_ncols=True) as self.bar:
+        with tqdm(total=self.cfg.steps, initial=self.first, dynamic_ncols=True,
+                  disable=rank() > 0) as self.bar:
             for step in range(self.first, self.cfg.steps):
                 self.sums, self.minibatches, self.begun = Counter(), 0, time.perf_counter()
                 yield step
@@ -101,8 +104,8 @@ class Run:
         for key, value in parts.items():
             self.sums[key] += value.detach() if torch.is_tensor(value) else value
 
-    def end_minibatch(self, **scalars):
-        self.count(**scalars)
+    def end_minibatch(self, **scalars):  # numbers that all processes have
+        self.count(**{key: value / world() for key, value in scalars.items()})
         self.minibatches += 1
 
     def log(self, step, problems=None, texts=None, scores=None, kl=None, batch=None, **metrics):
@@ -113,7 +116,11 @@ class Run:
         cfg, done = self.cfg, step + 1
         if scores is not None:
             metrics = batch_stats(scores, kl, batch, cfg.group_size) | metrics
-        metrics.update({key: value / max(1, self.minibatches) for key, value in self.sums.items()})
+        parts = {key: float(value / max(1, self.minibatches)) for key, value in self.sums.items()}
+        totals = Counter()
+        for part in gather(parts):  # of each process
+            totals.update(part)
+        metrics.update(totals)
         if "optimizer" in self.trained:
             metrics["lr"] = self.trained["optimizer"].param_groups[0]["lr"]
         metrics["loss"] = metrics.pop("loss", 0.0)  # last: everyone looks at it; it says little
@@ -144,7 +151,10 @@ class Run:
             self.write("validation.jsonl", done, **results)
             means = [f"{key} {value[0]:.3f}" for key, value in results.items() if key != "n"]
             self.bar.write(f"step {done}: validation, n = {results['n']}: {', '.join(means)}")
-        if done % cfg.save_every == 0 or done == cfg.steps:
+        saves = done % cfg.save_every == 0 or done == cfg.steps
+        if (saves or step == self.first) and not same_everywhere(self.policy):
+            fail(f"step {done}: the processes have come to different weights; start anew", code=1)
+        if saves:
             if not all(weights.isfinite().all() for weights in self.policy.parameters()):
                 fail(f"step {done} made weights nan or infinite; take a smaller --lr", code=1)
             state = {key: thing.state_dict() for key, thing in self.trained.items()}
@@ -152,11 +162,15 @@ class Run:
             self.replace("checkpoint.pt", lambda path: torch.save(state, path))
 
     def write(self, name, step, **fields):
+        if rank():
+            return
         with open(self.folder / name, "a") as file:
             file.write(json.dumps({"step": step, **fields}, default=str) + "\n")
 
     def replace(self, name, write):
         """Write a neighbour, then rename it: whenever killed, what was there is kept."""
+        if rank():
+            return
         path = (self.folder / name).resolve()  # what a link points to
         new = path.with_name(f"{path.name}.new")
         try:

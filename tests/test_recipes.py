@@ -51,9 +51,7 @@ def test_a_recipe_is_fresh_and_small_and_says_what_it_is(name):
     run = f"{script}_{name}" if name in LOGGERS | {"lora"} else name  # wandb.py would hide wandb
     assert f'Run(cfg, "{run}"' in new and f"python {run}.py" in new
     assert all(len(line) <= 100 for line in (text + new).splitlines())
-    assert ("arXiv" in text or "note on DPO" in text or "entropy" in text.lower()
-            or name in LOGGERS | {"sequence_ratio", "truncated_is"})
-    assert "TRL" in text and "What to expect" in text
+    assert len(text.split()) > 40 and "TRL" in text and "What to expect" in text
     table = (ROOT / "docs" / "recipes.md").read_text()
     assert f"| [{name}](../recipes/{name}.diff) | {script}.py |" in table
 

