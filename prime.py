@@ -125,7 +125,9 @@ def prm_stats(q, scores, step_rewards=(), step_ends=()):
             lowest = sums[ends].diff(prepend=sums.new_zeros(1)).argmin()
             found.append(float(lowest == right.index(0)))
             chance.append(1 / len(right))
-    n, stats = len(found), dict(prm_accuracy=((q.sum(dim=1) > 0) == (scores > 0.5)).float().mean())
+    right = ((q.sum(dim=1) > 0) == (scores > 0.5)).float()
+    right = torch.where(q.sum(dim=1).abs() < 1e-5, 0.5, right)  # q is 0 up to rounding
+    n, stats = len(found), dict(prm_accuracy=right.mean())
     if found:
         stats.update(wrong_answers=n, step_found=sum(found) / n, step_chance=sum(chance) / n)
     return stats
