@@ -204,6 +204,12 @@ def test_weights_that_differ_end_the_run(model):
     assert "step 1: the processes have come to different weights" in screens[0]
 
 
+def test_the_bench_takes_turns():
+    screens = run("-m", "tools.bench_processes", "--rounds", 1, "--prompts", 3, "--new_tokens", 4)
+    one, two = screens[0].splitlines()[-2:]
+    assert one.startswith("| 1 |") and two.startswith("| 2 |") and not screens[1]
+
+
 def torchrun(*arguments, **settings):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                *map(str, arguments)]
