@@ -134,7 +134,7 @@ def conjugate_gradient(matvec, b, iterations=10, tolerance=1e-10):
 @torch.no_grad()
 def measure_step(policy, old_policy, batch, advantages, share, cfg):
     """For the line search and the log, on the whole batch: the KL of a step, and the gain in L."""
-    everything, sums = torch.arange(len(advantages)), torch.zeros(2).to(share)
+    everything, sums = torch.arange(len(advantages)), share.new_zeros(2)
     for rows in micro_batches(batch, everything, cfg.micro_batch_size):
         old_logits, logits = (token_logits(model, batch, rows, cfg.temperature)
                               for model in (old_policy, policy))
@@ -180,7 +180,7 @@ def train(cfg):
         advantages = reinforce_pp_advantages(normalized, kl, mask, cfg.kl_coef)
 
         # 4. Update, once for the whole batch. share (N, C) is the weight of each token.
-        everything, gradient = torch.arange(len(scores)), torch.zeros(sum(sizes)).to(mask)
+        everything, gradient = torch.arange(len(scores)), mask.new_zeros(sum(sizes))
         share = mask / mask.sum()
         for rows in micro_batches(batch, everything, cfg.micro_batch_size):
             logits = token_logits(policy, batch, rows, cfg.temperature)  # divided by temperature
