@@ -83,9 +83,10 @@ def check(cfg, min_group=1):
             fail(f"--{key} {value}: it must be at most {AT_MOST[key]}")
     if getattr(cfg, "group_size", min_group) < min_group:
         fail(f"--group_size {cfg.group_size}: it must be at least {min_group}, to compare answers")
-    cfg.device = begin(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    cfg.device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(1, dtype=torch.float64, device=cfg.device)  # the sampler needs fp64: no mps
+        cfg.device = begin(cfg.device)
     except (RuntimeError, AssertionError, TypeError) as error:  # no such device; no CUDA; mps
         fail(f"--device {cfg.device}: {str(error).splitlines()[0]}; choose cpu or cuda")
     cfg.model = cfg.model and absolute(cfg.model)

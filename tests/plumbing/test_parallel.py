@@ -181,6 +181,7 @@ def test_lora_on_two_processes(model):
 
 
 @pytest.mark.parametrize("flags, words, code", [
+    *[(["--device", "cuda"], "--device cuda", 2)] * (not torch.cuda.is_available()),
     (["--steps", "-1"], "--steps -1", 2), (["--temp", 1], "--temp", 2),
     (["--reward", "r.py:broken"], "no more", 2), (["--lr", "1e30"], "smaller --lr", 1)])
 def test_what_fails_is_said_once(model, flags, words, code):
