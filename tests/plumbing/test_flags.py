@@ -88,11 +88,6 @@ def test_check_gives_a_copy_with_a_device_and_whole_paths(tmp_path, monkeypatch)
     assert check(config(grpo, data="words")).data == "words"
 
 
-def test_torchrun_is_refused_as_long_as_two_processes_would_make_two_runs(monkeypatch, capsys):
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
-    assert "torchrun" in refusal(capsys, config(grpo))
-
-
 def test_rewards_are_split_at_commas_that_are_not_in_a_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
