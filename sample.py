@@ -3,10 +3,10 @@
     python sample.py "8+9-5=" "6-2+0-3="                        the toy's policy
     python sample.py --model runs/reinforce_pp --n 4 "8+9-5="   a trained model, four answers
     python sample.py --compare runs/reinforce_pp "8+9-5="       before and after, side by side"""
-import argparse
 import itertools
 import sys
 import textwrap
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 
 import torch
 
@@ -44,12 +44,11 @@ def show(*texts, width=100):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("prompts", nargs="*", help="if there is none: lines of standard input")
     parser.add_argument("--model", help="folder, run or hub name; None: the toy's policy")
     parser.add_argument("--compare", help="another model, whose answers stand beside")
-    parser.add_argument("--reward", help="as in the scripts: shows the score of each answer")
+    parser.add_argument("--reward", help="one that needs no column of the data: shows the scores")
     parser.add_argument("--n", type=int, default=1, help="answers to each prompt")
     parser.add_argument("--temperature", type=float, default=1.0, help="0: the likeliest tokens")
     parser.add_argument("--max_new_tokens", type=int, default=64, help="longest answer")
@@ -60,6 +59,7 @@ def main():
     names = [args.model, args.compare] if args.compare else [args.model]
     models = [load_policy(name, "cuda" if torch.cuda.is_available() else "cpu") for name in names]
     prompts = args.prompts or sys.stdin.read().splitlines() or fail("there is no prompt")
+    show(*[str(name or "the toy's policy") for name in names])
     for prompt, *each in zip(prompts, *(answer(*model, prompts, args) for model in models)):
         print(prompt)
         for texts in zip(*each):

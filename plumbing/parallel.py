@@ -2,12 +2,12 @@
 One run on several processes: torchrun --standalone --nproc_per_node 8 grpo.py --model ...
 
 The passes are split, and the mathematics is repeated. Every process holds the whole batch, so each
-computes scores, advantages, shares and the log for itself, the same as the others. Split are
+computes advantages, shares and the log for itself, the same as the others. Split are
 sampling (each process answers every WORLD-th prompt), passes without gradient, and the rows of a
 mini-batch. `share` sums to 1 over all processes together, so gradients only have to be added up.
 
-Files and the screen belong to process 0. So do rewards, which may call a server or draw numbers.
-Without torchrun, the functions here do nothing.
+Files and the screen belong to process 0. It also calls the rewards, which may draw numbers or ask a
+server, and hands the scores on. Without torchrun, there is one process, and nothing is sent.
 """
 import atexit
 import os

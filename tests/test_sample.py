@@ -1,5 +1,6 @@
 """sample.py: the answers are those that the training would sample, side by side, with scores."""
 import io
+import itertools
 import sys
 
 import pytest
@@ -20,7 +21,10 @@ def ask(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, words)])
         monkeypatch.setattr(sys, "stdin", io.StringIO(given))
         sample.main()
-        return capsys.readouterr().out.splitlines()
+        lines = capsys.readouterr().out.splitlines()
+        names = list(itertools.takewhile(lambda line: line.startswith("  "), lines))
+        assert names
+        return lines[len(names) :]
     return ask
 
 
