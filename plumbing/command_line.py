@@ -41,8 +41,8 @@ def main(config_class, toy_defaults, train):
     except OSError as error:  # a full disk, a screen that was closed
         fail(error, code=1)
     except RuntimeError as error:
-        if "closed by peer" in str(error) or "remote process exited" in str(error):
-            fail("another process has ended", code=1)  # it says why
+        if "gloo/transport" in str(error) or "NCCL" in str(error):
+            fail(f"another process has ended, or is not reached: {str(error)[:200]}", code=1)
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
         fail(f"out of memory: halve --micro_batch_size {cfg.micro_batch_size}, which changes no "
