@@ -1,4 +1,5 @@
 """What the tests of the equations share: reference values, a batch with padding, comparisons."""
+import importlib
 import json
 import warnings
 from pathlib import Path
@@ -104,16 +105,18 @@ def trl_step(folder, name, move=True, **settings):
     rows = [dict(prompt=prompt) for prompt in prompts for _ in range(K)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # TRL calls the cache by its old name
-        config = getattr(trl, f"{name}Config")(
+        home = trl if hasattr(trl, f"{name}Config") else importlib.import_module(
+            f"trl.experimental.{name.lower()}")
+        config = getattr(home, f"{name}Config")(
             output_dir=str(folder / "trl"), per_device_train_batch_size=len(rows),
             num_iterations=2, disable_dropout=True, use_cpu=True, bf16=False, report_to="none",
             gradient_checkpointing=False, **{**TRL, "epsilon": 0.2, **settings})
-        trainer = getattr(trl, f"{name}Trainer")(
+        trainer = getattr(home, f"{name}Trainer")(
             model=reference, reward_funcs=trl_reward, args=config, processing_class=tokenizer,
             train_dataset=datasets.Dataset.from_list(rows))
         trainer.model.train().load_state_dict(policy.state_dict())
         trainer._generate_single_turn = lambda *args: \
-            (completions, None) if name == "GRPO" else completions
+            completions if name == "RLOO" else (completions, None)
         trainer.current_gradient_accumulation_steps = 1
         theirs = trainer._generate_and_score_completions(rows)
         for model in (trainer.model, policy) if move else ():

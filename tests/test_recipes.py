@@ -346,6 +346,7 @@ TRL_CASES = {  # what TRL 1.16 is told, what the recipe's loss is told, the shar
     "cispo": (dict(loss_type="cispo", epsilon_high=1.05, beta=0.0), (1.05, 0), "tokens"),
     "gspo": (dict(loss_type="grpo", importance_sampling_level="sequence", epsilon=3e-4,
                   epsilon_high=4e-4, beta=0.0), (3e-4, 4e-4, 0), "rows"),
+    "gmpo": (dict(epsilon=.02, beta=0.0), (.02, 0), "rows"),
     "sapo": (dict(loss_type="sapo", beta=0.0), ((T(1.0).float(), T(1.05).float()), 0), "rows"),
     "kl_with_ratio": (dict(loss_type="grpo"), (.2, .1), "rows")}
 
@@ -353,7 +354,8 @@ TRL_CASES = {  # what TRL 1.16 is told, what the recipe's loss is told, the shar
 @pytest.mark.parametrize("name", TRL_CASES)
 def test_trl_has_the_same_gradient(name, tmp_path):
     settings, ours, kind = TRL_CASES[name]
-    theirs, gradient, policy, batch, ref_logprobs, scores = trl_step(tmp_path, "GRPO", **settings)
+    trainer = "GMPO" if name == "gmpo" else "GRPO"
+    theirs, gradient, policy, batch, ref_logprobs, scores = trl_step(tmp_path, trainer, **settings)
     A, mask = patched(name).group_advantages(scores, TRL["num_generations"]), batch.mask
     torch.testing.assert_close(A, theirs["advantages"], rtol=1e-5, atol=1e-5)
     logprobs = token_logprobs(policy, batch, torch.arange(len(A)), TRL["temperature"])
@@ -460,6 +462,17 @@ def test_trl_has_the_same_preference_gradient(name, loss_type, more, tokenizer, 
     losses.mean().backward()
     assert losses.mean().item() == pytest.approx(loss, rel=1e-5)
     same_gradient(policy, gradient)
+
+
+def test_trl_has_the_same_loss_of_simpo():
+    """Its CPOTrainer's, of the same mean log-probs."""
+    cpo = pytest.importorskip("trl.experimental.cpo", reason="requirements-dev.txt")
+    chosen, rejected = -torch.rand(2, 9, generator=torch.Generator().manual_seed(0)).double() * 3
+    settings = types.SimpleNamespace(
+        alpha=0.0, loss_type="simpo", simpo_gamma=0.8, beta=2.5, label_smoothing=0.0,
+        accelerator=types.SimpleNamespace(device="cpu"))
+    theirs, *_ = cpo.CPOTrainer.cpo_loss(settings, chosen, rejected)
+    same(patched("simpo").simpo_loss(chosen, rejected, 2.5, 0.8), theirs)
 
 
 def test_ktos_z0_is_the_kl_of_answers_to_other_prompts(tmp_path, monkeypatch):
