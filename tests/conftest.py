@@ -27,6 +27,10 @@ import transformers  # noqa: E402
 from plumbing import data, model, toy  # noqa: E402
 from plumbing.toy_model import make_tokenizer  # noqa: E402
 
+RECIPES = [path.stem for path in (ROOT / "recipes").glob("*.diff")]
+SCRIPTS = [path.stem for path in sorted(ROOT.glob("*.py"))  # but for copies by tools.recipe
+           if path.stem not in ("common", "sample", *RECIPES)
+           and not path.stem.endswith(tuple(f"_{name}" for name in RECIPES))]
 PLAIN = dict(vocab_size=18, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
 ROPE = dict(**PLAIN, intermediate_size=64, num_key_value_heads=2)
 CONFIGS = {  # windows of 4 are shorter than every test sequence; dropout is on where there is one

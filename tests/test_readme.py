@@ -9,12 +9,11 @@ import sys
 
 import pytest
 import warm
-from conftest import ROOT, TEMPLATE, save_folder
+from conftest import ROOT, SCRIPTS, TEMPLATE, save_folder
 
 PAGES = {path.stem: path for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md",
                                       *sorted((ROOT / "docs").glob("*.md")))}
 TEXT = {name: path.read_text() for name, path in PAGES.items()}
-SCRIPTS = [path.stem for path in sorted(ROOT.glob("*.py")) if path.stem not in ("common", "sample")]
 BLOCKS = re.findall(r"```python\n(.*?)```", "".join(TEXT.values()), re.S)
 each_page = pytest.mark.parametrize("name", PAGES)
 

@@ -68,8 +68,10 @@ def test_the_copy_is_written_beside_the_scripts_and_shown(tmp_path, monkeypatch,
         assert f'Run(cfg, "{name}"' in (tmp_path / file).read_text()
         shown = capsys.readouterr().out
         assert f'+    run = Run(cfg, "{name}"' in shown and f"wrote {tmp_path / file}" in shown
+    with open(tmp_path / "gspo.py", "a") as copy_of_mine:
+        copy_of_mine.write("# mine\n")
     for words, word in ((["nothing"], "gspo"), (["lora", "none"], "none.py"),
-                        (["lora", "raft"], "raft.py")):
+                        (["lora", "raft"], "raft.py"), (["gspo"], "move it away")):
         monkeypatch.setattr(sys, "argv", ["recipe.py", *words])
         with pytest.raises(SystemExit) as stop:
             recipe.main()

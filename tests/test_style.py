@@ -7,11 +7,11 @@ import sys
 from dataclasses import fields
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, SCRIPTS
 
 FILES = {str(path.relative_to(ROOT).with_suffix("")).replace("/", "."): path
-         for folder in (".", "plumbing", "tools") for path in sorted((ROOT / folder).glob("*.py"))}
-SCRIPTS = [name for name in FILES if "." not in name and name not in ("common", "sample")]
+         for folder in (".", "plumbing", "tools") for path in sorted((ROOT / folder).glob("*.py"))
+         if folder != "." or path.stem in ("common", "sample", *SCRIPTS)}
 LONGEST = {"trpo": 80, "rloo": 55, "grpo": 61, "ppo": 71}  # lines of train(), where it is not 70
 each_file = pytest.mark.parametrize("name", FILES)
 

@@ -102,6 +102,8 @@ def main():
     if changed is None:
         fail(f"recipes/{args.name}.diff does not fit {other}.py; change it by hand")
     path = ROOT / f"{NAME.search(changed)[2]}.py"
+    if path.exists() and path.read_text() != changed:
+        fail(f"{path}: it is there, and has been changed; move it away")
     path.write_text(changed)
     print(text + (shown if other == script else difference(
         (ROOT / f"{other}.py").read_text(), changed, other)))
