@@ -121,8 +121,8 @@ def train(cfg):
                                       generator):
             optimizer.zero_grad()
             share = mask / mask[minibatch].sum()  # a mean over the tokens of the mini-batch
-            for rows in micro_batches(batch, minibatch, cfg.micro_batch_size,
-                                      advantages):  # skips rows where all A are 0
+            # micro_batches() skips rows where all A are 0: they have no gradient.
+            for rows in micro_batches(batch, minibatch, cfg.micro_batch_size, advantages):
                 logprobs = token_logprobs(policy, batch, rows, cfg.temperature)  # (n, C)
                 losses, is_clipped = ppo_clip_loss(logprobs, old_logprobs[rows], advantages[rows],
                                                    cfg.clip_eps)                 # (n, C) each

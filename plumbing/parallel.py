@@ -2,9 +2,9 @@
 One run on several processes: torchrun --standalone --nproc_per_node 8 grpo.py --model ...
 
 The passes are split, and the mathematics is repeated. Every process holds the whole batch, so each
-computes advantages, shares and the log for itself, the same as the others. Split are
-sampling (each process answers every WORLD-th prompt), passes without gradient, and the rows of a
-mini-batch. `share` sums to 1 over all processes together, so gradients only have to be added up.
+computes advantages, shares and the log for itself, the same as the others. Three things are split:
+sampling, where each process answers every WORLD-th prompt; passes without gradient; and the rows of
+a mini-batch. `share` sums to 1 over all processes together, so gradients only have to be added up.
 
 Files and the screen belong to process 0. It also calls the rewards, which may draw numbers or ask a
 server, and hands the scores on. Without torchrun, there is one process, and nothing is sent.
@@ -12,7 +12,6 @@ server, and hands the scores on. Without torchrun, there is one process, and not
 import atexit
 import os
 import sys
-import zlib
 
 import torch
 
@@ -74,11 +73,3 @@ def gather(value):
     if world() > 1:
         torch.distributed.all_gather_object(found, value)
     return found
-
-
-def same_everywhere(network):
-    """Whether all processes have the same weights, to the last bit."""
-    checksum = 0
-    for weights in network.parameters() if world() > 1 else ():
-        checksum = zlib.crc32(weights.detach().cpu().numpy().tobytes(), checksum)
-    return len(set(gather(checksum))) == 1

@@ -230,8 +230,8 @@ def sample(policy, tokenizer, prompts, group_size, max_new_tokens, temperature, 
     mask, logprobs = torch.zeros(ids.shape, device=device), torch.zeros(ids.shape, device=device)
     finished = torch.zeros(len(owner), dtype=torch.bool, device=device)
     ours = prompts[rank() :: world()]  # the prompts that this process answers
-    rows = torch.arange(len(owner), device=device).view(-1, group_size)  # of each prompt; then
-    rows = rows[rank() :: world()].flatten()  # the completions that are still forwarded here
+    # The rows of their completions, as long as these are still forwarded.
+    rows = torch.arange(len(owner), device=device).view(-1, group_size)[rank() :: world()].flatten()
     if temperature > 0:
         uniform = torch.rand(ids.shape, dtype=torch.float64, generator=generator).to(device)
     compiled = getattr(policy, "compiled_forward", None)

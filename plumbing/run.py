@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from plumbing.evaluation import batch_stats, evaluate, report
 from plumbing.flags import fail
-from plumbing.parallel import from_first, gather, rank, same_everywhere, world
+from plumbing.parallel import from_first, gather, rank, world
 from plumbing.rollout import compile_decoding, use_bf16
 
 
@@ -80,10 +80,8 @@ class Run:
                     thing.load_state_dict(state[key])
                 self.first, self.before, self.kept = (state[k] for k in ("step", "before", "kept"))
             for path in folder.glob("*.jsonl") if rank() == 0 else ():  # what is made again goes
-                rows = path.read_text(errors="replace").splitlines(keepends=True)
-                rows = [row for row in rows if row.startswith("{") and row.endswith("}\n")]
-                rows = [row for row in rows if json.loads(row)["step"] <= self.first]
-                path.write_text("".join(rows))
+                rows = [row for row in read_log(path) if row["step"] <= self.first]
+                path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         except Exception as error:  # of json, of zip, of pickle, of other shapes, ...
             fail(f"--resume {folder}: {error!r:.300}; start anew")
         if self.cfg.steps and self.first > self.cfg.steps:
@@ -152,8 +150,9 @@ class Run:
             means = [f"{key} {value[0]:.3f}" for key, value in results.items() if key != "n"]
             self.bar.write(f"step {done}: validation, n = {results['n']}: {', '.join(means)}")
         saves = done % cfg.save_every == 0 or done == cfg.steps
-        if (saves or step == self.first) and not same_everywhere(self.policy):
-            fail(f"step {done}: the processes have come to different weights; start anew", code=1)
+        if world() > 1 and (saves or step == self.first):
+            if len(set(gather(checksum_of(self.policy)))) > 1:
+                fail(f"step {done}: the processes have come to different weights; start anew", 1)
         if saves:
             if not all(weights.isfinite().all() for weights in self.policy.parameters()):
                 fail(f"step {done} made weights nan or infinite; take a smaller --lr", code=1)
@@ -189,7 +188,7 @@ class Run:
         Run.unfinished = None
 
 
-def checksum_of(policy, problems):
+def checksum_of(policy, problems=()):
     """Of the prompts and the weights that a run begins with: it is not resumed with others."""
     checksum = 0
     for row in sum(problems, []):
@@ -197,3 +196,9 @@ def checksum_of(policy, problems):
     for weights in policy.parameters():
         checksum = zlib.crc32(weights.detach().cpu().numpy().tobytes(), checksum)
     return checksum
+
+
+def read_log(path):
+    """The rows of a run's .jsonl file, without lines that a crash has torn."""
+    lines = Path(path).read_text(errors="replace").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}\n")]

@@ -15,6 +15,7 @@ by the share of right answers, seed by seed: a paired t interval over the seeds.
 """
 import argparse
 import contextlib
+import functools
 import importlib
 import itertools
 import json
@@ -85,6 +86,7 @@ def draw(script, folder):
     return torch.tensor(found["exact"]).view(-1, DRAWS).int().tolist()
 
 
+@functools.cache
 def t_quantile(level, degrees):
     """The t within which Student's distribution of so many degrees of freedom lies with P = level.
 
@@ -147,15 +149,16 @@ def main():
                         help="one run of each script for each")
     parser.add_argument("--scripts", nargs="+", default=SCRIPTS, metavar="NAME",
                         help="of scripts, or of copies by tools.recipe; without .py")
-    parser.add_argument("--data", default="toy", help="as in the scripts; answers are numbers")
+    parser.add_argument("--data", help="as in the scripts; its answers must be numbers")
     args, flags = parser.parse_known_args()
     args.seeds, args.scripts = (list(dict.fromkeys(given)) for given in (args.seeds, args.scripts))
     if len(args.seeds) < 2:
         fail("--seeds: name two or more, because the intervals come from how much they differ")
-    rows = sum(read(args.data, 8).values(), [])
-    if any(read_number(row.get("answer")) is None for row in rows):
-        fail(f"--data {args.data}: not all rows have an answer that is a number, to compare by")
-    flags = [*flags, "--data", args.data] if args.data != "toy" else flags
+    if args.data:
+        flags += ["--data", args.data]
+        rows = sum(read(args.data, 8).values(), [])
+        if any(read_number(row.get("answer")) is None for row in rows):
+            fail(f"--data {args.data}: not all rows have an answer that is a number, to compare by")
     for script in args.scripts:  # not after twenty minutes
         if not (Path(__file__).parents[1] / f"{script}.py").exists():
             fail(f"--scripts {script}: there is no {script}.py; python -m tools.recipe may make it")

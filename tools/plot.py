@@ -5,11 +5,11 @@ matplotlib.
     python -m tools.plot runs/ppo runs/grpo --keys score length kl --out curves.svg
 """
 import argparse
-import json
 import os
 from pathlib import Path
 
 from plumbing.flags import fail
+from plumbing.run import read_log
 
 
 def read(folder):
@@ -17,8 +17,7 @@ def read(folder):
     path = Path(folder, "metrics.jsonl")
     if not path.exists():
         fail(f"{path}: there is no such file; name folders of runs")
-    return [json.loads(line) for line in path.read_text(errors="replace").splitlines(True)
-            if line.startswith("{") and line.endswith("}\n")]
+    return read_log(path)
 
 
 def main():
