@@ -28,6 +28,9 @@ weights with the policy. It has its own learning rate, and costs as much again a
 memory and in the time of an update. Clipping the values is not in the paper, but in its authors'
 code.
 
+By default, a step samples 256 completions, one for each prompt, and makes 2 updates, or 4 on the
+toy. The reward last_number gives 0 to a completion that is cut off.
+
 Compared with reinforce_pp.py:
   - the critic is the baseline, instead of the mean return of the batch;
   - lam sets how far ahead A_t looks;

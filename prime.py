@@ -16,8 +16,8 @@ difference of the two log-probs.
     loss = -mean_t min(ratio_t A_t, clip(ratio_t, 1 - eps, 1 + eps) A_t)     over the mini-batch
 
 In A_t, q is that of prm before its updates in this step, so it is 0 in the first step. The terms
-q_u - mean of Q_j are summed, not averaged: where they are mostly negative, a longer completion gets
-a lower A, which favours shorter ones.
+q_u - mean of Q_j are summed, not averaged, so a longer completion has more of them: its A is lower
+where they are mostly negative, and higher where they are mostly positive.
 
 Only the sum of q is trained, but a single q_t has a meaning too (arXiv 2412.01981):
 
@@ -31,6 +31,9 @@ the change that token t made in this soft mean.
 A_t is eq. 5 of the paper, except that Q_j is a mean: eq. 5 subtracts the sum of the q of another
 completion, while the paper's text and the authors' code take the mean. docs/sources.md lists what
 else their code does in another way.
+
+By default, a step samples 256 completions, 4 for each prompt, and makes 2 updates, or 4 on the toy.
+The reward last_number gives 0 to a completion that is cut off.
 
 Compared with rloo.py:
   - every token has a reward of its own, from prm, in addition to the score;

@@ -10,6 +10,9 @@ A prompt whose K scores are all equal has no best completion and is left out; fr
 log is the fraction of such prompts. (The paper keeps one of the K.) --minibatch_size counts all K
 completions, so an update is made on minibatch_size / K of them at most.
 
+By default, a step samples 256 completions, 4 for each prompt, and makes 2 updates, or 4 on the toy.
+The reward last_number gives 0 to a completion that is cut off.
+
 Compared with sft.py:
   - the policy writes the demonstrations itself, and a reward chooses them.
 Compared with rloo.py:

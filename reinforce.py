@@ -8,24 +8,40 @@ the KL penalty keeps pi near it.
     A_i  = score_i - kl_coef * sum_t kl_t - b                 advantage of completion i; b: baseline
     loss = -mean_i A_i * sum_t log pi(y_t | x, y_<t)          mean over the completions of the batch
 
-No gradient flows through A_i. On average, minus the gradient of this loss is the gradient of
+Why this loss? The training shall raise the expected score of a prompt's completions y. Nobody can
+differentiate a score, but its expectation depends on the weights through pi, which has a gradient:
+
+    E[score]      = sum_y pi(y) score(y)                      over all possible completions
+    grad E[score] = sum_y score(y) grad pi(y)
+                  = sum_y pi(y) score(y) grad log pi(y)       because grad pi = pi * grad log pi
+                  = E[score(y) grad log pi(y)]
+
+The last line is an expectation under pi. So the mean over completions that pi has sampled estimates
+it without bias. This is the policy gradient. The probability of a completion is the product of
+those of its tokens, so log pi(y) = sum_t log pi(y_t | x, y_<t). With score - kl_coef * sum_t kl_t
+in the place of the score, the same lines give the gradient of
 
     J    = E[score] - kl_coef * KL(pi || pi_ref)              mean over prompts and completions
 
-A b that does not depend on the batch does not change this average, because
+The reward now depends on pi itself. But this adds no term, because the mean of grad log pi(y) is 0:
 
     E[b * grad log pi(y)] = b * sum_y pi(y) grad log pi(y) = b * grad sum_y pi(y) = b * grad 1 = 0
 
-But a good b makes the gradient less noisy. Here b starts at 0. Each step uses the old b for its A_i
-and then updates b, as --baseline says:
+For the same reason, no b that does not depend on y changes the expected gradient. But a good b
+makes it less noisy: without one, a score of 1 for each completion would push up all that happened
+to be sampled. No gradient flows through A_i. Here b starts at 0. Each step uses the old b for its
+A_i and then updates b, as --baseline says:
 
     ema             b = decay * b + (1 - decay) * mean score of the batch; in step 1, b = that mean
     running_mean    b = mean of all scores so far
 
-There is one update per batch, because the loss needs completions of the policy as it is now. After
-the update they are those of an older policy. reinforce_pp.py and ppo.py make several updates and
-correct for that in part, with a ratio for each token. This script makes one, with a larger learning
-rate.
+There is one update per batch, because the expectation is one under the policy as it is now. After
+the update the completions are those of an older policy. reinforce_pp.py and ppo.py make several
+updates and correct for that in part, with a ratio for each token. This script makes one, with a
+larger learning rate.
+
+By default, a step samples 256 completions, one for each prompt, and makes one update. The reward
+last_number gives 0 to a completion that is cut off.
 
     python reinforce.py                                      the toy, no network: half a minute
     python reinforce.py --model Qwen/Qwen2.5-0.5B-Instruct   a real model, on one CUDA GPU

@@ -13,6 +13,13 @@ the training; the KL keeps the policy near it.
     ratio_t = pi / pi_old                                     of token t
     loss = -mean_t min(ratio_t A_t, clip(ratio_t, 1 - eps, 1 + eps) A_t)     over the mini-batch
 
+Why a ratio, a clip and a min? After the first update, the completions are those of an older policy.
+For one token, E_old[ratio * f] = E[f], so the ratio corrects for this; the tokens before it remain
+those that pi_old chose. But a large ratio makes the estimate noisy. So a token gets no further push
+once its ratio has passed 1 + eps (if A_t > 0) or 1 - eps (if A_t < 0): there the clipped value is
+the smaller one, and it is constant. A ratio beyond the other limit has moved the wrong way, because
+of other tokens. There the min takes the value without the clip, whose gradient brings it back.
+
 The scores are normalised so that their size, compared with the KL, does not depend on the reward.
 The paper's first version does this; later ones take raw scores, here --reward_clip 0. The returns
 are normalised to subtract the baseline, which is their mean, and to fix the size of the advantages.
@@ -33,12 +40,14 @@ completions of each prompt, such as --group_size 4. --reward_clip and --gamma ar
     A_i  = (d_i - mean) / std                                 over all the batch's tokens
     loss = the loss above + kl_coef * mean_t k2_t             k2 = log(pi / pi_ref)^2 / 2
 
+By default, a step samples 256 completions, one for each prompt, and makes 2 updates, or 4 on the
+toy. The reward last_number gives 0 to a completion that is cut off.
+
 Compared with reinforce.py:
   - the return of a token has the KL of this token and the later ones, not of the whole completion;
   - the baseline is the mean return of this batch, not a mean of past scores;
   - scores and returns are divided by their std;
   - the ratio corrects for updates since the sampling, so several updates per batch are possible;
-    once it has passed 1 + eps (if A_t > 0) or 1 - eps (if A_t < 0), the min has no gradient;
   - the loss is a mean over tokens, not over completions.
 
     python reinforce_pp.py                                      the toy, no network: half a minute

@@ -29,6 +29,9 @@ The advantages are those of the library verl. In the authors' code, A_t has only
 the score is discounted, by 0.95 per token unless one says otherwise, and there is one update per
 batch, without a ratio. docs/sources.md lists all differences.
 
+By default, a step samples 128 completions, one for each prompt, and as many greedy ones, and makes
+2 updates, or 4 on the toy. The reward last_number gives 0 to a completion that is cut off.
+
 Compared with rloo.py:
   - the baseline is the score of the greedy completion, not the mean reward of other samples;
   - the return of a token has the KL of this token and the later ones, not of the whole completion.

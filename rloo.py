@@ -19,8 +19,15 @@ where y is the completion i. If R_i itself were in the mean, A would be (K - 1) 
 This proof leaves out two things: the mean over tokens divides by their number, which is random, and
 after the first update the ratio and the clip act.
 
-The formula of the paper has no ratio, because the paper makes one update per batch. For several
-updates, each token has its own ratio here, as in verl and OpenRLHF. In TRL each completion has one.
+After the first update, the completions are those of an older policy. The ratio corrects for this,
+token by token. A large ratio makes the estimate noisy, so the clip ends the push of a token once
+its ratio has passed 1 + eps (if A_i > 0) or 1 - eps (if A_i < 0). A ratio beyond the other limit
+has moved the wrong way; there the min takes the value without the clip, whose gradient brings it
+back. The paper makes one update per batch and has no ratio. Here each token has its own, as in verl
+and OpenRLHF. In TRL each completion has one.
+
+By default, a step samples 256 completions, 4 for each prompt, and makes 2 updates, or 4 on the toy.
+The reward last_number gives 0 to a completion that is cut off.
 
 Compared with reinforce_pp.py:
   - each prompt is answered K times, and the mean reward of the others is the baseline;

@@ -30,6 +30,9 @@ The price of the second derivatives: attention that is not fused; fp32 in all pa
 at most 11 products F v, 10 for x and one for `full`, each with two backward passes over a part of
 the batch; and 59 bytes of memory per parameter (docs/memory.md).
 
+By default, a step samples 256 completions, one for each prompt, or 512 on the toy, and makes one
+update. The reward last_number gives 0 to a completion that is cut off.
+
 Compared with reinforce_pp.py:
   - there is one update per batch, with no AdamW and no learning rate;
   - its length is limited by the KL to pi_old, not by a clip of the ratio.

@@ -80,7 +80,7 @@ class Run:
                     thing.load_state_dict(state[key])
                 self.first, self.before, self.kept = (state[k] for k in ("step", "before", "kept"))
             for path in folder.glob("*.jsonl") if rank() == 0 else ():  # what is made again goes
-                rows = [row for row in read_log(path) if row["step"] <= self.first]
+                rows = [row for row in read_log(path) if self.first and row["step"] <= self.first]
                 path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         except Exception as error:  # of json, of zip, of pickle, of other shapes, ...
             fail(f"--resume {folder}: {error!r:.300}; start anew")
@@ -92,6 +92,8 @@ class Run:
         """Count the steps, from the one after the checkpoint."""
         with tqdm(total=self.cfg.steps, initial=self.first, dynamic_ncols=True,
                   disable=rank() > 0) as self.bar:
+            if not self.first:
+                self.validate(0)
             for step in range(self.first, self.cfg.steps):
                 self.sums, self.minibatches, self.begun = Counter(), 0, time.perf_counter()
                 yield step
@@ -144,11 +146,7 @@ class Run:
             self.bar.write("warning: all scores are equal; is the task too hard?")
         if step == 0 and metrics.get("truncated", 0) > 0.5:
             self.bar.write("warning: most completions were cut off; raise --max_new_tokens")
-        if cfg.eval_every and done % cfg.eval_every == 0:
-            results = self.evaluate(self.validation)
-            self.write("validation.jsonl", done, **results)
-            means = [f"{key} {value[0]:.3f}" for key, value in results.items() if key != "n"]
-            self.bar.write(f"step {done}: validation, n = {results['n']}: {', '.join(means)}")
+        self.validate(done)
         saves = done % cfg.save_every == 0 or done == cfg.steps
         if world() > 1 and (saves or step == self.first):
             if len(set(gather(checksum_of(self.policy)))) > 1:
@@ -159,6 +157,15 @@ class Run:
             state = {key: thing.state_dict() for key, thing in self.trained.items()}
             state.update(step=done, before=self.before, kept=self.kept)
             self.replace("checkpoint.pt", lambda path: torch.save(state, path))
+
+    def validate(self, done):
+        """If it is due, look at the validation problems: after 0 steps, and each --eval_every."""
+        if not self.cfg.eval_every or done % self.cfg.eval_every:
+            return
+        results = self.evaluate(self.validation)
+        self.write("validation.jsonl", done, **results)
+        means = [f"{key} {value[0]:.3f}" for key, value in results.items() if key != "n"]
+        self.bar.write(f"step {done}: validation, n = {results['n']}: {', '.join(means)}")
 
     def write(self, name, step, **fields):
         if rank():

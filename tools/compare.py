@@ -10,11 +10,11 @@ runs start from the toy's policy, or from --model; a seed is the order of the pr
 sampling. ReMax spends half of its completions on greedy decoding. DPO and ORPO do not sample while
 they learn: their completions are those that their data was made of.
 
-The trained model of each run then answers each test problem DRAWS times. Two scripts are compared
-by the share of right answers, seed by seed: a paired t interval over the seeds.
+The trained model of each run then answers each test problem eight times (tools/table.py). Two
+scripts are compared by the share of right answers, seed by seed: a paired t interval over the
+seeds.
 """
 import argparse
-import contextlib
 import functools
 import importlib
 import itertools
@@ -29,17 +29,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from plumbing.data import load_problems, read
-from plumbing.evaluation import look
+from plumbing.data import read
 from plumbing.flags import fail
-from plumbing.model import load_policy
-from plumbing.rewards import last_number, read_number
-from plumbing.rollout import step_generator
+from plumbing.rewards import read_number
+from tools.table import solve
 
 SCRIPTS = ("reinforce", "reinforce_pp", "trpo", "ppo", "remax", "rloo", "grpo", "prime", "raft",
            "dpo", "orpo")
 PAIRS_OF = 1920 * 8  # completions that plumbing/toy_pairs/ is made of
-DRAWS = 8           # answers to each test problem
 
 
 def run(script, seed, flags):
@@ -53,9 +50,6 @@ def run(script, seed, flags):
         done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         if done.returncode:
             sys.exit(f"error: {script}.py failed: {done.stderr.strip()[-500:]}")
-    if not (folder / "solved.json").exists():
-        text = json.dumps(draw(script, folder))
-        (folder / "solved.json").write_text(text)
     test = json.loads((folder / "test.json").read_text())
     log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     cfg = json.loads((folder / "config.json").read_text())
@@ -63,27 +57,12 @@ def run(script, seed, flags):
         completions = len(log) * cfg["prompts_per_step"] * (cfg["group_size"] + (script == "remax"))
     else:
         completions = PAIRS_OF
+    solved = solve(folder, cfg["data"], cfg["eval_prompts"])["sampled"]
     measured = [row["kl"] for row in log[-5:]] if cfg.get("kl_coef") or script == "prime" else []
-    return dict(completions=completions, before=test["before"]["sampled"][0],
-                solved=json.loads((folder / "solved.json").read_text()),
+    return dict(completions=completions, before=test["before"]["sampled"][0], solved=solved,
                 greedy=test["after"]["greedy"][0], length=test["after"]["length"][0],
                 kl=sum(measured) / len(measured) if measured else None,
                 seconds=sum(row["time_step"] for row in log))
-
-
-def draw(script, folder):
-    """The run's model answers each test problem -> a list of DRAWS zeros and ones for each."""
-    saved = json.loads((folder / "config.json").read_text())
-    del saved["script"], saved["checksum"]
-    cfg = importlib.import_module(script).Config(**saved)
-    with contextlib.redirect_stdout(sys.stderr):  # the tables are all that goes to stdout
-        policy, tokenizer = load_policy(str(folder), cfg.device)
-        problems = load_problems(cfg, policy, tokenizer).test
-    found = look(policy, tokenizer, problems, cfg, {"exact": {"last_number": last_number}}, 1.0,
-                 step_generator(0, "compare"), DRAWS)
-    del policy
-    torch.cuda.empty_cache()  # for the next run, which is another process
-    return torch.tensor(found["exact"]).view(-1, DRAWS).int().tolist()
 
 
 @functools.cache

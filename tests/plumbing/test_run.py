@@ -214,10 +214,10 @@ def test_validation_is_looked_at_in_training_and_test_before_and_after(props, he
                               "eval_every": 1, "eval_prompts": 99, "out_dir": "looked",
                               "reward": f"{props}/judges.py:listed"}))
     judged = Counter(Path("prompts.txt").read_text().split())
-    assert {judged[prompt] for prompt in homes["validation"]} == {2 * 3}
+    assert {judged[prompt] for prompt in homes["validation"]} == {2 * 4}
     assert {judged[prompt] for prompt in homes["test"]} == {2 * 2}
     looks = rows("looked/validation.jsonl")
-    assert [(row["step"], row["n"]) for row in looks] == [(1, 16), (2, 16), (3, 16)]
+    assert [(row["step"], row["n"]) for row in looks] == [(step, 16) for step in range(4)]
 
 
 def test_the_first_step_warns_of_equal_scores_and_of_short_answers(folders, props, here, capsys):

@@ -37,7 +37,7 @@ def home(prompt):
 def test_problems_are_right_and_their_splits_never_overlap(kind):
     for split in ("train", "validation", "test"):
         rows = toy.problems(kind, split, 300)
-        assert rows == toy.problems(kind, split, 300) and len(rows) > 100  # always the same
+        assert rows == toy.problems(kind, split, 300) and len(rows) == 300  # always the same
         for row in rows:
             chain = re.sub("[^0-9+-]", "", row["prompt"])
             assert str(eval(chain)) == row["answer"] == re.findall("[0-9]+", row["completion"])[-1]
@@ -47,7 +47,6 @@ def test_problems_are_right_and_their_splits_never_overlap(kind):
             assert home(f"{chain}=") == split
         assert 0.35 < sum("=" in row["completion"] for row in rows) / len(rows) < 0.65
         assert split == "train" or len({row["prompt"] for row in rows}) == len(rows)
-    assert kind == "toy" or len(toy.problems(kind, "test", 700)) < 700  # there are no more
 
 
 def grade(prompt, text):

@@ -23,7 +23,8 @@ def here(tmp_path, monkeypatch):
 
 
 def test_lines_that_a_crash_has_torn_are_left_out():
-    assert plot.read(RUNS[0]) == [dict(step=1, score=0.5), dict(step=2, score=0.75)]
+    found = plot.read(RUNS[0], "metrics.jsonl")
+    assert found == [dict(step=1, score=0.5), dict(step=2, score=0.75)]
 
 
 def test_runs_of_the_same_last_name_are_told_apart(monkeypatch):
@@ -32,6 +33,21 @@ def test_runs_of_the_same_last_name_are_told_apart(monkeypatch):
     plot.main()
     picture = Path("out.svg").read_text()
     assert all(f"{run}</text>" in picture for run in RUNS) and ">score</text>" in picture
+
+
+def test_held_out_problems_with_their_intervals(monkeypatch):
+    Path(RUNS[0], "validation.jsonl").write_text(
+        '{"step": 0, "n": 4, "sampled": [0.5, 0.25, 0.75]}\n'
+        '{"step": 5, "n": 4, "sampled": [0.75, 0.5, 1.0]}\n')
+    drawn = []
+    for name in ("plot", "fill_between"):
+        monkeypatch.setattr(matplotlib.axes.Axes, name, lambda _, *xy, **more: drawn.append(xy))
+    monkeypatch.setattr(sys, "argv", ["plot.py", RUNS[0], "--validation", "--keys", "sampled"])
+    plot.main()
+    assert drawn == [([0, 5], (0.25, 0.5), (0.75, 1.0)), ([0, 5], (0.5, 0.75))]
+    monkeypatch.setattr(sys, "argv", ["plot.py", RUNS[1], "--validation", "--keys", "sampled"])
+    with pytest.raises(SystemExit):
+        plot.main()
 
 
 @pytest.mark.parametrize("words, word", [(["nowhere"], "nowhere"),
