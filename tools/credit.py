@@ -30,7 +30,7 @@ from plumbing.data import draw_problems, encode, load_problems
 from plumbing.model import load_policy
 from plumbing.offline import make_batch
 from plumbing.rewards import last_number, score
-from plumbing.rollout import all_logprobs, sample, step_generator, to_texts
+from plumbing.rollout import all_logprobs, sample, step_generator
 from prime import implicit_rewards, prime_advantages
 from raft import best_of_k
 from tools import gradients
@@ -40,13 +40,12 @@ K, PROMPT, COMPLETIONS = 4, "8+9-5=", ["8+9=17,17-5=12", "8+9=16,16-5=11", "12",
 WHITE, BLUE, RED = (255, 255, 255), (33, 102, 172), (200, 60, 30)  # apart for the colour-blind too
 
 
-def learn(script, steps, **flags):
-    """What a script's second network has learned while the policy stayed as it is -> its weights."""
+def learn(script, steps):
+    """What a second network has learned while the policy stayed as it was -> its weights."""
     name = "critic" if script is ppo else "prm"
     with tempfile.TemporaryDirectory() as folder:
-        cfg = script.Config(**script.TOY | dict(flags, lr=0.0, steps=steps, eval_prompts=1,
-                                                out_dir=f"{folder}/run"))
-        script.train(cfg)
+        script.train(script.Config(**script.TOY | dict(lr=0.0, steps=steps, eval_prompts=1,
+                                                       out_dir=f"{folder}/run")))
         state = torch.load(f"{folder}/run/checkpoint.pt", map_location="cpu", weights_only=True)
     return state[name]
 
@@ -88,7 +87,8 @@ def make_toy_batch(steps):
 def ppo_loss(lam):
     def loss(logprobs, b, K):
         shaped = token_rewards(b.scores, b.kl, b.mask, 0.0)
-        return clip_loss(logprobs, b, whiten(ppo.gae(shaped, b.values, b.mask, 1.0, lam)[0], b.mask))
+        advantages, _ = ppo.gae(shaped, b.values, b.mask, 1.0, lam)
+        return clip_loss(logprobs, b, whiten(advantages, b.mask))
     return loss
 
 
@@ -119,7 +119,7 @@ def all_pushes(b, q, process):
     def sft(logprobs, b, K):
         return -(logprobs * by_token(b)).sum()
     losses = {
-        "SFT, if all four were demonstrations": sft, "REINFORCE": gradients.reinforce,
+        "SFT on all four": sft, "REINFORCE": gradients.reinforce,
         "REINFORCE++": gradients.reinforce_pp,
         "REINFORCE++ --group_baseline": gradients.group_baseline,
         "PPO, lambda 1": ppo_loss(1.0), "PPO, lambda 0.95": ppo_loss(0.95),
@@ -178,7 +178,7 @@ def main():
     pushes = all_pushes(*make_toy_batch(args.steps))
     Path(args.out).write_text(draw(pushes))
     for name, rows in pushes.items():
-        print(f"{name:38s}" + "  ".join(" ".join(f"{100 * value / rows.abs().max().item():4.0f}"
+        print(f"{name:30s}" + "  ".join(" ".join(f"{100 * value / rows.abs().max().item():4.0f}"
               for value in row[: len(text) + 1]) for row, text in zip(rows.tolist(), COMPLETIONS)))
 
 

@@ -33,7 +33,8 @@ def code(script):
     source = (ROOT / f"{script}.py").read_text()
     hidden = set()
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
+        has_text = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+        if has_text and ast.get_docstring(node):
             node = node.body[0]
         elif not isinstance(node, (ast.Import, ast.ImportFrom)):
             continue
