@@ -518,3 +518,20 @@ def test_the_same_story_in_the_same_words(name):
     assert name in ("sft", "reinforce") or "Compared with " in text
     ours, theirs = (list(SCRIPTS[each].Config.__dataclass_fields__) for each in (name, "grpo"))
     assert [key for key in ours if key in theirs] == [key for key in theirs if key in ours]
+
+
+@pytest.mark.parametrize("name", ONLINE)
+def test_how_much_a_step_samples_and_updates_is_told_as_it_is(name):
+    """One sentence of the docstring, compared with the defaults, of the toy too."""
+    script, text = SCRIPTS[name], " ".join(SCRIPTS[name].__doc__.split())
+    told = re.search(r"By default, a step samples (\d+) completions, (\w+) for each prompt"
+                     r"(?:, or (\d+) on the toy|, and as many greedy ones)?, and makes "
+                     r"(\d+|one) updates?(?:, or (\d+) on the toy)?\.", text).groups()
+    found = []
+    for given in ({}, script.TOY):
+        cfg = script.Config(**given)
+        n = cfg.prompts_per_step * cfg.group_size
+        found += [n, cfg.group_size, -(-n // (cfg.minibatch_size or n))]
+    samples, K, more, updates, toy = (int(x.replace("one", "1")) if x else None for x in told)
+    assert found == [samples, K, updates, more or samples, K, toy or updates]
+    assert "gives 0 to a completion that is cut off" in text
