@@ -7,11 +7,11 @@ probability than pi_ref does, and wrong ones a lower one. The reward of a token 
 difference of the two log-probs.
 
     q_t  = beta * log(prm / pi_ref)                           implicit reward of token t
-    p_i  = sigmoid(sum_t q_t)                                 prm's probability that i is right
+    p_i  = sigmoid(sum_t q_t)                                 read as the chance that i is right
     prm_loss = -mean_i [score_i log p_i + (1 - score_i) log(1 - p_i)]        over the mini-batch
     Q_j  = mean_t q_t                                         over the tokens of completion j
-    A_t  = sum_{u >= t} gamma^(u - t) (q_u - mean of Q_j over the prompt's other K - 1)
-           + score_i - mean of score_j over the prompt's other K - 1
+    A_t  = score_i - mean of score_j over the prompt's other K - 1
+           + sum_{u >= t} gamma^(u - t) (q_u - mean of Q_j over the prompt's other K - 1)
     ratio_t = pi / pi_old                                     of token t; pi_old sampled the batch
     loss = -mean_t min(ratio_t A_t, clip(ratio_t, 1 - eps, 1 + eps) A_t)     over the mini-batch
 
@@ -21,16 +21,17 @@ where they are mostly negative, and higher where they are mostly positive.
 
 Only the sum of q is trained, but a single q_t has a meaning too (arXiv 2412.01981):
 
-    q_1 + ... + q_t = beta * log E[exp((q_1 + ... + q_C) / beta)]            C: the last token
+    q_1 + ... + q_t = beta * log E[exp((q_1 + ... + q_T) / beta)]            T: the last token
 
 where E is over completions that begin with these t tokens and are finished by pi_ref. It holds
 because, after any beginning, the mean of prm / pi_ref of the remaining tokens is 1 under pi_ref.
 The right side is a soft mean: it lies between the mean and the largest of the final sums. So q_t is
-the change that token t made in this soft mean.
+the change that token t made in this soft mean. For a whole prompt the left side is 0. So where all
+answers are right, their p_i cannot all be above 1/2: q compares the answers to one prompt.
 
-A_t is eq. 5 of the paper, except that Q_j is a mean: eq. 5 subtracts the sum of the q of another
-completion, while the paper's text and the authors' code take the mean. docs/sources.md lists what
-else their code does in another way.
+Eq. 5 of the paper, as printed, subtracts sums of q. Its text and the authors' code subtract means,
+as here. docs/sources.md lists what else their code does in another way. rloo.py says why there are
+a ratio, a clip and a min.
 
 By default, a step samples 256 completions, 4 for each prompt, and makes 2 updates, or 4 on the toy.
 The reward last_number gives 0 to a completion that is cut off.

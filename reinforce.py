@@ -1,8 +1,8 @@
 """
 REINFORCE (Williams, 1992). The policy pi answers prompts x with completions y, and each completion
-gets a score. A completion is made more likely if its score, minus a KL penalty, is above a
-baseline, and less likely if it is below. pi_ref is a copy of the policy from before the training;
-the KL penalty keeps pi near it.
+gets a score. A completion is pushed up, to be more likely, if its score, minus a KL penalty, is
+above a baseline, and pushed down if it is below. pi_ref is a copy of the policy from before the
+training; the KL penalty keeps pi near it.
 
     kl_t = log(pi(y_t | x, y_<t) / pi_ref(y_t | x, y_<t))     of each token of the completion
     A_i  = score_i - kl_coef * sum_t kl_t - b                 advantage of completion i; b: baseline
@@ -17,28 +17,32 @@ differentiate a score, but its expectation depends on the weights through pi, wh
                   = E[score(y) grad log pi(y)]
 
 The last line is an expectation under pi. So the mean over completions that pi has sampled estimates
-it without bias. This is the policy gradient. The probability of a completion is the product of
-those of its tokens, so log pi(y) = sum_t log pi(y_t | x, y_<t). With score - kl_coef * sum_t kl_t
-in the place of the score, the same lines give the gradient of
+it without bias. This is the policy gradient, and the loss is made to have it, with a minus, as its
+gradient: one step down the loss is a step up E[score]. The probability of a completion is the
+product of those of its tokens, so log pi(y) = sum_t log pi(y_t | x, y_<t).
 
-    J    = E[score] - kl_coef * KL(pi || pi_ref)              mean over prompts and completions
-
-The reward now depends on pi itself. But this adds no term, because the mean of grad log pi(y) is 0:
+Any number b, the same for all y, can be subtracted from the scores, because
 
     E[b * grad log pi(y)] = b * sum_y pi(y) grad log pi(y) = b * grad sum_y pi(y) = b * grad 1 = 0
 
-For the same reason, no b that does not depend on y changes the expected gradient. But a good b
-makes it less noisy: without one, a score of 1 for each completion would push up all that happened
-to be sampled. No gradient flows through A_i. Here b starts at 0. Each step uses the old b for its
-A_i and then updates b, as --baseline says:
+This does not change the expected gradient, but a good b makes it less noisy: without one, a score
+of 1 for each completion would push up all that happened to be sampled. The KL penalty turns
+E[score] into
 
-    ema             b = decay * b + (1 - decay) * mean score of the batch; in step 1, b = that mean
+    J    = E[score] - kl_coef * KL(pi || pi_ref)              mean over prompts
+
+because the mean of sum_t kl_t under pi is this KL. The penalty depends on pi itself, which adds
+-kl_coef * E[grad log pi(y)] to the gradient. That is 0, as the line above says with b = kl_coef.
+
+No gradient flows through A_i. The first step has b = 0. Each step uses the old b for its A_i and
+then updates b, as --baseline says:
+
+    ema             b = decay * b + (1 - decay) * mean score of the batch; first, b = that mean
     running_mean    b = mean of all scores so far
 
-There is one update per batch, because the expectation is one under the policy as it is now. After
-the update the completions are those of an older policy. reinforce_pp.py and ppo.py make several
-updates and correct for that in part, with a ratio for each token. This script makes one, with a
-larger learning rate.
+There is one update per batch, because the expectation needs completions of the policy as it is now.
+After the update they are those of an older policy. reinforce_pp.py and ppo.py make several
+updates, and correct for that in part. This script makes one, with a larger learning rate.
 
 By default, a step samples 256 completions, one for each prompt, and makes one update. The reward
 last_number gives 0 to a completion that is cut off.

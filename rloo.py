@@ -1,8 +1,9 @@
 """
 RLOO, REINFORCE leave one out (Ahmadian et al., arXiv 2402.14740). The policy pi answers each prompt
-K times, and each completion gets a score. A completion becomes more likely if its reward, the score
-minus a KL penalty, is above the mean reward of the prompt's other K - 1 completions, and less
-likely if it is below. pi_ref is a copy of the policy from before the training.
+K times, and each completion gets a score. A completion is pushed up, to be more likely, if its
+reward, the score minus a KL penalty, is above the mean reward of the prompt's other K - 1
+completions, and pushed down if it is below. pi_ref is a copy of the policy from before the
+training.
 
     kl_t = log(pi_old / pi_ref)                               of token t; pi_old sampled the batch
     R_i  = score_i - kl_coef * sum_t kl_t                     reward of completion i
@@ -10,21 +11,21 @@ likely if it is below. pi_ref is a copy of the policy from before the training.
     ratio_t = pi / pi_old                                     of token t
     loss = -mean_t min(ratio_t A_i, clip(ratio_t, 1 - eps, 1 + eps) A_i)     over the mini-batch
 
-The baseline b = mean of R_j leaves the gradient unbiased. With the other completions fixed, b is a
-constant, and
+reinforce.py derives the policy gradient. The baseline b = mean of R_j leaves it unbiased: the K
+completions are sampled independently, so with the others fixed, b is a constant, and
 
     E[b * grad log pi(y)] = b * sum_y pi(y) grad log pi(y) = b * grad sum_y pi(y) = b * grad 1 = 0
 
 where y is the completion i. If R_i itself were in the mean, A would be (K - 1) / K times as large.
-This proof leaves out two things: the mean over tokens divides by their number, which is random, and
-after the first update the ratio and the clip act.
+This proof leaves out two things: the mean over tokens divides by their number, which depends on y,
+and after the first update the ratio and the clip act.
 
-After the first update, the completions are those of an older policy. The ratio corrects for this,
-token by token. A large ratio makes the estimate noisy, so the clip ends the push of a token once
-its ratio has passed 1 + eps (if A_i > 0) or 1 - eps (if A_i < 0). A ratio beyond the other limit
-has moved the wrong way; there the min takes the value without the clip, whose gradient brings it
-back. The paper makes one update per batch and has no ratio. Here each token has its own, as in verl
-and OpenRLHF. In TRL each completion has one.
+After the first update, the completions are those of an older policy. The ratio corrects for this in
+part, token by token. A large ratio makes the estimate noisy, so the clip ends the push of a token
+once its ratio has passed 1 + eps (if A_i > 0) or 1 - eps (if A_i < 0). A token may also have moved
+the wrong way, beyond the other limit. There a clip alone would leave it without a gradient; the min
+takes the value without the clip, which pushes it back. The paper makes one update per batch and has
+no ratio. Here each token has its own, as in verl and OpenRLHF. In TRL each completion has one.
 
 By default, a step samples 256 completions, 4 for each prompt, and makes 2 updates, or 4 on the toy.
 The reward last_number gives 0 to a completion that is cut off.
