@@ -55,7 +55,7 @@ for script in "${scripts[@]}"; do
         dpo | orpo)
             pairs few_pairs 96
             run $out $script.py --model $real/sft --data $real/few_pairs --max_new_tokens 48 \
-                --eval_prompts 64 --minibatch_size 16 --micro_batch_size 16 --epochs 2 --lr 1e-5 --seed $seed ;;
+                --eval_prompts 64 --minibatch_size 16 --micro_batch_size 16 --lr 1e-5 --seed $seed ;;
         *) run $out $script.py $online --kl_coef 0.01 ;;
     esac
 done
