@@ -88,7 +88,8 @@ def test_functions_have_the_arguments_that_the_page_gives():
 @pytest.mark.parametrize("name", sorted(set(PAGES) - {"trl_openrlhf_verl", "recipes"}))  # others'
 def test_flags_exist(name):
     known = {"help", "prompts", "prompt_tokens", "new_tokens", "rounds",  # the last four: bench.py
-             "inplace", "standalone", "nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint"}  # torchrun
+             "inplace",  # jupyter; the next five: torchrun
+             "standalone", "nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint"}
     for script in [*SCRIPTS, "tools.make_pairs"]:
         config = importlib.import_module(script).Config
         known |= {field.name for field in dataclasses.fields(config)}
