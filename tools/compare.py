@@ -32,6 +32,7 @@ from tqdm import tqdm
 from plumbing.data import read
 from plumbing.flags import fail
 from plumbing.rewards import read_number
+from plumbing.run import read_log
 from tools.table import solve
 
 SCRIPTS = ("reinforce", "reinforce_pp", "trpo", "ppo", "remax", "rloo", "grpo", "prime", "raft",
@@ -51,7 +52,7 @@ def run(script, seed, flags):
         if done.returncode:
             sys.exit(f"error: {script}.py failed: {done.stderr.strip()[-500:]}")
     test = json.loads((folder / "test.json").read_text())
-    log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    log = read_log(folder / "metrics.jsonl")
     cfg = json.loads((folder / "config.json").read_text())
     if "group_size" in cfg:  # of each prompt K samples, and ReMax's greedy completion
         completions = len(log) * cfg["prompts_per_step"] * (cfg["group_size"] + (script == "remax"))

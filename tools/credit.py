@@ -13,6 +13,7 @@ for 60 steps, in which the policy stayed as it was.
 """
 import argparse
 import copy
+import functools
 import tempfile
 from html import escape
 from pathlib import Path
@@ -21,9 +22,9 @@ import torch
 
 import ppo
 import prime
-from common import masked_mean, normalize_rewards, token_rewards, whiten
+from common import masked_mean, normalize_rewards
 from dpo import dpo_loss
-from grpo import grpo_loss, process_advantages
+from grpo import process_advantages
 from orpo import odds_ratio_loss
 from plumbing import toy
 from plumbing.data import draw_problems, encode, load_problems
@@ -84,14 +85,6 @@ def make_toy_batch(steps):
     return b, q, process_advantages(*steps, batch.mask, K)
 
 
-def ppo_loss(lam):
-    def loss(logprobs, b, K):
-        shaped = token_rewards(b.scores, b.kl, b.mask, 0.0)
-        advantages, _ = ppo.gae(shaped, b.values, b.mask, 1.0, lam)
-        return clip_loss(logprobs, b, whiten(advantages, b.mask))
-    return loss
-
-
 def pairs_loss(loss_of):
     """Of the four, completion 0 is compared with 1, and 2 with 3."""
     return lambda logprobs, b, K: loss_of(logprobs[:K], b.old_logprobs[:K], b.mask[:K])
@@ -109,10 +102,6 @@ def orpo(logprobs, ref_logprobs, mask):
 
 def all_pushes(b, q, process):
     """-> {name: -d loss / d log-prob of the four completions (4, C)}."""
-    def grpo_process(logprobs, b, K):
-        return (grpo_loss(logprobs, b.old_logprobs, b.ref_logprobs, process, 0.2, 0.0)[0]
-                * by_completion(b)).sum()
-
     def prime_loss(logprobs, b, K):
         return clip_loss(logprobs, b, prime_advantages(q, b.scores, b.mask, K))
 
@@ -122,9 +111,12 @@ def all_pushes(b, q, process):
         "SFT on all four": sft, "REINFORCE": gradients.reinforce,
         "REINFORCE++": gradients.reinforce_pp,
         "REINFORCE++ --group_baseline": gradients.group_baseline,
-        "PPO, lambda 1": ppo_loss(1.0), "PPO, lambda 0.95": ppo_loss(0.95),
-        "PPO, lambda 0": ppo_loss(0.0), "RLOO": gradients.rloo, "GRPO": gradients.grpo,
-        "GRPO --process": grpo_process, "ReMax": gradients.remax, "PRIME": prime_loss,
+        "PPO, lambda 1": functools.partial(gradients.ppo, lam=1.0),
+        "PPO, lambda 0.95": gradients.ppo,
+        "PPO, lambda 0": functools.partial(gradients.ppo, lam=0.0),
+        "RLOO": gradients.rloo, "GRPO": gradients.grpo,
+        "GRPO --process": gradients.grpo_parts(lambda scores, K: process, by_completion, 0.0),
+        "ReMax": gradients.remax, "PRIME": prime_loss,
         "RAFT": gradients.raft, "DPO, two pairs": pairs_loss(dpo),
         "ORPO, two pairs": pairs_loss(orpo)}
     pushes = {}

@@ -138,9 +138,9 @@ def group_baseline(logprobs, b, K):
     return loss + KL_COEF * (k2 * by_token(b)).sum()
 
 
-def ppo(logprobs, b, K):
+def ppo(logprobs, b, K, lam=0.95):
     shaped = token_rewards(b.scores, b.kl, b.mask, KL_COEF)
-    advantages, _ = gae(shaped, b.values, b.mask, gamma=1.0, lam=0.95)
+    advantages, _ = gae(shaped, b.values, b.mask, gamma=1.0, lam=lam)
     return clip_loss(logprobs, b, whiten(advantages, b.mask))
 
 

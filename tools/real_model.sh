@@ -5,8 +5,9 @@
 #     bash tools/real_model.sh HuggingFaceTB/SmolLM2-135M-Instruct 2 grpo rloo  seed 2 of two
 #
 # Runs go to runs/real, one after the other. A run that is complete is not repeated, and one that
-# stopped goes on, so the same command can be given again. `python -m tools.table runs/real/*`
-# prints the table.
+# stopped goes on, so the same command can be given again. This prints the table:
+#
+#     python -m tools.table runs/real/sft runs/real/*-seed1
 set -e
 model=${1:?the model: a folder, or a name on the hub} seed=${2:-1}
 scripts=("${@:3}")
@@ -34,8 +35,9 @@ run sft sft.py --model "$model" $words --steps 120 --minibatch_size 16 --micro_b
     --eval_prompts 64 --eval_every 40 --save_every 40
 
 # From here on, all of them start from the policy of sft.py. 12 steps of 64 completions.
-step="--steps 12 --prompts_per_step 16 --group_size 4 --minibatch_size 32"
-online="$start $step --lr 1e-5 --seed $seed"
+batch="$start --steps 12 --prompts_per_step 16 --group_size 4 --seed $seed"
+online="$batch --minibatch_size 32 --lr 1e-5"
+ppo="ppo.py $online --kl_coef 0.01 --critic_lr 5e-5"
 for script in "${scripts[@]}"; do
     out=$script-seed$seed
     case $script in
@@ -43,13 +45,12 @@ for script in "${scripts[@]}"; do
             pairs pairs 640
             run reward_model reward_model.py --model $real/sft --data $real/pairs \
                 --max_new_tokens 48 --steps 32 --minibatch_size 16 --eval_prompts 64 --lr 3e-5
-            run $out ppo.py $online --kl_coef 0.01 --critic_lr 5e-5 --reward $real/reward_model ;;
-        ppo) run $out ppo.py $online --kl_coef 0.01 --critic_lr 5e-5 ;;
+            run $out $ppo --reward $real/reward_model ;;
+        ppo) run $out $ppo ;;
         prime) run $out prime.py $online --prm_lr 2e-5 ;;
         raft) run $out raft.py $online --minibatch_size 16 ;;
         remax) run $out remax.py $online --kl_coef 0.01 --group_size 3 --minibatch_size 24 ;;
-        reinforce) run $out reinforce.py $start --steps 12 --prompts_per_step 16 --group_size 4 \
-            --kl_coef 0.01 --lr 2e-5 --seed $seed ;;
+        reinforce) run $out reinforce.py $batch --kl_coef 0.01 --lr 2e-5 ;;
         trpo) run $out trpo.py $start --steps 6 --prompts_per_step 32 --group_size 4 \
             --kl_coef 0.01 --delta 0.005 --seed $seed ;;
         dpo | orpo)

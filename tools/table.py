@@ -1,8 +1,8 @@
 """
 Finished runs, side by side: each model answers the same held-out problems several times.
 
-    python -m tools.table runs/real/*            pass@1, pass@8, greedy, ... of each run
-    python -m tools.table runs/grpo runs/rloo    any runs, whatever they learned from
+    python -m tools.table runs/real/sft runs/real/*-seed1    pass@1, pass@8, greedy, ... of each run
+    python -m tools.table runs/grpo runs/rloo                any runs, whatever they learned from
 
 pass@1 is the share of right answers, and pass@8 the share of problems of which at least one of
 eight answers is right. The 95 % intervals are over the problems. They say what other problems would
@@ -27,6 +27,7 @@ from plumbing.flags import fail
 from plumbing.model import load_policy
 from plumbing.rewards import last_number
 from plumbing.rollout import step_generator
+from plumbing.run import read_log
 
 DRAWS = 8  # sampled answers to each problem
 
@@ -61,7 +62,7 @@ def solve(folder, data, n):
 
 def line(folder, found, first):
     """One row of the table: what the model answered, and what the log says."""
-    log = [json.loads(row) for row in (folder / "metrics.jsonl").read_text().splitlines()]
+    log = read_log(folder / "metrics.jsonl")
     logged = [row["kl"] for row in log[-5:] if row.get("kl")]  # 0: it was not measured
     right = torch.tensor(found["sampled"]).double()            # (n, DRAWS)
     cells = [folder.name, "**{:.3f}** [{:.3f}, {:.3f}]".format(*interval(right.mean(1).tolist())),

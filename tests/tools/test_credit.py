@@ -21,7 +21,7 @@ def test_the_four_completions_are_a_group_of_the_batch(made):
     assert b.mask.shape[0] == 256 and b.mask[:4].sum(1).tolist() == [LONG, LONG, SHORT, SHORT]
     assert b.scores[:4].tolist() == [1, 0, 1, 0] and 0.5 < b.mean_score < 0.9
     assert b.is_best[:4].tolist() == [1, 0, 0, 0] and (b.old_logprobs[:4].sum(1) < 0).all()
-    assert q.abs().max() == 0 or q.abs().max() < 1  # the reward model has made one step
+    assert q.abs().max() < 1  # the reward model has made one step
 
 
 def test_what_each_algorithm_does_with_the_four(made):
