@@ -220,6 +220,14 @@ def test_validation_is_looked_at_in_training_and_test_before_and_after(props, he
     assert [(row["step"], row["n"]) for row in looks] == [(step, 16) for step in range(4)]
 
 
+def test_a_run_that_stopped_before_its_first_checkpoint_looks_at_step_0_once(folders, here):
+    cfg = {**grpo.TOY, **SMALL, "model": folders("llama"), "steps": 1, "eval_every": 1}
+    grpo.train(grpo.Config(**cfg, out_dir="new"))
+    Path("new/checkpoint.pt").unlink()
+    grpo.train(grpo.Config(**cfg, resume="new"))
+    assert [row["step"] for row in rows("new/validation.jsonl")] == [0, 1]
+
+
 def test_the_first_step_warns_of_equal_scores_and_of_short_answers(folders, props, here, capsys):
     for i, (reward, longest, words) in enumerate((
             ("longer", 60, []), ("equal", 60, ["scores are equal"]),
